@@ -1,0 +1,407 @@
+"""minillm: a decoder-only transformer, its training step, and what both cost, in raw JAX.
+
+One alphabet, here and in every other file. A shape is written as its letters, BTHD:
+
+    B batch   T new tokens   S cache slots   L layers   V vocabulary
+    E embed   F feed-forward   H query heads   K key/value heads   G = H/K   D head dim
+
+`BT, VE -> BTE` at the top of a docstring is a contract: shapes in, shapes out. State goes in and
+comes out; nothing is mutated. `jax.jit` and donation belong to the caller.
+"""
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Config:
+    """The sizes and choices that pick a program: hashable, so a static argument of `jax.jit`.
+
+    ValueError where sizes do not fit together.
+    """
+    L: int
+    E: int
+    H: int
+    K: int
+    D: int
+    F: int
+    V: int
+    rope_base: float = 1e4     # the slowest rotation takes about 2 pi * rope_base tokens
+    eps: float = 1e-6          # added to the mean square in rms_norm
+    act: str = "silu"          # "silu" as in Llama, "gelu" (its tanh form) as in Gemma
+    embed_scale: bool = False  # Gemma multiplies embeddings by sqrt(E)
+    tied: bool = True          # unembed with the embedding matrix
+    dtype: str = "float32"     # train_step computes in this; master weights are always f32
+
+    def __post_init__(self):
+        for letter in "LEHKDFV":
+            size = getattr(self, letter)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{letter}={size!r}: every size is an integer of at least 1")
+        if self.H % self.K:
+            raise ValueError(f"H={self.H} query heads cannot share K={self.K} key/value heads: "
+                             "choose K that divides H")
+        if self.D % 2:
+            raise ValueError(f"D={self.D} is odd: rotary positions turn pairs, choose an even D")
+        if self.act not in ("silu", "gelu"):
+            raise ValueError(f"act={self.act!r} is not known: silu, gelu")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={self.dtype!r} is not known: float32, bfloat16, float16")
+
+
+class Layer(NamedTuple):
+    attn_norm: Any
+    wq: Any
+    wk: Any
+    wv: Any
+    wo: Any
+    mlp_norm: Any
+    w_gate: Any
+    w_up: Any
+    w_down: Any
+
+
+class Params(NamedTuple):
+    embed: Any
+    layers: tuple  # of Layer, walked by a Python loop: a scan over stacked layers copies each one
+    out_norm: Any
+    unembed: Any   # None when tied
+
+
+def dims(cfg):
+    """cfg -> Params of str: every array, declared once: output letters, a blank, contracted letters.
+
+    A single word is a vector of norm scales. Shapes, init, sharding and all counts are maps over
+    this tree. Contracted letters come last: on a CPU the same bf16 bytes stream 3 to 4 times
+    faster than when stored input x output, and published checkpoints load without a transpose.
+    """
+    layer = Layer(attn_norm="E", wq="HD E", wk="KD E", wv="KD E", wo="E HD",
+                  mlp_norm="E", w_gate="F E", w_up="F E", w_down="E F")
+    return Params(embed="V E", layers=(layer,) * cfg.L, out_norm="E",
+                  unembed=None if cfg.tied else "V E")
+
+
+def sizes(letters, cfg):
+    """str, cfg -> tuple of int: the shape that the letters stand for."""
+    return tuple(getattr(cfg, letter) for letter in letters.replace(" ", ""))
+
+
+def init(key, cfg):
+    """key, cfg -> Params: f32, normal with variance 1 / fan-in; norm scales are one."""
+    names, tree = jax.tree.flatten(dims(cfg))
+
+    def leaf(name, key):
+        _, _, contracted = name.partition(" ")
+        if not contracted:
+            return jnp.ones(sizes(name, cfg))
+        return jax.random.normal(key, sizes(name, cfg)) * math.prod(sizes(contracted, cfg)) ** -0.5
+
+    return tree.unflatten(map(leaf, names, jax.random.split(key, len(names))))
+
+
+def cast(params, dtype):
+    """Params, dtype -> Params: what `forward` computes in is the dtype of the parameters."""
+    return jax.tree.map(lambda w: w.astype(dtype), params)
+
+
+def param_count(cfg):
+    """cfg -> int: all parameters. Gemma 7B has 8,537,680,896."""
+    return sum(math.prod(sizes(name, cfg)) for name in jax.tree.leaves(dims(cfg)))
+
+
+# --------------------------------------------------------------------------------- the layer's parts
+
+
+@jax.custom_vjp
+def matmul(x, w):
+    """MC, NC -> MN: every product with a weight; f32 sums whatever the operands are.
+
+    Forwards it multiplies 2 * M * NC flops, M tokens with NC weights: 2BP.
+    """
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())),
+                               preferred_element_type=jnp.float32)
+
+
+def matmul_forward(x, w):
+    return matmul(x, w), (x, w)
+
+
+def matmul_backward(saved, dy):
+    """Two products for the one forwards, so 6BP in all: operands as wide as w, sums in f32."""
+    x, w = saved
+    dy = dy.astype(w.dtype)
+    f32 = dict(preferred_element_type=jnp.float32)
+    spine = jnp.einsum("MN,NC->MC", dy, w, **f32)            # passed down to the layer below
+    weight_gradient = jnp.einsum("MN,MC->NC", dy, x, **f32)  # stays here
+    return spine.astype(x.dtype), weight_gradient.astype(w.dtype)
+
+
+matmul.defvjp(matmul_forward, matmul_backward)
+
+
+def dot(x, w, n=1, dtype=None):
+    """...C, NC -> ...N: x with one weight, over the last n letters of both, as one 2-D product.
+
+    The result has the dtype of x unless one is given. A single row narrower than f32 is doubled:
+    XLA's CPU code for one bf16 row is a scalar loop, 8 to 20 times slower than two rows.
+    """
+    contracted = math.prod(w.shape[-n:])
+    rows = x.reshape(-1, contracted)
+    pad = len(rows) == 1 and w.dtype.itemsize < 4
+    y = matmul(jnp.concatenate([rows, rows]) if pad else rows, w.reshape(-1, contracted))
+    y = y[:1] if pad else y
+    return y.reshape(x.shape[:-n] + w.shape[:-n]).astype(dtype or x.dtype)
+
+
+def dots(x, ws):
+    """BTE, (FE, FE) -> (BTF, BTF): one input, several weights."""
+    return tuple(dot(x, w) for w in ws)
+
+
+def rms_norm(x, scale, eps):
+    """BTE, E, eps -> BTE: x over its root mean square, taken in f32. arXiv:1910.07467."""
+    wide = x.astype(jnp.float32)
+    unit = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (unit * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary(pos, cfg):
+    """BT, cfg -> (BT(D/2), BT(D/2)): cosines and sines of every position's angles, in f32.
+
+    Made once and passed to every layer. bf16 rounds 257 to 256, and sin(257) is not sin(256).
+    """
+    frequency = cfg.rope_base ** (-jnp.arange(0, cfg.D, 2, dtype=jnp.float32) / cfg.D)
+    angle = pos[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rope(x, table):
+    """BTHD, (BT(D/2), BT(D/2)) -> BTHD: turns each head's pairs (d, d + D/2). arXiv:2104.09864."""
+    cos, sin = (part[:, :, None] for part in table)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attention(q, k, v, pos):
+    """BTHD, BKSD, BKSD, BT -> BTHD: a query at position p sees slots 0 to p. The reference.
+
+    The G query heads that share a key head stand beside the T tokens as rows of one product. Scores
+    and softmax are f32. Slots that no query sees may hold anything finite.
+    """
+    B, T, H, D = q.shape
+    K, S = k.shape[1:3]
+    q = q.reshape(B, T, K, H // K, D).swapaxes(1, 2).reshape(B, K, T * (H // K), D)
+    scores = jnp.einsum("BKSD,BKMD->BKSM", k, q, preferred_element_type=jnp.float32)  # M = TG
+    scores = scores.swapaxes(2, 3) * D ** -0.5
+    seen = jnp.arange(S) <= jnp.repeat(pos, H // K, axis=1)[:, None, :, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    out = jnp.einsum("BKMS,BKSD->BKMD", weights, v, preferred_element_type=jnp.float32)
+    return out.reshape(B, K, T, H // K, D).swapaxes(1, 2).reshape(B, T, H, D).astype(q.dtype)
+
+
+def query_blocks(T):
+    """int -> list of (start, stop): causal_attention's blocks, at most 8, of at least 64 queries."""
+    size = max(64, -(-T // 8))
+    return [(start, min(start + size, T)) for start in range(0, T, size)]
+
+
+def causal_attention(q, k, v):
+    """BTHD, BKTD, BKTD -> BTHD: `attention` at positions 0 to T - 1, without most of what it masks.
+
+    A block of queries meets only the keys up to its own last one.
+    """
+    pos = jnp.arange(q.shape[1])[None]
+    return jnp.concatenate([
+        attention(q[:, start:stop], k[:, :, :stop], v[:, :, :stop], pos[:, start:stop])
+        for start, stop in query_blocks(q.shape[1])], axis=1)
+
+
+def mlp(x, w, cfg, enter=dots, leave=dot):
+    """BTE, Layer, cfg -> BTE: down(act(gate(x)) * up(x)). arXiv:2002.05202."""
+    gate, up = enter(x, (w.w_gate, w.w_up))
+    act = jax.nn.silu(gate) if cfg.act == "silu" else jax.nn.gelu(gate, approximate=True)
+    return leave(act * up, w.w_down)
+
+
+def block(x, w, table, cfg, attend, enter=dots, leave=dot, norm=rms_norm):
+    """BTE, Layer, table, cfg, attend -> BTE, state: one layer, with seams.
+
+    `attend(q, k, v) -> BTHD, state` of BTHD, BKTD, BKTD says what the queries look at: causal
+    attention, or a cache that is written first. `enter` (one input, several weights), `leave` and
+    `norm` are replaced where the weights live on several devices.
+    """
+    h = norm(x, w.attn_norm, cfg.eps)
+    q, k, v = enter(h, (w.wq, w.wk, w.wv))
+    q, k = rope(q, table), rope(k, table)
+    out, state = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
+    x = x + leave(out, w.wo, 2)
+    return x + mlp(norm(x, w.mlp_norm, cfg.eps), w, cfg, enter, leave), state
+
+
+# ------------------------------------------------------------------------- the model and its training
+
+
+def check_tokens(tokens, cfg):
+    """BT, cfg -> None: ValueError unless they are integers of 0 to V - 1 (seen where concrete)."""
+    if jnp.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+        raise ValueError(f"tokens of shape {jnp.shape(tokens)}, {jnp.result_type(tokens)}: "
+                         "expected integers [B, T]")
+    if 0 in jnp.shape(tokens):
+        raise ValueError(f"tokens of shape {jnp.shape(tokens)} are empty: at least one row and token")
+    if not isinstance(tokens, jax.core.Tracer):
+        low, high = np.min(tokens), np.max(tokens)
+        if low < 0 or high >= cfg.V:
+            raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary: "
+                             f"0 to {cfg.V - 1}")
+
+
+def embed(params, tokens, cfg):
+    """Params, BT, cfg -> BTE: one row of the table a token."""
+    x = params.embed[tokens]
+    return x * jnp.asarray(cfg.E ** 0.5, x.dtype) if cfg.embed_scale else x
+
+
+def unembed(params, x, cfg):
+    """Params, BTE, cfg -> BTV: the final norm, then f32 logits."""
+    table = params.embed if cfg.tied else params.unembed
+    return dot(rms_norm(x, params.out_norm, cfg.eps), table, dtype=jnp.float32)
+
+
+def forward(params, tokens, cfg, block=block):
+    """Params, BT, cfg -> BTV: f32 logits of every next token.
+
+    `block=jax.checkpoint(block, static_argnums=(3, 4))` keeps one BTE a layer for the gradient and
+    computes the rest again. ValueError for tokens outside the vocabulary.
+    """
+    check_tokens(tokens, cfg)
+    table = rotary(jnp.arange(tokens.shape[1])[None], cfg)
+    x = embed(params, tokens, cfg)
+    for w in params.layers:
+        x, _ = block(x, w, table, cfg, causal)
+    return unembed(params, x, cfg)
+
+
+def causal(q, k, v):
+    """BTHD, BKTD, BKTD -> BTHD, None: what training's queries look at, in the form of `attend`."""
+    return causal_attention(q, k, v), None
+
+
+def loss(params, tokens, cfg, block=block):
+    """Params, B(T+1), cfg -> scalar: mean cross-entropy of the next token, in nats a token."""
+    check_tokens(tokens, cfg)
+    logits = forward(params, tokens[:, :-1], cfg, block)
+    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+
+
+class Adam(NamedTuple):
+    step: Any  # int32 scalar
+    m: Params  # running mean of the gradient
+    v: Params  # running mean of its square
+
+
+def adam_init(params):
+    """Params -> Adam: zeros, in the parameters' shapes and dtypes."""
+    return Adam(jnp.zeros((), jnp.int32), *(jax.tree.map(jnp.zeros_like, params) for _ in "mv"))
+
+
+def adamw(params, adam, grads, lr, b1=0.9, b2=0.95, eps=1e-8, decay=0.1):
+    """Params, Adam, Params, lr -> Params, Adam: one update; decay on matrices. arXiv:1711.05101."""
+    step = adam.step + 1
+    m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, adam.m, grads)
+    v = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, adam.v, grads)
+
+    def update(p, m, v):
+        mean, square = m / (1 - b1 ** step), v / (1 - b2 ** step)  # both began at zero
+        return p - lr * (mean / (jnp.sqrt(square) + eps) + (decay * p if p.ndim > 1 else 0))
+
+    return jax.tree.map(update, params, m, v), Adam(step, m, v)
+
+
+def train_step(params, adam, tokens, cfg, lr):
+    """Params, Adam, B(T+1), cfg, lr -> Params, Adam, scalar: one step of AdamW, and the loss before.
+
+    f32 master weights are cast to `cfg.dtype` once a step; gradients come back through the cast.
+    """
+    value, grads = jax.value_and_grad(lambda p: loss(cast(p, cfg.dtype), tokens, cfg))(params)
+    params, adam = adamw(params, adam, grads, lr)
+    return params, adam, value
+
+
+# ----------------------------------------------------------------------------------- what they cost
+
+
+def product_flops(cfg, tokens, unembedded, pairs):
+    """cfg, int, int, int -> dict: flops of every product, for the shapes that it has.
+
+    Each weight costs 2 flops a token: 2BP. `unembedded` tokens make logits. Each of `pairs` of a
+    query and a slot costs 2D flops a head and layer in the scores, and again in the values.
+    "padding" is there only where `dot` doubles a single row, and is never useful work.
+    """
+    each, one = 2 * tokens * cfg.L * cfg.E, 2 * pairs * cfg.L * cfg.H * cfg.D
+    flops = {"qkv": each * (cfg.H + 2 * cfg.K) * cfg.D, "scores": one, "values": one,
+             "out": each * cfg.H * cfg.D, "mlp": each * 3 * cfg.F,
+             "unembed": 2 * unembedded * cfg.E * cfg.V}
+    padding = (tokens == 1) * (flops["qkv"] + flops["out"] + flops["mlp"])
+    padding += (unembedded == 1) * flops["unembed"]
+    if padding and jnp.dtype(cfg.dtype).itemsize < 4:
+        flops["padding"] = padding
+    return flops
+
+
+def forward_flops(cfg, B, T):
+    """cfg, int, int -> dict: flops of `forward` by product, as the program multiplies them.
+
+    Attention counts the pairs in causal_attention's blocks: the triangle at and below the diagonal,
+    T(T+1)/2, and half a block for each query above it.
+    """
+    pairs = sum((stop - start) * stop for start, stop in query_blocks(T))
+    return product_flops(cfg, B * T, B * T, B * pairs)
+
+
+def train_flops(cfg, B, T, remat=False):
+    """cfg, int, int -> dict: flops of a training step's products: three times `forward`'s.
+
+    Each product goes once forwards and twice backwards, so the weights cost 6BP. With `remat` each
+    block is computed again, save its last product, whose result no gradient asks for.
+    """
+    once = forward_flops(cfg, B, T)
+    flops = {name: 3 * count for name, count in once.items()}
+    if remat:
+        again = {name: once[name] for name in ("qkv", "scores", "values", "out")}
+        again["mlp"] = once["mlp"] * 2 // 3
+        if "padding" in once:
+            again["padding"] = again["qkv"] + again["out"] + again["mlp"]
+        flops = {name: count + again.get(name, 0) for name, count in flops.items()}
+    return flops
+
+
+def traced_flops(fn, *args):
+    """fn, arrays -> int: 2MNK of every dot_general that the program `fn(*args)` holds. The oracle.
+
+    Counted in the jaxpr, through calls, a scan's body times its length. Arguments may be
+    `jax.ShapeDtypeStruct`. ValueError for a product inside a `while` or `cond`, whose count is not
+    in the program.
+    """
+    def count(jaxpr):
+        total = 0
+        for eqn in jaxpr.eqns:
+            name, params = eqn.primitive.name, eqn.params
+            if name == "dot_general":
+                (contracted, _), _ = params["dimension_numbers"]
+                terms = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+                total += 2 * terms * math.prod(eqn.outvars[0].aval.shape)
+            nested = [getattr(item, "jaxpr", item) for value in params.values()
+                      for item in (value if isinstance(value, (tuple, list)) else (value,))]
+            inside = sum(count(item) for item in nested if hasattr(item, "eqns"))
+            if inside and name in ("while", "cond"):
+                raise ValueError(f"a product inside `{name}`: how often it runs is not in the program")
+            total += inside * (params["length"] if name == "scan" else 1)
+        return total
+
+    return count(jax.make_jaxpr(fn)(*args).jaxpr)
