@@ -91,15 +91,20 @@ def sizes(letters, cfg):
     return tuple(getattr(cfg, letter) for letter in letters.replace(" ", ""))
 
 
-def init(key, cfg):
-    """key, cfg -> Params: f32, normal with variance 1 / fan-in; norm scales are one."""
+def init(key, cfg, dtype="float32"):
+    """key, cfg -> Params: normal with variance 1 / fan-in, drawn in f32; norm scales are one.
+
+    Not under `jax.jit` it needs no more memory than the result and one array, and starts sooner:
+    compiling takes 0.1 s an array.
+    """
     names, tree = jax.tree.flatten(dims(cfg))
 
     def leaf(name, key):
         _, _, contracted = name.partition(" ")
         if not contracted:
-            return jnp.ones(sizes(name, cfg))
-        return jax.random.normal(key, sizes(name, cfg)) * math.prod(sizes(contracted, cfg)) ** -0.5
+            return jnp.ones(sizes(name, cfg), dtype)
+        std = math.prod(sizes(contracted, cfg)) ** -0.5
+        return (std * jax.random.normal(key, sizes(name, cfg))).astype(dtype)
 
     return tree.unflatten(map(leaf, names, jax.random.split(key, len(names))))
 
