@@ -36,7 +36,7 @@ def init_cache(cfg, B, S, dtype="float32"):
 
 
 def resize(cache, S):
-    """Cache, int -> Cache: the same rows with S slots. ValueError where one holds more than S."""
+    """Cache, S -> Cache: the same rows with S slots. ValueError where one holds more than S."""
     check_room(cache, 0, S)
 
     def fit(a):
@@ -69,7 +69,7 @@ def check_batch(cache, tokens):
         raise ValueError(f"{len(tokens)} rows of tokens for a cache of {rows}: init_cache(B=...)")
 
 
-# ------------------------------------------------------------------------- prefill, extend, generate
+# ------------------------------------------------------------------------ prefill, extend, generate
 
 
 def write(slots, new, start):
@@ -138,8 +138,8 @@ def prefill(params, cache, tokens, lengths, cfg):
     if jnp.shape(lengths) != (B,):
         raise ValueError(f"lengths of shape {jnp.shape(lengths)} for {B} prompts: expected [{B}]")
     if concrete(lengths) and (np.min(lengths) < 1 or np.max(lengths) > T):
-        raise ValueError(f"lengths {np.min(lengths)} to {np.max(lengths)} in prompts padded to {T}: "
-                         f"expected 1 to {T}")
+        raise ValueError(f"lengths {np.min(lengths)} to {np.max(lengths)}: prompts padded to {T} "
+                         f"tokens have lengths of 1 to {T}")
     table = rotary(jnp.arange(T)[None], cfg)
     x = embed(params, tokens, cfg)
 
@@ -179,9 +179,10 @@ def log_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def sample(key, logits, pos, temperature, top_k, top_p):
-    """key, BV, B -> B: a token a row; its draw depends on key, row and position alone.
+    """key, BV, B, temperature, top_k, top_p -> B: a token a row.
 
-    So stopping and going on draws what one longer run would have drawn. `key` may also be B keys.
+    The draw depends on key, row and position alone: stopping and going on draws what one longer
+    run would have drawn. `key` may also be B keys.
     """
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -221,11 +222,12 @@ def generate(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p
 def generate_reference(params, prompt, n, cfg):
     """Params, BT, n, cfg -> Bn: the definition: read everything again for each token. Greedy."""
     T = prompt.shape[1]
-    tokens = jnp.pad(prompt, ((0, 0), (0, n)))
-    for t in range(T, T + n):
-        logits = forward(params, tokens, cfg)[:, t - 1]
-        tokens = tokens.at[:, t].set(jnp.argmax(logits, axis=-1).astype(tokens.dtype))
-    return tokens[:, T:]
+
+    def step(t, tokens):
+        logits = forward(params, tokens, cfg)[:, t - 1]  # what stands at t and later is not seen
+        return tokens.at[:, t].set(jnp.argmax(logits, axis=-1).astype(tokens.dtype))
+
+    return jax.lax.fori_loop(T, T + n, step, jnp.pad(prompt, ((0, 0), (0, n))))[:, T:]
 
 
 # ----------------------------------------------------------------------------------- what they cost

@@ -10,7 +10,6 @@ comes out; nothing is mutated. `jax.jit` and donation belong to the caller.
 """
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -74,7 +73,7 @@ class Params(NamedTuple):
 
 
 def dims(cfg):
-    """cfg -> Params of str: every array, declared once: output letters, a blank, contracted letters.
+    """cfg -> Params: every array, declared once: output letters, a blank, contracted letters.
 
     A single word is a vector of norm scales. Shapes, init, sharding and all counts are maps over
     this tree. Contracted letters come last: on a CPU the same bf16 bytes stream 3 to 4 times
@@ -87,7 +86,7 @@ def dims(cfg):
 
 
 def sizes(letters, cfg):
-    """str, cfg -> tuple of int: the shape that the letters stand for."""
+    """str, cfg -> tuple: the shape that the letters stand for."""
     return tuple(getattr(cfg, letter) for letter in letters.replace(" ", ""))
 
 
@@ -119,7 +118,7 @@ def param_count(cfg):
     return sum(math.prod(sizes(name, cfg)) for name in jax.tree.leaves(dims(cfg)))
 
 
-# --------------------------------------------------------------------------------- the layer's parts
+# -------------------------------------------------------------------------------- the layer's parts
 
 
 @jax.custom_vjp
@@ -133,11 +132,15 @@ def matmul(x, w):
 
 
 def matmul_forward(x, w):
+    """MC, NC -> MN, (MC, NC): the product, and what its gradient needs."""
     return matmul(x, w), (x, w)
 
 
 def matmul_backward(saved, dy):
-    """Two products for the one forwards, so 6BP in all: operands as wide as w, sums in f32."""
+    """(MC, NC), MN -> MC, NC: two products for the one forwards, so 6BP in all.
+
+    Operands are as wide as w, sums are f32.
+    """
     x, w = saved
     dy = dy.astype(w.dtype)
     f32 = dict(preferred_element_type=jnp.float32)
@@ -176,7 +179,7 @@ def rms_norm(x, scale, eps):
 
 
 def rotary(pos, cfg):
-    """BT, cfg -> (BT(D/2), BT(D/2)): cosines and sines of every position's angles, in f32.
+    """BT, cfg -> table: cosines and sines of every position's angles, both BT(D/2), f32.
 
     Made once and passed to every layer. bf16 rounds 257 to 256, and sin(257) is not sin(256).
     """
@@ -186,7 +189,7 @@ def rotary(pos, cfg):
 
 
 def rope(x, table):
-    """BTHD, (BT(D/2), BT(D/2)) -> BTHD: turns each head's pairs (d, d + D/2). arXiv:2104.09864."""
+    """BTHD, table -> BTHD: turns each head's pairs (d, d + D/2). arXiv:2104.09864."""
     cos, sin = (part[:, :, None] for part in table)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -210,7 +213,7 @@ def attention(q, k, v, pos):
 
 
 def query_blocks(T):
-    """int -> list of (start, stop): causal_attention's blocks, at most 8, of at least 64 queries."""
+    """int -> list: (start, stop) of causal_attention's at most 8 blocks of at least 64 queries."""
     size = max(64, -(-T // 8))
     return [(start, min(start + size, T)) for start in range(0, T, size)]
 
@@ -248,7 +251,7 @@ def block(x, w, table, cfg, attend, enter=dots, leave=dot, norm=rms_norm):
     return x + mlp(norm(x, w.mlp_norm, cfg.eps), w, cfg, enter, leave), state
 
 
-# ------------------------------------------------------------------------- the model and its training
+# ----------------------------------------------------------------------- the model and its training
 
 
 def check_tokens(tokens, cfg):
@@ -257,7 +260,7 @@ def check_tokens(tokens, cfg):
         raise ValueError(f"tokens of shape {jnp.shape(tokens)}, {jnp.result_type(tokens)}: "
                          "expected integers [B, T]")
     if 0 in jnp.shape(tokens):
-        raise ValueError(f"tokens of shape {jnp.shape(tokens)} are empty: at least one row and token")
+        raise ValueError(f"tokens of shape {jnp.shape(tokens)} are empty: give a row and a token")
     if not isinstance(tokens, jax.core.Tracer):
         low, high = np.min(tokens), np.max(tokens)
         if low < 0 or high >= cfg.V:
@@ -329,9 +332,10 @@ def adamw(params, adam, grads, lr, b1=0.9, b2=0.95, eps=1e-8, decay=0.1):
 
 
 def train_step(params, adam, tokens, cfg, lr):
-    """Params, Adam, B(T+1), cfg, lr -> Params, Adam, scalar: one step of AdamW, and the loss before.
+    """Params, Adam, B(T+1), cfg, lr -> Params, Adam, scalar: one step of AdamW.
 
-    f32 master weights are cast to `cfg.dtype` once a step; gradients come back through the cast.
+    The scalar is the loss before it. The f32 master weights are cast to `cfg.dtype` once a step, and
+    gradients come back through the cast.
     """
     value, grads = jax.value_and_grad(lambda p: loss(cast(p, cfg.dtype), tokens, cfg))(params)
     params, adam = adamw(params, adam, grads, lr)
@@ -405,7 +409,7 @@ def traced_flops(fn, *args):
                       for item in (value if isinstance(value, (tuple, list)) else (value,))]
             inside = sum(count(item) for item in nested if hasattr(item, "eqns"))
             if inside and name in ("while", "cond"):
-                raise ValueError(f"a product inside `{name}`: how often it runs is not in the program")
+                raise ValueError(f"a product inside `{name}`: how often it runs is unknown")
             total += inside * (params["length"] if name == "scan" else 1)
         return total
 

@@ -1,0 +1,573 @@
+"""bench: predict each phase from flops and bytes, measure it, and print both side by side.
+
+    python bench.py [--quick]                             every phase of the default model
+    python bench.py generate|prefill|train --model ...    one phase alone
+    python bench.py train --text FILE --steps N           train on a text file
+
+Tables go to stdout, whose last line is one JSON object; progress goes to stderr.
+"""
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from infer import decode_bytes, decode_flops, generate, init_cache, kv_bytes, prefill, prefill_flops
+from minillm import Config, adam_init, cast, init, loss, param_count, train_flops, train_step
+
+MB, GB = 1e6, 1e9
+SENTENCE = "So long and thanks for all the fish"
+PROMPT = "So long and thanks for"
+DEFAULT = "L6,E1024,H16,K4,D64,F2816,V256"
+QUICK = "L2,E1024,H16,K4,D64,F2816,V256"
+SMALL = "L4,E256,H8,K2,D32,F704,V256"  # learns a text of some KB in a minute on two cores
+
+gemma = partial(Config, V=256000, act="gelu", embed_scale=True)
+llama2 = partial(Config, D=128, V=32000, eps=1e-5, tied=False)
+llama3 = partial(Config, K=8, V=128256, rope_base=5e5, eps=1e-5)
+smollm2 = partial(Config, D=64, V=49152, rope_base=1e5, eps=1e-5)
+MODELS = {  # from each model's own config.json on huggingface.co
+    "gemma-2b": gemma(L=18, E=2048, H=8, K=1, D=256, F=16384),
+    "gemma-7b": gemma(L=28, E=3072, H=16, K=16, D=256, F=24576),
+    "llama-2-7b": llama2(L=32, E=4096, H=32, K=32, F=11008),
+    "llama-2-13b": llama2(L=40, E=5120, H=40, K=40, F=13824),
+    "llama-2-70b": llama2(L=80, E=8192, H=64, K=8, F=28672),
+    "llama-3-8b": llama3(L=32, E=4096, H=32, D=128, F=14336, tied=False),
+    "llama-3-70b": llama3(L=80, E=8192, H=64, D=128, F=28672, tied=False),
+    "llama-3.1-405b": llama3(L=126, E=16384, H=128, D=128, F=53248, tied=False),
+    "llama-3.2-1b": llama3(L=16, E=2048, H=32, D=64, F=8192),
+    "llama-3.2-3b": llama3(L=28, E=3072, H=24, D=128, F=8192),
+    "mistral-7b": Config(L=32, E=4096, H=32, K=8, D=128, F=14336, V=32768, rope_base=1e6,
+                         eps=1e-5, tied=False),
+    "smollm2-135m": smollm2(L=30, E=576, H=9, K=3, F=1536),
+    "smollm2-360m": smollm2(L=32, E=960, H=15, K=5, F=2560),
+    "smollm2-1.7b": smollm2(L=24, E=2048, H=32, K=32, F=8192, rope_base=1.3e5),
+    "tinyllama-1.1b": Config(L=22, E=2048, H=32, K=4, D=64, F=5632, V=32000, eps=1e-5, tied=False),
+}
+
+
+train_jit = jax.jit(train_step, static_argnames="cfg", donate_argnames=("params", "adam"))
+prefill_jit = jax.jit(prefill, static_argnames="cfg", donate_argnames="cache")
+generate_jit = jax.jit(generate, static_argnames=("n", "cfg", "temperature"),
+                       donate_argnames="cache")
+
+
+def say(*words, end="\n"):
+    """Progress, to stderr."""
+    print(*words, file=sys.stderr, end=end, flush=True)
+
+
+def parse_model(text):
+    """str -> Config: a name in MODELS, or letters such as L8,E512,H8,K8,D64,F1408,V256[,untied]."""
+    if text in MODELS:
+        return MODELS[text]
+    *letters, last = text.split(",")
+    given = letters if last == "untied" else letters + [last]
+    found = {part[:1]: part[1:] for part in given}
+    if len(found) != len(given) or sorted(found) != sorted("LEHKDFV") \
+            or not all(size.isascii() and size.isdigit() for size in found.values()):
+        raise ValueError(f"model {text!r} is neither a shape such as {DEFAULT}[,untied] "
+                         "nor one of " + ", ".join(MODELS))
+    return Config(**{letter: int(size) for letter, size in found.items()}, tied=last != "untied")
+
+
+# -------------------------------------------------------------------------- this machine's ceilings
+
+
+def seconds_of(call, at_least=5, for_seconds=0.5, at_most=20):
+    """call -> sorted list of float: wall seconds of each run, after one that is not counted."""
+    call()
+    times, began = [], time.perf_counter()
+    while len(times) < at_least or (len(times) < at_most
+                                    and time.perf_counter() - began < for_seconds):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return sorted(times)
+
+
+def measure_flops(dtype):
+    """dtype -> flops/s of one large product, its best run: weights stored output x input."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    sums = jnp.int32 if dtype == "int8" else jnp.float32
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a, b: jax.lax.dot_general(
+        a, b, (((1,), (1,)), ((), ())), preferred_element_type=sums))
+    return 2 * size ** 3 / seconds_of(lambda: product(a, a).block_until_ready())[0]
+
+
+def measure_read():
+    """-> bytes/s of reading half a GiB, more than any cache holds: the best run of two programs."""
+    a = jnp.ones((1 << 15, 1 << 12))
+    row = jnp.ones((1 << 12,))
+    programs = jax.jit(lambda a: jnp.sum(a)), jax.jit(lambda a: a @ row)
+    return a.nbytes / min(seconds_of(lambda: program(a).block_until_ready())[0]
+                          for program in programs)
+
+
+def ceilings(dtypes):
+    """dtypes -> dict: what this machine can do at best, the denominators of MFU and MBU."""
+    say("measuring the machine:", end=" ")
+    flops = {}
+    for dtype in dtypes:
+        flops[dtype] = measure_flops(dtype)
+        say(f"{dtype} {flops[dtype] / GB:.0f} GFLOP/s,", end=" ")
+    read = measure_read()
+    say(f"reading {read / GB:.1f} GB/s")
+    return {"flops_per_second": flops, "read_bytes_per_second": read}
+
+
+def machine():
+    """-> dict: where the figures come from."""
+    device = jax.devices()[0]
+    return {"device": device.device_kind, "count": jax.device_count(), "cores": os.cpu_count(),
+            "jax": jax.__version__, "python": platform.python_version()}
+
+
+# ------------------------------------------------------------------------------------------- phases
+
+
+class Cost(NamedTuple):
+    """What one step takes, from the shapes alone."""
+    T: int             # new tokens a row
+    S: int             # slots a row that attention looks at
+    tokens: int        # made or read, in all rows
+    flops: dict        # by product, as the program multiplies them
+    weight_bytes: int
+    cache_bytes: int
+    parts: dict        # name -> (flops, bytes), each bound by one or the other
+
+
+def cost(T, S, tokens, flops, weight_bytes, cache_bytes, **parts):
+    """-> Cost: attention's flops go with `cache_bytes`, all others with `weight_bytes`."""
+    attention = flops["scores"] + flops["values"]
+    return Cost(T, S, tokens, flops, weight_bytes, cache_bytes,
+                {"weights": (sum(flops.values()) - attention, weight_bytes),
+                 "attention": (attention, cache_bytes), **parts})
+
+
+def train_cost(cfg, B, T, new, cache_dtype):
+    """Weights are read forwards, read backwards, and written as gradients: three times their bytes.
+
+    AdamW reads p, m, v and the gradient and writes p, m and v: 28 bytes a parameter. What is saved
+    between the two passes is not predicted: it need not leave the chip, and where it does, shows.
+    """
+    wide = jnp.dtype(cfg.dtype).itemsize
+    return cost(T, T, B * T, train_flops(cfg, B, T), 3 * wide * param_count(cfg), 0,
+                optimizer=(0, 28 * param_count(cfg)))
+
+
+def prefill_cost(cfg, B, T, new, cache_dtype):
+    """All weights once, and the cache written once."""
+    return cost(T, T, B * T, prefill_flops(cfg, B, T), decode_bytes(cfg, B, 1)["weights"],
+                kv_bytes(cfg, B, T, cache_dtype))
+
+
+def generate_cost(cfg, B, prompt, new, cache_dtype):
+    """One step: all weights, and all slots of the cache whether filled or not."""
+    moved = decode_bytes(cfg, B, prompt + new, cache_dtype=cache_dtype)
+    return cost(1, prompt + new, B, decode_flops(cfg, B, prompt + new), moved["weights"],
+                moved["cache_read"] + moved["cache_write"])
+
+
+def build_train(cfg, params, key, B, T, new, cache_dtype):
+    params = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params)  # a copy: it is donated
+    tokens = jax.random.randint(key, (B, T + 1), 0, cfg.V)
+    step = jax.jit(partial(train_step, cfg=cfg, lr=1e-4), donate_argnums=(0, 1))
+    return step, (params, adam_init(params), tokens), lambda out, args: (*out[:2], tokens)
+
+
+def build_prefill(cfg, params, key, B, T, new, cache_dtype):
+    tokens = jax.random.randint(key, (B, T), 0, cfg.V)
+    step = jax.jit(lambda params, cache, tokens: prefill(
+        params, cache, tokens, jnp.full((B,), T), cfg), donate_argnums=1)
+    args = params, init_cache(cfg, B, T, cache_dtype), tokens
+    return step, args, lambda out, args: (args[0], out[1], tokens)
+
+
+def build_generate(cfg, params, key, B, prompt, new, cache_dtype):
+    def run(params, cache, logits):  # every run starts behind the prompt
+        cache = cache._replace(length=jnp.full((B,), prompt, jnp.int32))
+        return generate(params, cache, logits, key, new, cfg)
+
+    cache = init_cache(cfg, B, prompt + new, cache_dtype)
+    args = params, cache, jax.random.normal(key, (B, cfg.V))
+    return jax.jit(run, donate_argnums=1), args, lambda out, args: (args[0], out[2], out[1])
+
+
+class Phase(NamedTuple):
+    """cost(cfg, B, prompt, new, cache_dtype) predicts; build(cfg, params, key, ...) gives what to
+    run: a jitted function, its first arguments, and the next call's from (result, arguments)."""
+    cost: Callable
+    build: Callable
+    steps: Callable = lambda new: 1  # in one call
+
+
+class Job(NamedTuple):
+    """What is to be measured: one row of the table."""
+    phase: str
+    model: str
+    cfg: Config
+    B: int
+    prompt: int
+    new: int
+    cache_dtype: str = "float32"
+
+
+PHASES = {"train": Phase(train_cost, build_train),
+          "prefill": Phase(prefill_cost, build_prefill),
+          "generate": Phase(generate_cost, build_generate, lambda new: new)}
+
+
+# ------------------------------------------------------------------------------ predict and measure
+
+
+def predict(cost, dtype, ceilings):
+    """Cost, dtype, dict -> dict: seconds of a step: every part takes its flops' time or its bytes'
+    time, whichever is longer, and parts follow one another."""
+    peak, read = ceilings["flops_per_second"][dtype], ceilings["read_bytes_per_second"]
+    parts = [{"name": name, "flops": flops, "bytes": moved,
+              "seconds": max(flops / peak, moved / read),
+              "bound": "flops" if flops / peak > moved / read else "bytes"}
+             for name, (flops, moved) in cost.parts.items()]
+    by = {bound: sum(part["seconds"] for part in parts if part["bound"] == bound)
+          for bound in ("flops", "bytes")}
+    return {"predicted_seconds": sum(by.values()), "bound": max(by, key=by.get), "parts": parts}
+
+
+def utilisation(done, seconds, ceiling, what, row):
+    """-> share of the ceiling, or None and an error in the row: nothing runs faster than it can."""
+    share = done / seconds / ceiling
+    if share <= 1:
+        return share
+    row["errors"].append(
+        f"{what} would be {share:.0%}: the ceiling was measured too low (was another program "
+        "running?) or what is read stays in a cache: take a larger model, and measure again alone")
+    return None
+
+
+def measure(job, params, ceilings, seed):
+    """Job, Params, dict, int -> dict: one row, predicted first, then compiled, then measured."""
+    phase, model, cfg, *shape = job
+    cost = PHASES[phase].cost(cfg, *shape)
+    row = {"phase": phase, "model": model, "dtype": cfg.dtype, "cache_dtype": job.cache_dtype,
+           "B": job.B, "T": cost.T, "S": cost.S, "padding_flops": cost.flops.get("padding", 0),
+           "weight_bytes": cost.weight_bytes, "cache_bytes": cost.cache_bytes, "errors": []}
+    row["flops"] = sum(cost.flops.values()) - row["padding_flops"]
+    row |= predict(cost, cfg.dtype, ceilings)
+    say(f"{phase} {cfg.dtype} B={job.B}: predicted {row['predicted_seconds'] * 1e3:.1f} ms", end="")
+    step, args, feed = PHASES[phase].build(cfg, params, jax.random.key(seed), *shape)
+    start = time.perf_counter()
+    step = step.lower(*args).compile()
+    row["compile_seconds"] = time.perf_counter() - start
+
+    def call():
+        nonlocal args
+        out = jax.block_until_ready(step(*args))
+        args = feed(out, args)
+
+    times = [seconds / PHASES[phase].steps(job.new) for seconds in seconds_of(call)]
+    seconds = row["measured_seconds"] = statistics.median(times)
+    row["p10_seconds"], row["p90_seconds"] = (float(np.quantile(times, q)) for q in (0.1, 0.9))
+    row["runs"], row["ratio"] = len(times), seconds / row["predicted_seconds"]
+    peak, read = ceilings["flops_per_second"][cfg.dtype], ceilings["read_bytes_per_second"]
+    row["mfu"] = utilisation(row["flops"], seconds, peak, "MFU", row)
+    row["mbu"] = utilisation(cost.weight_bytes + cost.cache_bytes, seconds, read, "MBU", row)
+    row["tokens_per_second"] = cost.tokens / seconds
+    row["tokens_per_second_per_sequence"] = cost.tokens / seconds / job.B
+    say(f", measured {seconds * 1e3:.1f} ms")
+    return row
+
+
+COLUMNS = (  # heading, width, text of a row
+    ("phase", -9, lambda r: r["phase"]), ("dtype", -9, lambda r: r["dtype"]),
+    ("B", 3, lambda r: r["B"]), ("T", 4, lambda r: r["T"]), ("S", 5, lambda r: r["S"]),
+    ("weights MB", 10, lambda r: f"{r['weight_bytes'] / MB:.1f}"),
+    ("cache MB", 8, lambda r: f"{r['cache_bytes'] / MB:.1f}"),
+    ("predict ms", 10, lambda r: f"{r['predicted_seconds'] * 1e3:.1f}"),
+    ("measured ms", 11, lambda r: f"{r['measured_seconds'] * 1e3:.1f}"),
+    ("p10 to p90", 15, lambda r: f"{r['p10_seconds'] * 1e3:.1f}-{r['p90_seconds'] * 1e3:.1f}"),
+    ("ratio", 5, lambda r: f"{r['ratio']:.2f}"), ("bound", 5, lambda r: r["bound"]),
+    ("MFU", 5, lambda r: "error" if r["mfu"] is None else f"{r['mfu']:.0%}"),
+    ("MBU", 5, lambda r: "error" if r["mbu"] is None else f"{r['mbu']:.0%}"),
+    ("tok/s/seq", 9, lambda r: f"{r['tokens_per_second_per_sequence']:.1f}"),
+    ("tok/s", 8, lambda r: f"{r['tokens_per_second']:.1f}"),
+    ("compile s", 9, lambda r: f"{r['compile_seconds']:.1f}"))
+
+
+def line(texts):
+    return "  ".join(f"{text:<{-width}}" if width < 0 else f"{text:>{width}}"
+                     for text, (_, width, _) in zip(texts, COLUMNS)).rstrip()
+
+
+def report(rows, ceilings, **more):
+    """Prints the table, its errors, and the JSON object: the last line of stdout."""
+    print("ceilings: " + ", ".join(f"{dtype} {peak / GB:.0f} GFLOP/s" for dtype, peak in
+                                   ceilings["flops_per_second"].items())
+          + f", reading {ceilings['read_bytes_per_second'] / GB:.1f} GB/s")
+    if rows:
+        print("predict: sum over parts of max(flops / peak, bytes / bandwidth); ratio: measured "
+              "over predicted; a step of generate makes one token a row")
+        print(line([heading for heading, _, _ in COLUMNS]))
+    for row in rows:
+        print(line([text(row) for _, _, text in COLUMNS]))
+    for row in rows:
+        for error in row["errors"]:
+            print(f"error: {row['phase']} {row['dtype']} B={row['B']}: {error}")
+    result = {"machine": machine(), "ceilings": ceilings, "rows": rows, **more}
+    print(json.dumps(result), flush=True)
+
+
+def crossover(cfg):
+    """cfg -> int, int: T of a causal pass, and S of a generate step, at which attention's flops
+    equal the weights'. Per token: 2 a weight; 4 * L*H*D a slot, of which a query sees T/2."""
+    multiplied = param_count(cfg) - (2 * cfg.L + 1) * cfg.E - (not cfg.tied) * cfg.V * cfg.E
+    return multiplied // (cfg.L * cfg.H * cfg.D), multiplied // (2 * cfg.L * cfg.H * cfg.D)
+
+
+def print_attention(job):
+    """The share of attention in the flops, and where it would be half."""
+    T, S = job.prompt, job.prompt + job.new
+    for name, flops, size, equal in zip(
+            ("a causal pass", "a generate step"),
+            (prefill_flops(job.cfg, 1, T), decode_flops(job.cfg, 1, S)),
+            (f"T = {T}", f"S = {S}"), crossover(job.cfg)):
+        useful = sum(flops.values()) - flops.get("padding", 0)
+        share = (flops["scores"] + flops["values"]) / useful
+        print(f"attention is {share:.1%} of the flops of {name} at {size}, "
+              f"and as much as the weights' at {size[0]} = {equal}")
+
+
+# --------------------------------------------------------------------------------------- real input
+
+
+def encode(text):
+    return jnp.asarray(np.frombuffer(text.encode(), np.uint8).astype(np.int32))[None]
+
+
+def decode(tokens):
+    return bytes(np.asarray(tokens, np.uint8)).decode(errors="replace")
+
+
+def complete(params, cfg, prompt, new, key, temperature=0.0):
+    """Params, cfg, 1T, int, key -> str: prefill, then generate."""
+    T = prompt.shape[1]
+    cache = init_cache(cfg, 1, T + new)
+    logits, cache = prefill_jit(params, cache, prompt, jnp.full((1,), T), cfg)
+    return decode(generate_jit(params, cache, logits, key, new, cfg, temperature)[0][0])
+
+
+def check_values(seed, steps=400):
+    """Trains on one sentence until the model recites it; SystemExit where it does not."""
+    cfg = parse_model("L2,E64,H4,K2,D16,F192,V256")
+    say(f"checking values: {PROMPT!r} ...", end=" ")
+    params = init(jax.random.key(seed), cfg)
+    adam, tokens = adam_init(params), encode(SENTENCE)
+    for trained in range(steps):
+        params, adam, value = train_jit(params, adam, tokens, cfg, 3e-3)
+        if value < 0.02:
+            break
+    rest = SENTENCE[len(PROMPT):]
+    said = complete(params, cfg, encode(PROMPT), len(rest), jax.random.key(seed))
+    say(f"{said!r} after {trained + 1} steps")
+    if said != rest:
+        sys.exit(f"bench.py: error: trained {trained + 1} steps on {SENTENCE!r} to a loss of "
+                 f"{value:.3f}, the model goes on {said!r}: a wrong program's figures are void")
+
+
+def read_text(path, T):
+    """path, int -> bytes as int32, the first nine tenths and the last."""
+    try:
+        text = np.frombuffer(pathlib.Path(path).read_bytes(), np.uint8).astype(np.int32)
+    except OSError as error:
+        raise ValueError(f"text file {path}: {error.strerror}") from None
+    held = len(text) // 10
+    if held < 2 or len(text) - held < T + 1:
+        raise ValueError(f"text file {path} has {len(text)} bytes: training on {T} at a time takes "
+                         f"{max(20, (T + 1) * 10 // 9 + 1)} or more; a smaller --prompt takes less")
+    return text[:-held], text[-held:]
+
+
+def held_out_loss(params, held, cfg, T, nats):
+    """-> mean nats a byte over all of `held`, in windows of T, the last one shorter."""
+    total = count = 0
+    for start in range(0, len(held) - 1, T):
+        window = held[None, start:start + T + 1]
+        total += float(nats(params, window)) * (window.shape[1] - 1)
+        count += window.shape[1] - 1
+    return total / count
+
+
+def train_on_text(args, cfg, dtype, B, T):
+    """Trains on args.text and prints held-out loss before and after, and a continuation."""
+    if cfg.V < 256:
+        raise ValueError(f"V={cfg.V}: a model of bytes has V=256 or more")
+    text, held = read_text(args.text, T)
+    cfg = replace(cfg, dtype=dtype)
+    limits = {"flops_per_second": {dtype: measure_flops(dtype)},
+              "read_bytes_per_second": measure_read()}
+    params = init(jax.random.key(args.seed), cfg)
+    adam, draw = adam_init(params), np.random.default_rng(args.seed)
+    nats = jax.jit(lambda params, tokens: loss(cast(params, dtype), tokens, cfg))
+    before = held_out_loss(params, held, cfg, T, nats)
+    say(f"{args.text}: {len(text)} bytes to train on, {len(held)} held out, "
+        f"{param_count(cfg)} parameters; held-out loss {before:.3f} nats a byte")
+    flops, live = sum(train_flops(cfg, B, T).values()), sys.stderr.isatty()
+    times = []
+    for i in range(args.steps):
+        starts = draw.integers(0, len(text) - T, B)
+        tokens = np.stack([text[start:start + T + 1] for start in starts])
+        begin = time.perf_counter()
+        lr = args.lr * min(1, (i + 1) / 20)
+        params, adam, value = train_jit(params, adam, tokens, cfg, lr)
+        value = float(value)
+        times.append(time.perf_counter() - begin)
+        recent = statistics.median(times[-9:])
+        if live or i % 20 == 0 or i == args.steps - 1:
+            mfu = flops / recent / limits["flops_per_second"][dtype]
+            say(f"\rstep {i + 1}/{args.steps}  loss {value:.3f} nats/byte  {B * T / recent:.0f} "
+                f"tokens/s  MFU {mfu:.0%} " if i else f"step 1 loss {value:.3f} nats/byte",
+                end="" if live else "\n")
+    after = held_out_loss(params, held, cfg, T, nats)
+    prompt = held[None, :min(T, len(held), 64)]
+    said = complete(cast(params, dtype), cfg, prompt, args.new, jax.random.key(args.seed), 0.5)
+    print(f"\nheld-out loss: {before:.3f} nats a byte before, {after:.3f} after {args.steps} steps")
+    print(f"{decode(prompt[0])!r} goes on {said!r}")
+    report([], limits, text=str(args.text), steps=args.steps, loss_before=before, loss_after=after,
+           continuation=said)
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def numbers(text):
+    """str -> list of int, each at least 1."""
+    if not all(part.isascii() and part.isdigit() and int(part) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers from 1, as 1,8,32")
+    return [int(part) for part in text.split(",")]
+
+
+def number(text):
+    if len(numbers(text)) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one whole number")
+    return numbers(text)[0]
+
+
+def dtypes(text):
+    known = ("float32", "bfloat16")
+    if not set(text.split(",")) <= set(known):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {', '.join(known)}")
+    return text.split(",")
+
+
+def model(text):
+    try:
+        return text, parse_model(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse(argv):
+    parser = Parser(prog="bench.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small model, under a minute")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and draws (0)")
+    commands = parser.add_subparsers(dest="phase", metavar="|".join(PHASES))
+    for name in PHASES:
+        command = commands.add_parser(name, help=f"measure {name} alone")
+        command.add_argument("--model", type=model, metavar="NAME|SHAPE",
+                             help=f"letters ({DEFAULT}) or one of {', '.join(MODELS)}")
+        command.add_argument("--batch", type=numbers, help="sequences, as 1,8,32")
+        command.add_argument("--dtype", type=dtypes, default=["float32"],
+                             help="float32 (default), bfloat16, or both")
+        command.add_argument("--prompt", type=number, help="tokens a sequence (256)", default=256)
+        command.add_argument("--new", type=number, default=32, help="tokens to generate (32)")
+        command.add_argument("--seed", type=int, default=argparse.SUPPRESS)
+        if name == "train":
+            command.add_argument("--text", help="a file to train on (README.md)")
+            command.add_argument("--steps", type=number, help="train on --text so often (200)")
+            command.add_argument("--lr", type=float, default=1e-3, help="learning rate (0.001)")
+    return parser.parse_args(argv)
+
+
+def check_memory(job):
+    """ValueError where weights and cache alone are more than this machine has free."""
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return
+    cfg, train = job.cfg, job.phase == "train"
+    needed = param_count(cfg) * (jnp.dtype(cfg.dtype).itemsize + 16 * train)
+    needed += 0 if train else kv_bytes(cfg, job.B, job.prompt + job.new, job.cache_dtype)
+    if jax.default_backend() == "cpu" and needed > free:
+        raise ValueError(f"{job.phase} of {job.model} in {cfg.dtype} at B={job.B} holds "
+                         f"{needed / GB:.1f} GB and {free / GB:.1f} GB are free: "
+                         "a smaller --model, --batch or --dtype")
+
+
+def jobs_of(args):
+    """-> list of Job: those of one phase, or of the default run."""
+    if args.phase:
+        name, cfg = args.model or (DEFAULT, parse_model(DEFAULT))
+        batches = args.batch or ([8] if args.phase == "train" else [1, 8, 32])
+        shapes, dtypes = {args.phase: (batches, args.prompt, args.new)}, args.dtype
+    elif args.quick:
+        name, cfg, dtypes = QUICK, parse_model(QUICK), ["float32"]
+        shapes = {"train": ([2], 128, 0), "prefill": ([1], 128, 0),
+                  "generate": ([1, 8, 32], 240, 16)}
+    else:
+        name, cfg, dtypes = DEFAULT, parse_model(DEFAULT), ["float32", "bfloat16"]
+        shapes = {"train": ([4], 128, 0), "prefill": ([1, 8, 32], 64, 0),
+                  "generate": ([1, 8, 32], 240, 16)}
+    return [Job(phase, name, replace(cfg, dtype=dtype), B, prompt, new) for dtype in dtypes
+            for phase, (batches, prompt, new) in shapes.items() for B in batches]
+
+
+def run(args):
+    if args.phase == "train" and (args.text or args.steps):
+        args.text = args.text or pathlib.Path(__file__).with_name("README.md")
+        args.steps = args.steps or 200
+        name, cfg = args.model or (SMALL, parse_model(SMALL))
+        return train_on_text(args, cfg, args.dtype[0], (args.batch or [8])[0], args.prompt)
+    jobs = jobs_of(args)
+    for job in jobs:
+        check_memory(job)
+    limits = ceilings(["float32", "bfloat16"] if not args.phase else args.dtype)
+    if not args.phase:
+        check_values(args.seed)
+    rows = []
+    try:
+        for dtype, group in itertools.groupby(jobs, lambda job: job.cfg.dtype):
+            params = init(jax.random.key(args.seed), jobs[0].cfg, dtype)
+            rows += [measure(job, params, limits, args.seed) for job in group]
+    except KeyboardInterrupt:
+        say("\ninterrupted: what was measured so far")
+    print_attention(jobs[-1])
+    report(rows, limits)
+
+
+def main(argv=None):
+    try:
+        run(parse(argv))
+    except ValueError as error:
+        sys.exit(f"bench.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
