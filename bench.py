@@ -501,7 +501,7 @@ def parse(argv):
         command.add_argument("--seed", type=int, default=argparse.SUPPRESS)
         if name == "train":
             command.add_argument("--text", help="a file to train on (README.md)")
-            command.add_argument("--steps", type=number, help="train on --text so often (200)")
+            command.add_argument("--steps", type=number, help="train on --text so often (100)")
             command.add_argument("--lr", type=float, default=1e-3, help="learning rate (0.001)")
     return parser.parse_args(argv)
 
@@ -542,7 +542,7 @@ def jobs_of(args):
 def run(args):
     if args.phase == "train" and (args.text or args.steps):
         args.text = args.text or pathlib.Path(__file__).with_name("README.md")
-        args.steps = args.steps or 200
+        args.steps = args.steps or 100
         name, cfg = args.model or (SMALL, parse_model(SMALL))
         return train_on_text(args, cfg, args.dtype[0], (args.batch or [8])[0], args.prompt)
     jobs = jobs_of(args)

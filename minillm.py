@@ -334,7 +334,7 @@ def adamw(params, adam, grads, lr, b1=0.9, b2=0.95, eps=1e-8, decay=0.1):
 def train_step(params, adam, tokens, cfg, lr):
     """Params, Adam, B(T+1), cfg, lr -> Params, Adam, scalar: one step of AdamW.
 
-    The scalar is the loss before it. The f32 master weights are cast to `cfg.dtype` once a step, and
+    The scalar is the loss before it. f32 master weights are cast to `cfg.dtype` once a step, and
     gradients come back through the cast.
     """
     value, grads = jax.value_and_grad(lambda p: loss(cast(p, cfg.dtype), tokens, cfg))(params)

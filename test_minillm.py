@@ -6,6 +6,7 @@ in an order that differs between two ways to the same number, so TOLERANCE is 2e
 import inspect
 import json
 import math
+import pathlib
 import re
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -785,3 +786,29 @@ def test_a_text_too_short_to_train_on_is_refused_with_its_size(content, tmp_path
     path.write_bytes(content)
     with pytest.raises(SystemExit, match=f"{len(content)} bytes"):
         bench.main(["train", "--text", str(path)])
+
+
+# ---------------------------------------------------------------------------------------- README
+
+
+README = pathlib.Path(__file__).with_name("README.md").read_text()
+
+
+def test_the_readmes_python_runs_and_its_asserts_hold():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) >= 2
+    for source in blocks:
+        exec(source, {})
+
+
+def test_what_the_readme_names_is_there():
+    names = re.findall(r"`(minillm|infer|bench)\.(\w+)`", README)
+    assert len(names) > 10
+    for module, name in names:
+        assert name == "py" or hasattr({"minillm": minillm, "infer": infer, "bench": bench}[module],
+                                       name), name
+    tests = re.findall(r"`(test_\w+)`", README)
+    assert len(tests) > 5 and set(tests) <= set(globals())
+    assert all(name in README for name in bench.MODELS)
+    for line in re.findall(r"^python bench\.py (.*?)(?: *#.*)?$", README, re.M):
+        bench.parse(line.split())
