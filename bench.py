@@ -257,20 +257,42 @@ def utilisation(done, seconds, ceiling, what, row):
     return None
 
 
-def measure(job, params, ceilings, seed):
-    """Job, Params, dict, int -> dict: one row, predicted first, then compiled, then measured."""
+def predicted_row(job, ceilings):
+    """Job, dict -> dict: the half of a row that is known before anything runs."""
     phase, model, cfg, *shape = job
     cost = PHASES[phase].cost(cfg, *shape)
-    row = {"phase": phase, "model": model, "dtype": cfg.dtype, "cache_dtype": job.cache_dtype,
-           "B": job.B, "T": cost.T, "S": cost.S, "padding_flops": cost.flops.get("padding", 0),
-           "weight_bytes": cost.weight_bytes, "cache_bytes": cost.cache_bytes, "errors": []}
-    row["flops"] = sum(cost.flops.values()) - row["padding_flops"]
-    row |= predict(cost, cfg.dtype, ceilings)
+    padding = cost.flops.get("padding", 0)
+    return {"phase": phase, "model": model, "dtype": cfg.dtype, "cache_dtype": job.cache_dtype,
+            "B": job.B, "T": cost.T, "S": cost.S, "tokens": cost.tokens,
+            "flops": sum(cost.flops.values()) - padding, "padding_flops": padding,
+            "weight_bytes": cost.weight_bytes, "cache_bytes": cost.cache_bytes,
+            **predict(cost, cfg.dtype, ceilings)}
+
+
+def measured_row(row, times, compile_seconds, ceilings):
+    """dict, list of seconds, float, dict -> dict: the whole row."""
+    seconds, row = statistics.median(times), dict(row, compile_seconds=compile_seconds, errors=[])
+    row |= {"measured_seconds": seconds, "p10_seconds": float(np.quantile(times, 0.1)),
+            "p90_seconds": float(np.quantile(times, 0.9)), "runs": len(times),
+            "ratio": seconds / row["predicted_seconds"],
+            "tokens_per_second": row["tokens"] / seconds,
+            "tokens_per_second_per_sequence": row["tokens"] / seconds / row["B"]}
+    peak, read = ceilings["flops_per_second"][row["dtype"]], ceilings["read_bytes_per_second"]
+    row["mfu"] = utilisation(row["flops"], seconds, peak, "MFU", row)
+    moved = row["weight_bytes"] + row["cache_bytes"]
+    row["mbu"] = utilisation(moved, seconds, read, "MBU", row)
+    return row
+
+
+def measure(job, params, ceilings, seed):
+    """Job, Params, dict, int -> dict: one row, predicted first, then compiled, then measured."""
+    phase, _, cfg, *shape = job
+    row = predicted_row(job, ceilings)
     say(f"{phase} {cfg.dtype} B={job.B}: predicted {row['predicted_seconds'] * 1e3:.1f} ms", end="")
     step, args, feed = PHASES[phase].build(cfg, params, jax.random.key(seed), *shape)
     start = time.perf_counter()
     step = step.lower(*args).compile()
-    row["compile_seconds"] = time.perf_counter() - start
+    compile_seconds = time.perf_counter() - start
 
     def call():
         nonlocal args
@@ -278,15 +300,8 @@ def measure(job, params, ceilings, seed):
         args = feed(out, args)
 
     times = [seconds / PHASES[phase].steps(job.new) for seconds in seconds_of(call)]
-    seconds = row["measured_seconds"] = statistics.median(times)
-    row["p10_seconds"], row["p90_seconds"] = (float(np.quantile(times, q)) for q in (0.1, 0.9))
-    row["runs"], row["ratio"] = len(times), seconds / row["predicted_seconds"]
-    peak, read = ceilings["flops_per_second"][cfg.dtype], ceilings["read_bytes_per_second"]
-    row["mfu"] = utilisation(row["flops"], seconds, peak, "MFU", row)
-    row["mbu"] = utilisation(cost.weight_bytes + cost.cache_bytes, seconds, read, "MBU", row)
-    row["tokens_per_second"] = cost.tokens / seconds
-    row["tokens_per_second_per_sequence"] = cost.tokens / seconds / job.B
-    say(f", measured {seconds * 1e3:.1f} ms")
+    row = measured_row(row, times, compile_seconds, ceilings)
+    say(f", measured {row['measured_seconds'] * 1e3:.1f} ms")
     return row
 
 
@@ -399,7 +414,7 @@ def read_text(path, T):
     return text[:-held], text[-held:]
 
 
-def held_out_loss(params, held, cfg, T, nats):
+def held_out_loss(params, held, T, nats):
     """-> mean nats a byte over all of `held`, in windows of T, the last one shorter."""
     total = count = 0
     for start in range(0, len(held) - 1, T):
@@ -409,43 +424,42 @@ def held_out_loss(params, held, cfg, T, nats):
     return total / count
 
 
-def train_on_text(args, cfg, dtype, B, T):
+def train_on_text(args, job):
     """Trains on args.text and prints held-out loss before and after, and a continuation."""
+    cfg, B, T, key = job.cfg, job.B, job.prompt, jax.random.key(args.seed)
     if cfg.V < 256:
         raise ValueError(f"V={cfg.V}: a model of bytes has V=256 or more")
     text, held = read_text(args.text, T)
-    cfg = replace(cfg, dtype=dtype)
-    limits = {"flops_per_second": {dtype: measure_flops(dtype)},
-              "read_bytes_per_second": measure_read()}
-    params = init(jax.random.key(args.seed), cfg)
-    adam, draw = adam_init(params), np.random.default_rng(args.seed)
-    nats = jax.jit(lambda params, tokens: loss(cast(params, dtype), tokens, cfg))
-    before = held_out_loss(params, held, cfg, T, nats)
+    limits = ceilings([cfg.dtype])
+    row, params, draw = predicted_row(job, limits), init(key, cfg), np.random.default_rng(args.seed)
+    adam = adam_init(params)
+    nats = jax.jit(lambda params, tokens: loss(cast(params, cfg.dtype), tokens, cfg))
+    before = held_out_loss(params, held, T, nats)
     say(f"{args.text}: {len(text)} bytes to train on, {len(held)} held out, "
-        f"{param_count(cfg)} parameters; held-out loss {before:.3f} nats a byte")
-    flops, live = sum(train_flops(cfg, B, T).values()), sys.stderr.isatty()
-    times = []
+        f"{param_count(cfg)} parameters; held-out loss {before:.3f} nats/byte")
+    start = time.perf_counter()
+    step = train_jit.lower(params, adam, jnp.zeros((B, T + 1), jnp.int32), cfg, args.lr).compile()
+    compile_seconds, times, live = time.perf_counter() - start, [], sys.stderr.isatty()
     for i in range(args.steps):
         starts = draw.integers(0, len(text) - T, B)
         tokens = np.stack([text[start:start + T + 1] for start in starts])
-        begin = time.perf_counter()
-        lr = args.lr * min(1, (i + 1) / 20)
-        params, adam, value = train_jit(params, adam, tokens, cfg, lr)
+        start = time.perf_counter()
+        params, adam, value = step(params, adam, tokens, args.lr * min(1, (i + 1) / 20))
         value = float(value)
-        times.append(time.perf_counter() - begin)
-        recent = statistics.median(times[-9:])
-        if live or i % 20 == 0 or i == args.steps - 1:
-            mfu = flops / recent / limits["flops_per_second"][dtype]
-            say(f"\rstep {i + 1}/{args.steps}  loss {value:.3f} nats/byte  {B * T / recent:.0f} "
-                f"tokens/s  MFU {mfu:.0%} " if i else f"step 1 loss {value:.3f} nats/byte",
-                end="" if live else "\n")
-    after = held_out_loss(params, held, cfg, T, nats)
+        times.append(time.perf_counter() - start)
+        if live or i % 10 == 0 or i == args.steps - 1:
+            now = measured_row(row, times[-9:], compile_seconds, limits)
+            mfu = "error, above 100%" if now["mfu"] is None else f"{now['mfu']:.0%}"
+            say(f"\rstep {i + 1}/{args.steps}  loss {value:.3f} nats/byte  "
+                f"{now['tokens_per_second']:.0f} tokens/s  MFU {mfu} ", end="" if live else "\n")
+    say()
+    after = held_out_loss(params, held, T, nats)
     prompt = held[None, :min(T, len(held), 64)]
-    said = complete(cast(params, dtype), cfg, prompt, args.new, jax.random.key(args.seed), 0.5)
-    print(f"\nheld-out loss: {before:.3f} nats a byte before, {after:.3f} after {args.steps} steps")
+    said = complete(cast(params, cfg.dtype), cfg, prompt, args.new, key, 0.5)
+    print(f"held-out loss: {before:.3f} nats a byte before, {after:.3f} after {args.steps} steps")
     print(f"{decode(prompt[0])!r} goes on {said!r}")
-    report([], limits, text=str(args.text), steps=args.steps, loss_before=before, loss_after=after,
-           continuation=said)
+    report([measured_row(row, times, compile_seconds, limits)], limits, text=str(args.text),
+           steps=args.steps, loss_before=before, loss_after=after, continuation=said)
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -503,7 +517,15 @@ def parse(argv):
             command.add_argument("--text", help="a file to train on (README.md)")
             command.add_argument("--steps", type=number, help="train on --text so often (100)")
             command.add_argument("--lr", type=float, default=1e-3, help="learning rate (0.001)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.quick and args.phase:
+        parser.error(f"--quick is for all phases: leave out --quick or {args.phase}")
+    if args.phase == "train" and (args.text or args.steps):
+        args.text = args.text or pathlib.Path(__file__).with_name("README.md")
+        args.steps = args.steps or 100
+        if len(args.dtype) > 1 or len(args.batch or [8]) > 1:
+            parser.error("training on a text takes one --batch and one --dtype")
+    return args
 
 
 def check_memory(job):
@@ -524,7 +546,8 @@ def check_memory(job):
 def jobs_of(args):
     """-> list of Job: those of one phase, or of the default run."""
     if args.phase:
-        name, cfg = args.model or (DEFAULT, parse_model(DEFAULT))
+        size = SMALL if args.phase == "train" and args.text else DEFAULT
+        name, cfg = args.model or (size, parse_model(size))
         batches = args.batch or ([8] if args.phase == "train" else [1, 8, 32])
         shapes, dtypes = {args.phase: (batches, args.prompt, args.new)}, args.dtype
     elif args.quick:
@@ -540,14 +563,12 @@ def jobs_of(args):
 
 
 def run(args):
-    if args.phase == "train" and (args.text or args.steps):
-        args.text = args.text or pathlib.Path(__file__).with_name("README.md")
-        args.steps = args.steps or 100
-        name, cfg = args.model or (SMALL, parse_model(SMALL))
-        return train_on_text(args, cfg, args.dtype[0], (args.batch or [8])[0], args.prompt)
+    """Measures what the command line asks for, and prints it."""
     jobs = jobs_of(args)
     for job in jobs:
         check_memory(job)
+    if args.phase == "train" and args.text:
+        return train_on_text(args, *jobs)
     limits = ceilings(["float32", "bfloat16"] if not args.phase else args.dtype)
     if not args.phase:
         check_values(args.seed)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minillm import (attention, block, causal_attention, check_tokens, dims, embed, forward,
-                     product_flops, query_blocks, rotary, sizes, unembed)
+from minillm import (attention, block, causal_attention, causal_pairs, check_tokens, dims,
+                     embed, forward, product_flops, rotary, sizes, unembed)
 
 
 class Cache(NamedTuple):
@@ -235,8 +235,7 @@ def generate_reference(params, prompt, n, cfg):
 
 def prefill_flops(cfg, B, T):
     """cfg, int, int -> dict: `forward_flops`, but only B positions are unembedded, not B*T."""
-    pairs = sum((stop - start) * stop for start, stop in query_blocks(T))
-    return product_flops(cfg, B * T, B, B * pairs)
+    return product_flops(cfg, B * T, B, B * causal_pairs(T))
 
 
 def decode_flops(cfg, B, S, T=1):

@@ -4,9 +4,10 @@ One alphabet, here and in every other file. A shape is written as its letters, B
 
     B batch   T new tokens   S cache slots   L layers   V vocabulary
     E embed   F feed-forward   H query heads   K key/value heads   G = H/K   D head dim
+    and for any product: M rows   C contracted   O outputs
 
-`BT, VE -> BTE` at the top of a docstring is a contract: shapes in, shapes out. State goes in and
-comes out; nothing is mutated. `jax.jit` and donation belong to the caller.
+`BT, E -> BTE` at the top of a docstring is its contract: shapes in, shapes out. State goes in and
+comes out, nothing is mutated, and `jax.jit` and donation belong to the caller.
 """
 import math
 from dataclasses import dataclass
@@ -14,15 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes and choices that pick a program: hashable, so a static argument of `jax.jit`.
-
-    ValueError where sizes do not fit together.
-    """
+    """What picks a program: a static argument of `jax.jit`. ValueError where sizes do not fit."""
     L: int
     E: int
     H: int
@@ -47,13 +44,14 @@ class Config:
                              "choose K that divides H")
         if self.D % 2:
             raise ValueError(f"D={self.D} is odd: rotary positions turn pairs, choose an even D")
-        if self.act not in ("silu", "gelu"):
-            raise ValueError(f"act={self.act!r} is not known: silu, gelu")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype={self.dtype!r} is not known: float32, bfloat16, float16")
+        known = dict(act=("silu", "gelu"), dtype=("float32", "bfloat16", "float16"))
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known: {values}")
 
 
 class Layer(NamedTuple):
+    """One layer's arrays, or what stands for them: `dims` says what each one is."""
     attn_norm: Any
     wq: Any
     wk: Any
@@ -66,8 +64,10 @@ class Layer(NamedTuple):
 
 
 class Params(NamedTuple):
+    """All arrays of a model. Layers are walked by a Python loop: on a CPU a scan over stacked ones
+    copies each layer's weights before it uses them, and reads at a third of the speed."""
     embed: Any
-    layers: tuple  # of Layer, walked by a Python loop: a scan over stacked layers copies each one
+    layers: tuple  # of Layer
     out_norm: Any
     unembed: Any   # None when tied
 
@@ -99,11 +99,10 @@ def init(key, cfg, dtype="float32"):
     names, tree = jax.tree.flatten(dims(cfg))
 
     def leaf(name, key):
-        _, _, contracted = name.partition(" ")
-        if not contracted:
+        if " " not in name:
             return jnp.ones(sizes(name, cfg), dtype)
-        std = math.prod(sizes(contracted, cfg)) ** -0.5
-        return (std * jax.random.normal(key, sizes(name, cfg))).astype(dtype)
+        fan_in = math.prod(sizes(name.split()[1], cfg))
+        return (fan_in ** -0.5 * jax.random.normal(key, sizes(name, cfg))).astype(dtype)
 
     return tree.unflatten(map(leaf, names, jax.random.split(key, len(names))))
 
@@ -123,46 +122,38 @@ def param_count(cfg):
 
 @jax.custom_vjp
 def matmul(x, w):
-    """MC, NC -> MN: every product with a weight; f32 sums whatever the operands are.
-
-    Forwards it multiplies 2 * M * NC flops, M tokens with NC weights: 2BP.
-    """
+    """MC, OC -> MO: every product with a weight, summed in f32: 2BP flops, B = M and P = OC."""
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())),
                                preferred_element_type=jnp.float32)
 
 
-def matmul_forward(x, w):
-    """MC, NC -> MN, (MC, NC): the product, and what its gradient needs."""
-    return matmul(x, w), (x, w)
-
-
 def matmul_backward(saved, dy):
-    """(MC, NC), MN -> MC, NC: two products for the one forwards, so 6BP in all.
+    """(MC, OC), MO -> MC, OC: two products for the one forwards, so 6BP in all.
 
     Operands are as wide as w, sums are f32.
     """
     x, w = saved
     dy = dy.astype(w.dtype)
     f32 = dict(preferred_element_type=jnp.float32)
-    spine = jnp.einsum("MN,NC->MC", dy, w, **f32)            # passed down to the layer below
-    weight_gradient = jnp.einsum("MN,MC->NC", dy, x, **f32)  # stays here
+    spine = jnp.einsum("MO,OC->MC", dy, w, **f32)            # passed down to the layer below
+    weight_gradient = jnp.einsum("MO,MC->OC", dy, x, **f32)  # stays here
     return spine.astype(x.dtype), weight_gradient.astype(w.dtype)
 
 
-matmul.defvjp(matmul_forward, matmul_backward)
+matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), matmul_backward)
 
 
 def dot(x, w, n=1, dtype=None):
-    """...C, NC -> ...N: x with one weight, over the last n letters of both, as one 2-D product.
+    """...C, OC -> ...O: x with one weight, over the last n letters of both, as one 2-D product.
 
     The result has the dtype of x unless one is given. A single row narrower than f32 is doubled:
     XLA's CPU code for one bf16 row is a scalar loop, 8 to 20 times slower than two rows.
     """
     contracted = math.prod(w.shape[-n:])
     rows = x.reshape(-1, contracted)
-    pad = len(rows) == 1 and w.dtype.itemsize < 4
-    y = matmul(jnp.concatenate([rows, rows]) if pad else rows, w.reshape(-1, contracted))
-    y = y[:1] if pad else y
+    if len(rows) == 1 and w.dtype.itemsize < 4:
+        rows = jnp.concatenate([rows, rows])
+    y = matmul(rows, w.reshape(-1, contracted))[:x.size // contracted]
     return y.reshape(x.shape[:-n] + w.shape[:-n]).astype(dtype or x.dtype)
 
 
@@ -218,6 +209,12 @@ def query_blocks(T):
     return [(start, min(start + size, T)) for start in range(0, T, size)]
 
 
+def causal_pairs(T):
+    """int -> int: pairs of query and key that causal_attention multiplies in a row: the triangle at
+    and below the diagonal, T(T+1)/2, and half a block for each query above it."""
+    return sum((stop - start) * stop for start, stop in query_blocks(T))
+
+
 def causal_attention(q, k, v):
     """BTHD, BKTD, BKTD -> BTHD: `attention` at positions 0 to T - 1, without most of what it masks.
 
@@ -256,13 +253,11 @@ def block(x, w, table, cfg, attend, enter=dots, leave=dot, norm=rms_norm):
 
 def check_tokens(tokens, cfg):
     """BT, cfg -> None: ValueError unless they are integers of 0 to V - 1 (seen where concrete)."""
-    if jnp.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
-        raise ValueError(f"tokens of shape {jnp.shape(tokens)}, {jnp.result_type(tokens)}: "
-                         "expected integers [B, T]")
-    if 0 in jnp.shape(tokens):
-        raise ValueError(f"tokens of shape {jnp.shape(tokens)} are empty: give a row and a token")
+    if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens of shape {tokens.shape}, {tokens.dtype}: expected integers "
+                         "[B, T], not empty")
     if not isinstance(tokens, jax.core.Tracer):
-        low, high = np.min(tokens), np.max(tokens)
+        low, high = tokens.min(), tokens.max()
         if low < 0 or high >= cfg.V:
             raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary: "
                              f"0 to {cfg.V - 1}")
@@ -280,6 +275,11 @@ def unembed(params, x, cfg):
     return dot(rms_norm(x, params.out_norm, cfg.eps), table, dtype=jnp.float32)
 
 
+def causal(q, k, v):
+    """BTHD, BKTD, BKTD -> BTHD, None: what training's queries look at, in the form of `attend`."""
+    return causal_attention(q, k, v), None
+
+
 def forward(params, tokens, cfg, block=block):
     """Params, BT, cfg -> BTV: f32 logits of every next token.
 
@@ -292,11 +292,6 @@ def forward(params, tokens, cfg, block=block):
     for w in params.layers:
         x, _ = block(x, w, table, cfg, causal)
     return unembed(params, x, cfg)
-
-
-def causal(q, k, v):
-    """BTHD, BKTD, BKTD -> BTHD, None: what training's queries look at, in the form of `attend`."""
-    return causal_attention(q, k, v), None
 
 
 def loss(params, tokens, cfg, block=block):
@@ -364,13 +359,8 @@ def product_flops(cfg, tokens, unembedded, pairs):
 
 
 def forward_flops(cfg, B, T):
-    """cfg, int, int -> dict: flops of `forward` by product, as the program multiplies them.
-
-    Attention counts the pairs in causal_attention's blocks: the triangle at and below the diagonal,
-    T(T+1)/2, and half a block for each query above it.
-    """
-    pairs = sum((stop - start) * stop for start, stop in query_blocks(T))
-    return product_flops(cfg, B * T, B * T, B * pairs)
+    """cfg, int, int -> dict: flops of `forward`; attention's are those of `causal_pairs`."""
+    return product_flops(cfg, B * T, B * T, B * causal_pairs(T))
 
 
 def train_flops(cfg, B, T, remat=False):
@@ -382,20 +372,19 @@ def train_flops(cfg, B, T, remat=False):
     once = forward_flops(cfg, B, T)
     flops = {name: 3 * count for name, count in once.items()}
     if remat:
-        again = {name: once[name] for name in ("qkv", "scores", "values", "out")}
-        again["mlp"] = once["mlp"] * 2 // 3
+        again = once | {"mlp": once["mlp"] * 2 // 3, "unembed": 0}
         if "padding" in once:
             again["padding"] = again["qkv"] + again["out"] + again["mlp"]
-        flops = {name: count + again.get(name, 0) for name, count in flops.items()}
+        flops = {name: count + again[name] for name, count in flops.items()}
     return flops
 
 
 def traced_flops(fn, *args):
     """fn, arrays -> int: 2MNK of every dot_general that the program `fn(*args)` holds. The oracle.
 
-    Counted in the jaxpr, through calls, a scan's body times its length. Arguments may be
-    `jax.ShapeDtypeStruct`. ValueError for a product inside a `while` or `cond`, whose count is not
-    in the program.
+    Counted in the jaxpr, through calls, a scan's body times its length; arguments may be
+    `jax.ShapeDtypeStruct`. ValueError for a product in a `while` or `cond`: it may run any number
+    of times.
     """
     def count(jaxpr):
         total = 0
