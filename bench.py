@@ -182,6 +182,7 @@ def generate_cost(cfg, B, prompt, new, cache_dtype):
 
 
 def build_train(cfg, params, key, B, T, new, cache_dtype):
+    """-> a whole step of AdamW on random tokens, from f32 masters that are its own."""
     params = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params)  # a copy: it is donated
     tokens = jax.random.randint(key, (B, T + 1), 0, cfg.V)
     step = jax.jit(partial(train_step, cfg=cfg, lr=1e-4), donate_argnums=(0, 1))
@@ -189,6 +190,7 @@ def build_train(cfg, params, key, B, T, new, cache_dtype):
 
 
 def build_prefill(cfg, params, key, B, T, new, cache_dtype):
+    """-> B random prompts of T tokens, read into a cache of T slots."""
     tokens = jax.random.randint(key, (B, T), 0, cfg.V)
     step = jax.jit(lambda params, cache, tokens: prefill(
         params, cache, tokens, jnp.full((B,), T), cfg), donate_argnums=1)
@@ -197,6 +199,7 @@ def build_prefill(cfg, params, key, B, T, new, cache_dtype):
 
 
 def build_generate(cfg, params, key, B, prompt, new, cache_dtype):
+    """-> `new` steps behind a prompt, greedily, in one scan. The prompt's slots hold zeros."""
     def run(params, cache, logits):  # every run starts behind the prompt
         cache = cache._replace(length=jnp.full((B,), prompt, jnp.int32))
         return generate(params, cache, logits, key, new, cfg)
@@ -322,6 +325,7 @@ COLUMNS = (  # heading, width, text of a row
 
 
 def line(texts):
+    """-> str: one line of the table."""
     return "  ".join(f"{text:<{-width}}" if width < 0 else f"{text:>{width}}"
                      for text, (_, width, _) in zip(texts, COLUMNS)).rstrip()
 
@@ -368,10 +372,12 @@ def print_attention(job):
 
 
 def encode(text):
+    """str -> 1T: a byte a token."""
     return jnp.asarray(np.frombuffer(text.encode(), np.uint8).astype(np.int32))[None]
 
 
 def decode(tokens):
+    """T -> str: what is no UTF-8 shows as a replacement character."""
     return bytes(np.asarray(tokens, np.uint8)).decode(errors="replace")
 
 
@@ -478,12 +484,14 @@ def numbers(text):
 
 
 def number(text):
+    """str -> int, at least 1."""
     if len(numbers(text)) != 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected one whole number")
     return numbers(text)[0]
 
 
 def dtypes(text):
+    """str -> list of str."""
     known = ("float32", "bfloat16")
     if not set(text.split(",")) <= set(known):
         raise argparse.ArgumentTypeError(f"{text!r}: expected some of {', '.join(known)}")
@@ -491,6 +499,7 @@ def dtypes(text):
 
 
 def model(text):
+    """str -> the text itself, and its Config."""
     try:
         return text, parse_model(text)
     except ValueError as error:
@@ -498,6 +507,7 @@ def model(text):
 
 
 def parse(argv):
+    """list of str -> the command line's arguments; SystemExit with one line where they are bad."""
     parser = Parser(prog="bench.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model, under a minute")
@@ -584,6 +594,7 @@ def run(args):
 
 
 def main(argv=None):
+    """The program: what is wrong with the input is said in one line."""
     try:
         run(parse(argv))
     except ValueError as error:
