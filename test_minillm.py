@@ -24,7 +24,7 @@ import minillm
 from infer import (Cache, decode_bytes, decode_flops, extend, generate, generate_reference,
                    init_cache, kv_bytes, log_probs, prefill, prefill_flops, resize, sample)
 from minillm import (Config, adam_init, adamw, attention, block, cast, causal_attention, dims, dot,
-                     forward, forward_flops, init, loss, matmul, param_count, rope, rotary,
+                     forward, forward_flops, init, lookup, loss, matmul, param_count, rope, rotary,
                      traced_flops, train_flops, train_step, unembed)
 
 settings.register_profile("minillm", deadline=None, derandomize=True, max_examples=8)
@@ -237,6 +237,17 @@ def test_a_narrow_product_sums_in_f32_and_a_single_row_is_no_exception(rows):
     assert np.all(np.abs(dot(x, w, dtype=jnp.float32) - exact) <= limit)
 
 
+def test_the_gradient_of_a_frequent_token_is_summed_in_f32():
+    dy = jnp.asarray(*normals((3, 333, 4)), jnp.bfloat16)
+    _, back = jax.vjp(lambda table: lookup(table, jnp.ones((3, 333), jnp.int32)),
+                      jnp.zeros((2, 4), jnp.bfloat16))
+    exact = np.asarray(dy, float).sum((0, 1))
+    # rounded to bf16 once, after 999 sums
+    limit = 2 ** -8 * np.abs(exact) + 999 * 6e-8 * np.abs(np.asarray(dy, float)).sum((0, 1))
+    gradient = np.asarray(back(dy)[0], float)
+    assert np.all(np.abs(gradient[1] - exact) <= limit) and np.all(gradient[0] == 0)
+
+
 @pytest.mark.parametrize("cfg", CONFIGS, ids=repr)
 def test_every_gradient_is_the_slope_of_the_loss(cfg):
     """Along its own direction, a gradient g has slope |g|. Two central differences make one whose
@@ -374,7 +385,7 @@ CONTRACTS = [fn for module in (minillm, infer)
              if getattr(fn, "__module__", "") == module.__name__ and not name.startswith("_")]
 
 
-@pytest.mark.parametrize("fn", CONTRACTS + [matmul], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("fn", CONTRACTS + [matmul, lookup], ids=lambda fn: fn.__name__)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_contract_line_holds(fn, seed):
     contract = re.match(r"(.*?) -> ([^:]*)", inspect.getdoc(fn) or "")
