@@ -174,6 +174,38 @@ def test_causal_attention_is_attention_at_positions_0_to_T(T):
     close(causal_jit(q, k, v), attention_jit(q, k, v, pos))
 
 
+def forward_by_hand(params, tokens, cfg):
+    """The model, in NumPy and f64, with no line in common."""
+    def norm(x, scale):
+        return x / np.sqrt(np.mean(x ** 2, -1, keepdims=True) + cfg.eps) * scale
+
+    def turn(x):  # BTHD as complex numbers, d with d + D/2
+        z = x[..., :cfg.D // 2] + 1j * x[..., cfg.D // 2:]
+        speed = cfg.rope_base ** (-2 * np.arange(cfg.D // 2) / cfg.D)
+        z = z * np.exp(1j * np.arange(x.shape[1])[:, None, None] * speed)
+        return np.concatenate([z.real, z.imag], -1)
+
+    params = jax.tree.map(lambda w: np.asarray(w, float), params)
+    pos = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    x = params.embed[tokens] * (cfg.E ** 0.5 if cfg.embed_scale else 1)
+    for w in params.layers:
+        q, k, v = (np.einsum("bte,hde->bthd", norm(x, w.attn_norm), m) for m in (w.wq, w.wk, w.wv))
+        out = attention_by_hand(turn(q), turn(k).swapaxes(1, 2), v.swapaxes(1, 2), pos)
+        x = x + np.einsum("bthd,ehd->bte", out, w.wo)
+        gate, up = (norm(x, w.mlp_norm) @ m.T for m in (w.w_gate, w.w_up))
+        inner = gate + 0.044715 * gate ** 3
+        act = gate / (1 + np.exp(-gate)) if cfg.act == "silu" else \
+            gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * inner))
+        x = x + (act * up) @ w.w_down.T
+    return norm(x, params.out_norm) @ (params.embed if cfg.tied else params.unembed).T
+
+
+@pytest.mark.parametrize("cfg", [*CONFIGS, replace(CONFIGS[1], eps=0.1, rope_base=3.0)], ids=repr)
+def test_forward_is_the_model_as_written_in_numpy(cfg):
+    params, tokens = weights(cfg), draw_tokens(cfg, 3, SLOTS)
+    close(forward_jit(params, tokens, cfg=cfg), forward_by_hand(params, tokens, cfg))
+
+
 @given(configs, st.integers(1, SLOTS - 1), st.integers(0, 99))
 def test_a_later_token_does_not_touch_an_earlier_logit(cfg, t, seed):
     params, before = weights(cfg), draw_tokens(cfg, 3, SLOTS, seed=seed)
@@ -235,6 +267,36 @@ def test_a_narrow_product_sums_in_f32_and_a_single_row_is_no_exception(rows):
     # products of bf16 are exact in f32, and 999 sums of them lose at most 999 * 6e-8 of the total
     limit = 999 * 6e-8 * (np.abs(np.asarray(x, float)) @ np.abs(np.asarray(w, float)).T)
     assert np.all(np.abs(dot(x, w, dtype=jnp.float32) - exact) <= limit)
+
+
+def test_narrow_values_are_rounded_once_and_never_inside():
+    """bf16 rounds at 2**-8 of a value. Norm, rotation and attention work in f32."""
+    def exact(*arrays):
+        return [np.asarray(a, float) for a in arrays]
+
+    x, scale = (jnp.asarray(a, jnp.bfloat16) for a in normals((1, 9, 2, 64), (64,)))
+    mean_square = np.mean(exact(x)[0] ** 2, -1, keepdims=True)
+    unit = exact(x)[0] / np.sqrt(mean_square) * exact(scale)[0]
+    assert np.all(np.abs(minillm.rms_norm(x, scale, 0.0) - unit) <= 1.01 * 2 ** -8 * np.abs(unit))
+    pos, half = 257 + np.arange(9)[None], exact(x)[0][..., :32] + 1j * exact(x)[0][..., 32:]
+    cfg = replace(grouped, D=64)
+    half = half * np.exp(1j * pos[..., None, None] * 1e4 ** (-np.arange(32) / 32))
+    turned = np.concatenate([half.real, half.imag], -1)
+    limit = 1.01 * 2 ** -8 * np.abs(turned) + 1e-4  # 265 radians are known to 265 * 6e-8
+    assert np.all(np.abs(rope(x, rotary(jnp.asarray(pos), cfg)) - turned) <= limit)
+    k, seen = x.swapaxes(1, 2), np.arange(9)[None]
+    q = 8 * x[:, ::-1]  # scores of order 10: rounded to bf16 they would move a weight by 4%
+    out, hand = attention(q, k, k, jnp.asarray(seen)), attention_by_hand(*exact(q, k, k), seen)
+    assert np.all(np.abs(out - hand) <= 2 ** -7 * np.abs(exact(k)[0]).max())
+
+
+def test_no_product_of_a_bf16_program_rounds_its_sums():
+    cfg = replace(grouped, dtype="bfloat16")
+    cache = jax.eval_shape(lambda: init_cache(cfg, 2, 9))
+    for program in (jax.make_jaxpr(jax.grad(partial(loss, cfg=cfg)))(abstract(cfg), shaped(2, 9)),
+                    jax.make_jaxpr(partial(extend, cfg=cfg))(abstract(cfg), cache, shaped(2, 1))):
+        sums = re.findall(r":(\w+)\[[\d,]*\] = dot_general", str(program))
+        assert len(sums) > 7 * cfg.L and set(sums) == {"f32"}
 
 
 def test_the_gradient_of_a_frequent_token_is_summed_in_f32():
@@ -305,7 +367,7 @@ def test_a_training_step_is_the_gradient_then_adamw_on_f32_masters(dtype):
 
 @pytest.mark.parametrize("cfg", CONFIGS[:2], ids=repr)
 def test_init_has_variance_one_over_fan_in_and_norms_of_one(cfg):
-    cfg = replace(cfg, E=48, F=96, V=160)
+    cfg, drawn = replace(cfg, E=48, F=96, V=160), []
     for name, w in zip(jax.tree.leaves(dims(cfg)), jax.tree.leaves(init(jax.random.key(3), cfg))):
         if " " not in name:
             assert np.all(w == 1)
@@ -313,6 +375,8 @@ def test_init_has_variance_one_over_fan_in_and_norms_of_one(cfg):
             fan_in = math.prod(minillm.sizes(name.split()[1], cfg))
             # the variance of n normals is known to sqrt(2 / n): five times that
             assert abs(jnp.var(w) * fan_in - 1) < 5 * math.sqrt(2 / w.size)
+            drawn.append(float(w.ravel()[0]) * fan_in ** 0.5)
+    assert len(set(drawn)) == len(drawn)  # no two from the same key
 
 
 PUBLISHED = {
@@ -570,6 +634,13 @@ def test_log_probs_keep_the_right_tokens_ties_included(V, top_k, top_p, temperat
 def test_temperature_0_is_all_on_the_best_token():
     logits = jnp.array([[0.5, 2.0, 2.0, -1.0]])
     assert np.array_equal(jnp.exp(log_probs(logits, 0.0)), [[0, 1, 0, 0]])
+
+
+def test_old_style_keys_draw_what_new_ones_draw():
+    logits, pos = jnp.asarray(*normals((64, 9))), jnp.arange(64)
+    old, new = (sample(key(3), logits, pos, 1.0, 0, 1.0) for key in (jax.random.PRNGKey,
+                                                                     jax.random.key))
+    assert np.array_equal(old, new) and len(np.unique(new)) > 1
 
 
 def test_draws_have_the_frequencies_of_log_probs():
