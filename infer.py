@@ -198,9 +198,9 @@ def generate(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p
     """Params, Cache, BV, key, n, cfg -> Bn, BV, Cache: n tokens a row, in one scan on the device.
 
     `logits` are those of the next token, from `prefill` or an earlier `generate`, and the new ones
-    are returned to go on with. A row that draws `end` stays there: its logits and length stop
-    changing, so it draws `end` from then on, in a later call too. ValueError where the cache has no
-    room for n tokens.
+    are returned to go on with. A row that draws `end` stays there: its length stops before it and
+    its logits are all on `end`, so that it draws nothing else, in a later call too. ValueError
+    where the cache has no room for n tokens.
     """
     check_room(cache, n)
 
@@ -212,7 +212,8 @@ def generate(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p
         if end is not None:
             goes_on = token != end
             new = new._replace(length=jnp.where(goes_on, new.length, cache.length))
-            new_logits = jnp.where(goes_on[:, None], new_logits, logits)
+            only_end = jnp.where(jnp.arange(cfg.V) == end, 0.0, -jnp.inf)
+            new_logits = jnp.where(goes_on[:, None], new_logits, only_end)
         return (new, new_logits), token
 
     (cache, logits), tokens = jax.lax.scan(step, (cache, logits), length=n)
