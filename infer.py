@@ -1,17 +1,92 @@
 """infer: prefill once, then generate a token at a time, around an explicit KV cache.
 
 Prefill is bound by flops: every weight meets B*T tokens. A generate step is bound by bytes: it
-reads all weights and all S slots of the cache to make B tokens. Letters as in minillm.py.
+reads all weights and all S slots of the cache to make B tokens. So: many rows at once (`serve`),
+fewer bytes (int8), idle flops put to use (`speculate`). Letters as in minillm.py.
 """
+import dataclasses
+import json
 import math
+import pathlib
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minillm import (attention, block, causal_attention, causal_pairs, check_tokens, dims,
-                     embed, forward, product_flops, rotary, sizes, unembed)
+from minillm import (Config, Layer, Params, attention, block, causal_attention, causal_pairs,
+                     check_tokens, dims, embed, forward, matmul, product_flops, rotary, sizes,
+                     unembed)
+
+# --------------------------------------------------------------------------------------------- int8
+
+
+class Q8(NamedTuple):
+    """int8 numbers and their f32 scales: q * scale. As a weight, it is widened for its product.
+
+    A byte a weight is read where the hardware's compiler fuses the widening, as on a GPU or TPU. A
+    CPU writes the wide weights to memory first, and is slower than if they had been wide.
+    """
+    q: Any      # int8
+    scale: Any  # f32, in the shape of q but for contracted letters, which are 1
+
+    shape = property(lambda self: self.q.shape)
+    dtype = property(lambda self: self.q.dtype)
+
+    def rows(self, index, dtype):
+        """Those rows of the table, wide."""
+        return (self.q[index] * self.scale[index]).astype(dtype)
+
+    def matmul(self, x):
+        """MC -> MO."""
+        w = self.q.reshape(-1, x.shape[-1]).astype(x.dtype)
+        return matmul(x, w) * self.scale.reshape(-1)
+
+
+class Q8A8(Q8):
+    """int8 weights that meet int8 activations: each row of x is quantised, sums are int32.
+
+    This streams a byte a weight on a CPU too.
+    """
+    def matmul(self, x):
+        """MC -> MO."""
+        x, w = quantize(x, -1), self.q.reshape(-1, x.shape[-1])
+        y = jax.lax.dot_general(x.q, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        return y * x.scale * self.scale.reshape(-1)
+
+
+def quantize(x, axes):
+    """BTE, axes -> Q8: one scale for all of `axes`: their largest magnitude becomes 127.
+
+    q * scale is within scale / 2 of x; zeros stay zeros.
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+    scale = jnp.where(largest > 0, largest, 1) / 127
+    return Q8(jnp.round(x / scale).astype(jnp.int8), scale)
+
+
+def dequantize(x, dtype="float32"):
+    """Q8, dtype -> BTE: the numbers that it stands for."""
+    return (x.q * x.scale).astype(dtype)
+
+
+def quantize_params(params, cfg, kind=Q8A8):
+    """Params, cfg -> int8 Params: every matrix that is multiplied, a scale for each output.
+
+    `kind` is Q8 or Q8A8. Norm scales, and an embedding table of which only rows are read, stay.
+    Activations are in cfg.dtype. To quantise a checkpoint in place, donate `params`.
+    """
+    def leaf(name, w):
+        contracted = len(name.split()[-1])
+        return kind(*quantize(w, tuple(range(-contracted, 0)))) if " " in name else w
+
+    return jax.tree.map(leaf, dims(cfg), params)._replace(
+        **({} if cfg.tied else {"embed": params.embed}))
+
+
+# ---------------------------------------------------------------------------------------- the cache
 
 
 class Cache(NamedTuple):
@@ -19,19 +94,25 @@ class Cache(NamedTuple):
 
     Rows may differ in length. To take tokens back, lower it: `cache._replace(length=...)`.
     """
-    k: tuple     # L arrays BKSD
-    v: tuple     # L arrays BKSD
+    k: tuple     # L arrays BKSD, or Q8 of them, with a scale a row, head and slot: BKS1
+    v: tuple
     length: Any  # B, int32: filled slots, which is also the position of the next token
 
 
 def init_cache(cfg, B, S, dtype="float32"):
     """cfg, int, int, dtype -> Cache: B empty rows of S slots.
 
-    Every step reads all S slots, so its cost is linear in S: start small and `resize`.
+    Every step reads all S slots, so its cost is linear in S: start small and `resize`. With "int8"
+    a slot holds D + 4 bytes a head.
     """
     if B < 1 or S < 1:
         raise ValueError(f"a cache of {B} rows and {S} slots: at least one of each")
-    k, v = (tuple(jnp.zeros((B, cfg.K, S, cfg.D), dtype) for _ in range(cfg.L)) for _ in "kv")
+
+    def empty():
+        slots = jnp.zeros((B, cfg.K, S, cfg.D), dtype)
+        return Q8(slots, jnp.zeros((B, cfg.K, S, 1))) if slots.dtype == jnp.int8 else slots
+
+    k, v = (tuple(empty() for _ in range(cfg.L)) for _ in "kv")
     return Cache(k, v, jnp.zeros((B,), jnp.int32))
 
 
@@ -42,7 +123,7 @@ def resize(cache, S):
     def fit(a):
         return jnp.pad(a[:, :, :S], ((0, 0), (0, 0), (0, max(0, S - a.shape[2])), (0, 0)))
 
-    return Cache(tuple(map(fit, cache.k)), tuple(map(fit, cache.v)), cache.length)
+    return Cache(*jax.tree.map(fit, cache[:2]), cache.length)
 
 
 def concrete(x):
@@ -69,7 +150,9 @@ def check_batch(cache, tokens):
         raise ValueError(f"{len(tokens)} rows of tokens for a cache of {rows}: init_cache(B=...)")
 
 
-# ------------------------------------------------------------------------ prefill, extend, generate
+def as_held(new, slots):
+    """BKTD, BKSD -> BKTD: new tokens in the form that the cache has: its dtype, or Q8."""
+    return quantize(new, -1) if isinstance(slots, Q8) else new.astype(slots.dtype)
 
 
 def write(slots, new, start):
@@ -80,12 +163,33 @@ def write(slots, new, start):
     that follows, which copies all S slots, 8 times in a step. So a lone token is listed twice, and
     the second, at a row that is not there, is dropped.
     """
-    B, T = len(new), new.shape[2]
+    B, _, T, _ = new.shape
     row, slot = jnp.arange(B)[:, None], start[:, None] + jnp.arange(T)
-    new = new.swapaxes(1, 2).astype(slots.dtype)
     if B * T == 1:
         row, slot, new = jnp.arange(2)[:, None], jnp.tile(slot, (2, 1)), jnp.tile(new, (2, 1, 1, 1))
-    return slots.at[row, :, slot].set(new, mode="drop")
+    return jax.tree.map(
+        lambda slots, new: slots.at[row, :, slot].set(new.swapaxes(1, 2), mode="drop"),
+        slots, as_held(new, slots))
+
+
+def cached_attention(q, k, v, pos):
+    """BTHD, BKSD, BKSD, BT -> BTHD: `attention` to a cache, int8 or not.
+
+    The program writes no wide copy of int8 slots. XLA does on a CPU: there an int8 cache is
+    smaller, not faster.
+    """
+    if not isinstance(k, Q8):
+        return attention(q, k, v, pos)
+    return attention(q, k.q, v.q, pos, k.scale, v.scale.swapaxes(2, 3))
+
+
+# ------------------------------------------------------------------------ prefill, extend, generate
+
+
+def insert(slots, new, row):
+    """BKSD, BKTD, int -> BKSD: new rows, from `row` on, at slots 0 to T - 1. Trees of them, too."""
+    return jax.tree.map(lambda slots, new: jax.lax.dynamic_update_slice(
+        slots, new, (row, 0, 0, 0)), slots, new)
 
 
 def through_layers(params, cache, x, table, cfg, look):
@@ -116,7 +220,7 @@ def extend(params, cache, tokens, cfg):
 
     def look(q, k, v, old_k, old_v):
         k, v = write(old_k, k, cache.length), write(old_v, v, cache.length)
-        return attention(q, k, v, pos), (k, v)
+        return cached_attention(q, k, v, pos), (k, v)
 
     x, k, v = through_layers(params, cache, x, table, cfg, look)
     return x, Cache(k, v, cache.length + tokens.shape[1])
@@ -126,9 +230,9 @@ def prefill(params, cache, tokens, lengths, cfg):
     """Params, Cache, BT, B, cfg -> BV, Cache: read prompts into rows, which start over.
 
     Prompts are padded on the right to T; row b is its first lengths[b] tokens. Attention looks at T
-    tokens, not S slots, and one position a row is unembedded: its last, whose f32 logits are
-    returned. ValueError for tokens outside the vocabulary, an empty prompt, lengths beyond T, or T
-    beyond the cache.
+    tokens, not S slots, rounded as the cache will hold them, so that `extend` in any chunks gives
+    the same. One position a row is unembedded: its last, whose f32 logits are returned. ValueError
+    for tokens outside the vocabulary, an empty prompt, lengths beyond T, or T beyond the cache.
     """
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
@@ -144,13 +248,19 @@ def prefill(params, cache, tokens, lengths, cfg):
     x = embed(params, tokens, cfg)
 
     def look(q, k, v, *old):
-        return causal_attention(q, k, v), [
-            jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), (0, 0, 0, 0))
-            for slots, new in zip(old, (k, v))]
+        held = tuple(as_held(new, slots) for new, slots in zip((k, v), old))
+        k, v = (dequantize(new, q.dtype) if isinstance(new, Q8) else new.astype(q.dtype)
+                for new in held)
+        return causal_attention(q, k, v), insert(old, held, 0)
 
     x, k, v = through_layers(params, cache, x, table, cfg, look)
     last = x[jnp.arange(B), lengths - 1][:, None]
     return unembed(params, last, cfg)[:, 0], Cache(k, v, jnp.asarray(lengths, jnp.int32))
+
+
+def one_hot(token, V):
+    """B, V -> BV: log-probabilities that are all on one token a row."""
+    return jnp.where(jnp.arange(V) == token[..., None], 0.0, -jnp.inf)
 
 
 def log_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -164,8 +274,7 @@ def log_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
         raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: expected "
                          "temperature >= 0, top_k >= 0, 0 < top_p <= 1")
     if temperature == 0:
-        best = jnp.argmax(logits, axis=-1, keepdims=True)
-        return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
+        return one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
     logits = logits.astype(jnp.float32) / temperature
     if 0 < top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]
@@ -178,20 +287,24 @@ def log_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     return jax.nn.log_softmax(logits, axis=-1)
 
 
+def row_keys(key, B):
+    """key, int -> keys: B of them, folded from one by row; B keys are what they are."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+
+
 def sample(key, logits, pos, temperature, top_k, top_p):
     """key, BV, B, temperature, top_k, top_p -> B: a token a row.
 
     The draw depends on key, row and position alone: stopping and going on draws what one longer
-    run would have drawn. `key` may also be B keys.
+    run would have drawn. `key` may also be B keys, one a row whatever its number.
     """
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(pos)))
-    draw = jax.vmap(jax.random.categorical)
+    keys = jax.vmap(jax.random.fold_in)(row_keys(key, len(pos)), pos)
     logp = log_probs(logits, temperature, top_k, top_p)
-    return draw(jax.vmap(jax.random.fold_in)(keys, pos), logp).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, logp).astype(jnp.int32)
 
 
 def generate(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p=1.0, end=None):
@@ -212,8 +325,7 @@ def generate(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p
         if end is not None:
             goes_on = token != end
             new = new._replace(length=jnp.where(goes_on, new.length, cache.length))
-            only_end = jnp.where(jnp.arange(cfg.V) == end, 0.0, -jnp.inf)
-            new_logits = jnp.where(goes_on[:, None], new_logits, only_end)
+            new_logits = jnp.where(goes_on[:, None], new_logits, one_hot(token, cfg.V))
         return (new, new_logits), token
 
     (cache, logits), tokens = jax.lax.scan(step, (cache, logits), length=n)
@@ -231,32 +343,472 @@ def generate_reference(params, prompt, n, cfg):
     return jax.lax.fori_loop(T, T + n, step, jnp.pad(prompt, ((0, 0), (0, n))))[:, T:]
 
 
+# ------------------------------------------------------------------------- many requests, few rows
+
+
+def refill(params, cache, logits, row, prompt, length, cfg):
+    """Params, Cache, BV, int, 1T, 1, cfg -> BV, Cache: one row starts over with a prompt.
+
+    The prompt is read on its own and its cache inserted; the other rows do not notice.
+    """
+    one = init_cache(cfg, 1, prompt.shape[1], cache.k[0].dtype)
+    new_logits, one = prefill(params, one, prompt, length, cfg)
+    k, v = insert(cache[:2], one[:2], row)
+    lengths = cache.length.at[row].set(one.length[0])
+    return logits.at[row].set(new_logits[0]), Cache(k, v, lengths)
+
+
+def check_prompt(request, prompt, n, S, cfg):
+    """int, T, n, S, cfg -> array: the prompt, 1T. ValueError, by number, where it does not fit."""
+    prompt = np.asarray(prompt)[None]
+    try:
+        check_tokens(prompt, cfg)
+    except ValueError as error:
+        raise ValueError(f"request {request}: {error}") from None
+    if prompt.size + n > S:
+        raise ValueError(f"request {request}: prompt of {prompt.size} tokens + {n} to generate "
+                         f"> {S} slots: serve(S={prompt.size + n})")
+    return prompt
+
+
+def serve(params, prompts, B, S, n, key, cfg, temperature=0.0, top_k=0, top_p=1.0, end=None,
+          stride=8, cache_dtype="float32"):
+    """Params, prompts, B, S, n, key, cfg -> iterator of (int, tokens): continuous batching.
+
+    Any iterable of prompts, through B rows of S slots. Each request gets n tokens, or fewer where
+    the last is `end`; it is yielded with its number as soon as it is done, and the next prompt
+    takes its row while the others go on. Rows are looked at every `stride` tokens. Request i is
+    told what `generate` would tell it alone with the keys `jax.random.fold_in(key, i)[None]`.
+
+    The one loop here that runs on the host, so it compiles its two steps itself: prompts are padded
+    to powers of two, for few programs. ValueError for a prompt that does not fit, when it is taken;
+    those of a list are looked at before any work.
+    """
+    fill = jax.jit(refill, static_argnames="cfg", donate_argnames=("cache", "logits"))
+    go_on = jax.jit(generate, static_argnames=("n", "cfg", "temperature", "top_k", "top_p", "end"),
+                    donate_argnames=("cache", "logits"))
+    checked = (check_prompt(i, prompt, n, S, cfg) for i, prompt in enumerate(prompts))
+    waiting = enumerate(list(checked) if hasattr(prompts, "__len__") else checked)
+    cache, logits = init_cache(cfg, B, S, cache_dtype), jnp.zeros((B, cfg.V))
+    requests, made = np.full(B, -1), [[] for _ in range(B)]
+    while True:
+        for row in np.flatnonzero(requests < 0):
+            if (taken := next(waiting, None)) is not None:
+                requests[row], prompt = taken
+                padded = min(S, 1 << max(4, (prompt.size - 1).bit_length()))
+                prompt_padded = np.pad(prompt, ((0, 0), (0, padded - prompt.size)))
+                logits, cache = fill(params, cache, logits, row, prompt_padded,
+                                     np.array([prompt.size]), cfg)
+        if np.all(requests < 0):
+            return
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.maximum(requests, 0))
+        tokens, logits, cache = go_on(params, cache, logits, keys, stride, cfg, temperature, top_k,
+                                      top_p, end)
+        for row, new in enumerate(np.asarray(tokens)):
+            made[row] = [*made[row], *new][:n]
+            if end in made[row]:
+                made[row] = made[row][:made[row].index(end) + 1]
+            if requests[row] >= 0 and (len(made[row]) == n or made[row][-1] == end):
+                yield int(requests[row]), np.array(made[row])
+                requests[row], made[row] = -1, []
+
+
+# -------------------------------------------------------------------------------------- speculation
+
+
+def acceptance(draft, logp_draft, logp_target):
+    """Bn, BnV, B(n+1)V -> Bn, B(n+1)V: the rule of speculative decoding, apart from any draw.
+
+    First, with what probability each of n proposals is accepted: min(1, p / q), p the target's
+    probability and q the draft's. Then the probabilities of the token that takes the place of the
+    first one refused: the positive part of p - q, normalised; and last, where all are accepted, of
+    one more: p. What comes out is distributed as p, whatever q is. arXiv:2211.17192.
+    """
+    p, q = jnp.exp(logp_target), jnp.exp(logp_draft)
+    p_next, bonus = p[:, :-1], p[:, -1:]
+    p_at, q_at = (jnp.take_along_axis(d, draft[..., None], -1)[..., 0] for d in (p_next, q))
+    probability = jnp.where(p_at < q_at, p_at / q_at, p_at > 0)
+    more = jnp.maximum(p_next - q, 0)
+    total = jnp.sum(more, axis=-1, keepdims=True)
+    residual = jnp.where(total > 0, more / total, p_next)  # p = q: never refused
+    return probability, jnp.concatenate([residual, bonus], axis=1)
+
+
+def accept(key, draft, logp_draft, logp_target):
+    """key, Bn, BnV, B(n+1)V -> B, B: how many proposals a row keeps, and the token after them.
+
+    Only draws; `acceptance` says from what. `key` may also be B keys.
+    """
+    def draw(key, probability, residual):
+        key, other = jax.random.split(key)
+        kept = jax.random.uniform(key, probability.shape) < probability
+        count = jnp.sum(jnp.cumprod(kept.astype(jnp.int32)))
+        return count, jax.random.categorical(other, jnp.log(residual[count])).astype(jnp.int32)
+
+    keys = row_keys(key, len(draft))
+    return jax.vmap(draw)(keys, *acceptance(draft, logp_draft, logp_target))
+
+
+def propose_by_model(params, key, tokens, length, cache, cfg, n, temperature=0.0, top_k=0,
+                     top_p=1.0):
+    """Params, key, BS, B, Cache, cfg, n -> Bn, BnV, Cache: n tokens from a smaller model.
+
+    It first reads each row's last two known tokens: where all proposals of the last round were
+    accepted, its cache lacks the last of them; elsewhere the slot is written as it was.
+    """
+    def draw(x, pos):
+        logits = unembed(params, x[:, -1:], cfg)[:, 0]
+        return (sample(key, logits, pos, temperature, top_k, top_p),
+                log_probs(logits, temperature, top_k, top_p))
+
+    def step(state, _):
+        cache, token = state
+        x, cache = extend(params, cache, token[:, None], cfg)
+        drawn = draw(x, cache.length)
+        return (cache, drawn[0]), drawn
+
+    last = jnp.take_along_axis(tokens, length[:, None] + jnp.arange(-2, 0), axis=1)
+    x, cache = extend(params, cache._replace(length=length - 2), last, cfg)
+    first = draw(x, length)
+    (cache, _), rest = jax.lax.scan(step, (cache, first[0]), length=n - 1)
+    return *(jnp.moveaxis(jnp.concatenate([a[None], b]), 0, 1) for a, b in zip(first, rest)), cache
+
+
+def propose_by_ngram(key, tokens, length, state, cfg, n, longest=3):
+    """key, BS, B, state, cfg, n -> Bn, BnV, state: what followed when the row last said the same.
+
+    Looks for the latest place where most of its last `longest` tokens stood before, needs no model,
+    and is as sure as can be: where the row repeats itself, it is right.
+    """
+    at = jnp.arange(tokens.shape[1])
+    same, run = at < length[:, None] - 1, 0
+    for back in range(longest):
+        wanted = jnp.take_along_axis(tokens, length[:, None] - 1 - back, axis=1)
+        same = same & (at >= back) & (jnp.roll(tokens, back, axis=1) == wanted)
+        run = run + same
+    best = jnp.argmax(jnp.where(at < length[:, None] - 1, run * len(at) + at, -1), axis=1)
+    period = (length - 1 - best)[:, None]
+    draft = jnp.take_along_axis(tokens, best[:, None] + 1 + jnp.arange(n) % period, axis=1)
+    return draft, one_hot(draft, cfg.V), state
+
+
+def model_draft(params, cfg, n, **how):
+    """Params, cfg, n -> draft: proposes n tokens of another model; its state is that model's Cache,
+    which holds the prompts. `how` is temperature, top_k, top_p."""
+    return jax.tree_util.Partial(partial(propose_by_model, cfg=cfg, n=n, **how), params)
+
+
+def ngram_draft(cfg, n, longest=3):
+    """cfg, n -> draft: proposes n tokens from the row's own past; its state is None."""
+    return jax.tree_util.Partial(partial(propose_by_ngram, cfg=cfg, n=n, longest=longest))
+
+
+def verify(params, cache, last, proposals, logp_draft, key, cfg, temperature=0.0, top_k=0,
+           top_p=1.0):
+    """Params, Cache, B, Bn, BnV, key, cfg -> B, B(n+1), Cache: one reading of all n proposals.
+
+    `last` is each row's last known token, which the cache does not hold yet. How many proposals are
+    kept, and the tokens: that many, and all that follow are the one drawn after them.
+    """
+    x, cache = extend(params, cache, jnp.concatenate([last[:, None], proposals], axis=1), cfg)
+    logp = log_probs(unembed(params, x, cfg), temperature, top_k, top_p)
+    count, token = accept(key, proposals, logp_draft, logp)
+    kept = jnp.arange(proposals.shape[1] + 1) < count[:, None]
+    return count, jnp.where(kept, jnp.pad(proposals, ((0, 0), (0, 1))), token[:, None]), cache
+
+
+def speculate(params, cache, tokens, key, n, cfg, draft, state, temperature=0.0, top_k=0,
+              top_p=1.0, end=None):
+    """Params, Cache, BS, key, n, cfg, draft, state -> BS, Cache, state, counts: n tokens or more.
+
+    Row b's first cache.length[b] + 1 tokens are known, and the cache holds all but the last of
+    them: after `prefill`, take one back. The same holds of what is returned, so that it can go on.
+    Rows stop at n new tokens, up to n_draft more, or at `end`, which then fills the row.
+
+    A round: `draft(key, tokens, length, state) -> Bn, BnV, state` proposes n_draft tokens, `verify`
+    reads them, and each row makes as many as it accepts and one more. counts[b, i] is the number of
+    rounds in which i were accepted. Tokens are distributed as `generate`'s, whatever the draft, and
+    at temperature 0 they are the same. ValueError where there is no room for n + n_draft more.
+    """
+    B, S = tokens.shape
+    check_tokens(tokens, cfg)
+    check_batch(cache, tokens)
+    keys = jax.vmap(jax.random.split, out_axes=1)(row_keys(key, B))
+    n_draft = jax.eval_shape(draft, keys[0], tokens, cache.length, state)[0].shape[1]
+    check_room(cache, n + n_draft + 1, min(S, cache.k[0].shape[2]))
+    if concrete(cache.length) and np.min(cache.length) < 1:
+        raise ValueError("a row of one token: speculation starts behind two or more, all but the "
+                         "last in the cache")
+    row, i, goal = jnp.arange(B)[:, None], jnp.arange(n_draft + 1), cache.length + 1 + n
+
+    def last(tokens, length):
+        return jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
+
+    def goes_on(tokens, length, *_):
+        return (length < goal) & (True if end is None else last(tokens, length) != end)
+
+    def advance(loop):
+        tokens, length, cache, state, counts = loop
+        proposals, logp, state = draft(keys[0], tokens, length, state)
+        count, new, cache = verify(
+            params, cache._replace(length=length - 1), last(tokens, length), proposals, logp,
+            jax.vmap(jax.random.fold_in)(keys[1], length), cfg, temperature, top_k, top_p)
+        if end is not None:
+            is_end = jnp.where(i <= count[:, None], new == end, i == count[:, None])
+            count = jnp.argmax(is_end, axis=1)  # nothing follows an end token
+        made = jnp.where(goes_on(*loop), count + 1, 0)
+        slot = jnp.where(i < made[:, None], length[:, None] + i, S)
+        counts = counts.at[row[:, 0], count].add((made > 0).astype(jnp.int32))
+        tokens = tokens.at[row, slot].set(new, mode="drop")
+        return tokens, length + made, cache, state, counts
+
+    tokens, length, cache, state, counts = jax.lax.while_loop(
+        lambda loop: jnp.any(goes_on(*loop)), advance,
+        (jnp.asarray(tokens, jnp.int32), cache.length + 1, cache, state,
+         jnp.zeros((B, n_draft + 1), jnp.int32)))
+    if end is not None:
+        ended = (last(tokens, length) == end)[:, None] & (jnp.arange(S) >= length[:, None])
+        tokens = jnp.where(ended, end, tokens)
+    return tokens, cache._replace(length=length - 1), state, counts
+
+
 # ----------------------------------------------------------------------------------- what they cost
 
 
-def prefill_flops(cfg, B, T):
-    """cfg, int, int -> dict: `forward_flops`, but only B positions are unembedded, not B*T."""
-    return product_flops(cfg, B * T, B, B * causal_pairs(T))
+def prefill_flops(cfg, B, T, dtype=None):
+    """cfg, int, int -> dict: `forward_flops`, but only B positions are unembedded, not B*T.
+
+    `dtype`, here and below, is that of the weights, cfg.dtype unless given; "int8" is Q8 or Q8A8.
+    """
+    return product_flops(cfg, B * T, B, B * causal_pairs(T), dtype)
 
 
-def decode_flops(cfg, B, S, T=1):
+def decode_flops(cfg, B, S, T=1, dtype=None):
     """cfg, int, int, int -> dict: `extend` by T tokens and `unembed`: each meets all S slots."""
-    return product_flops(cfg, B * T, B * T, B * T * S)
+    return product_flops(cfg, B * T, B * T, B * T * S, dtype)
 
 
 def kv_bytes(cfg, B, S, dtype="float32"):
-    """cfg, int, int, dtype -> int: keys and values of S slots in B rows, for every layer."""
-    return 2 * cfg.L * B * cfg.K * S * cfg.D * jnp.dtype(dtype).itemsize
+    """cfg, int, int, dtype -> int: keys and values of S slots in B rows, for every layer.
+
+    int8 adds an f32 scale a row, head and slot.
+    """
+    dtype = jnp.dtype(dtype)
+    return 2 * cfg.L * B * cfg.K * S * (cfg.D * dtype.itemsize + 4 * (dtype == jnp.int8))
 
 
-def decode_bytes(cfg, B, S, T=1, cache_dtype="float32"):
+def weight_bytes(cfg, dtype=None):
+    """cfg -> int: all that a step reads of the parameters; of an untied table only rows are read.
+
+    In int8 each output of a matrix has an f32 scale, and norm scales stay in cfg.dtype.
+    """
+    dtype = jnp.dtype(dtype or cfg.dtype)
+    wide, total = jnp.dtype(cfg.dtype if dtype == jnp.int8 else dtype).itemsize, 0
+    for name in jax.tree.leaves(dims(cfg)._replace(embed="V E" if cfg.tied else None)):
+        outputs = math.prod(sizes(name.split()[0], cfg))
+        matrix = " " in name and dtype == jnp.int8
+        total += math.prod(sizes(name, cfg)) * (1 if matrix else wide) + 4 * outputs * matrix
+    return total
+
+
+def decode_bytes(cfg, B, S, T=1, cache_dtype="float32", dtype=None):
     """cfg, int, int, int, dtype -> dict: bytes to and from memory in `extend` by T and `unembed`.
 
-    Weights, in cfg.dtype, are read once whatever B is; of an untied embedding table only B*T rows.
+    Weights are read once whatever B is.
     """
-    wide = jnp.dtype(cfg.dtype).itemsize
-    read = dims(cfg)._replace(embed="V E" if cfg.tied else None)
-    weights = sum(math.prod(sizes(name, cfg)) for name in jax.tree.leaves(read))
-    return {"weights": weights * wide, "embed": B * T * cfg.E * wide,
+    row = cfg.E + 4 if dtype == "int8" and cfg.tied else cfg.E * jnp.dtype(cfg.dtype).itemsize
+    return {"weights": weight_bytes(cfg, dtype), "embed": B * T * row,
             "cache_read": kv_bytes(cfg, B, S, cache_dtype),
             "cache_write": kv_bytes(cfg, B, T, cache_dtype), "logits": B * T * cfg.V * 4}
+
+
+# ------------------------------------------------------------------------------------ real weights
+
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names, and ours
+NAMES = Layer("input_layernorm", *(f"self_attn.{letter}_proj" for letter in "qkvo"),
+              "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+PLAIN = {  # what config.json may ask for, where any other value is another model
+    "model_type": ("llama", "mistral", "gemma"), "hidden_act": (None, "silu", "gelu_pytorch_tanh"),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_qk_norm", "qk_layernorm",
+                     "rope_interleaved", "use_bidirectional_attention", "attn_logit_softcapping",
+                     "final_logit_softcapping", "quantization_config"), (None, False)),
+    "partial_rotary_factor": (None, 1), "rope_type": ("default", "llama3")}
+
+
+def tensor_names(cfg):
+    """cfg -> Params: the name that each array has in Hugging Face's files."""
+    layers = tuple(Layer(*(f"model.layers.{i}.{name}.weight" for name in NAMES))
+                   for i in range(cfg.L))
+    return Params("model.embed_tokens.weight", layers, "model.norm.weight",
+                  None if cfg.tied else "lm_head.weight")
+
+
+def parse_config(config):
+    """dict -> Config: of a config.json. ValueError naming what it lacks, or asks for in vain."""
+    window = config.get("sliding_window", 4096 if config.get("model_type") == "mistral" else None)
+    config = {name: value for name, value in config.items() if value is not None}
+    gemma = config.get("model_type") == "gemma"
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    act = config.get("hidden_activation", config.get("hidden_act"))
+    if gemma and act in (None, "gelu"):
+        act = "gelu_pytorch_tanh"  # what "gelu" means in the files that Gemma came with
+    asked = {**config, "hidden_act": act, "partial_rotary_factor": rope.get(
+                 "partial_rotary_factor", config.get("partial_rotary_factor")),
+             "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    for name, values in PLAIN.items():
+        if asked.get(name) not in values:
+            raise ValueError(f"config.json: {name}={asked.get(name)!r} is not implemented: "
+                             f"expected one of {values}")
+    context = config.get("max_position_embeddings", 131072)
+    if "sliding_attention" in config.get("layer_types", ()) or window and window < context:
+        raise ValueError(f"config.json: sliding_window={window} below max_position_embeddings="
+                         f"{context} is not implemented: every query sees all tokens before it")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"config.json: rope_parameters={rope} differ between layers: that is not "
+                         "implemented")
+    try:
+        L, E, H, F, V = (config[name] for name in (
+            "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size",
+            "vocab_size"))
+        scaling = None if asked["rope_type"] == "default" else tuple(rope[name] for name in (
+            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+    except KeyError as error:
+        raise ValueError(f"config.json: {error} is missing") from None
+    return Config(L, E, H, config.get("num_key_value_heads", H),
+                  config.get("head_dim", 256 if gemma else E // H), F, V,
+                  rope_base=float(rope.get("rope_theta", config.get("rope_theta", 1e4))),
+                  eps=config.get("rms_norm_eps", 1e-6), embed_scale=gemma,
+                  act="gelu" if act == "gelu_pytorch_tanh" else "silu",
+                  tied=config.get("tie_word_embeddings", gemma),
+                  rope_scaling=scaling)
+
+
+def read_json(path):
+    """path -> dict. ValueError for what is not there, or no JSON object."""
+    try:
+        read = json.loads(pathlib.Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(read, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return read
+
+
+def read_safetensors(path):
+    """path -> dict: every tensor by name, mapped: nothing is read before it is used.
+
+    The file is 8 bytes of header size, a JSON header, raw arrays. ValueError where it is not.
+    """
+    try:
+        data = np.memmap(path, np.uint8, "r")
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        header, tensors = json.loads(data[8:start].tobytes()), {}
+        for name in header.keys() - {"__metadata__"}:
+            begin, stop = header[name]["data_offsets"]
+            if not 0 <= begin <= stop <= len(data) - start:
+                raise ValueError(f"{name} ends at byte {start + stop} of {len(data)}")
+            if header[name]["dtype"] not in DTYPES:
+                raise ValueError(f"{name} is {header[name]['dtype']}: expected {', '.join(DTYPES)}")
+            dtype = jnp.dtype(DTYPES[header[name]["dtype"]])
+            tensors[name] = data[start + begin:start + stop].view(dtype).reshape(
+                header[name]["shape"])
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from None
+    return tensors
+
+
+def load(path, dtype=None):
+    """path -> cfg, Params: a Hugging Face folder: config.json and model.safetensors, or its shards.
+
+    Llama 2 and 3, SmolLM2, TinyLlama, Mistral and Gemma 1, in the file's dtype (then cfg.dtype) or
+    the one given. Tensors are mapped from the file and copied once. Gemma stores norm scales less
+    one; here they are whole, and f32, since bf16 would round the sum. ValueError that names what is
+    not implemented, missing, unexpected, or of another shape.
+    """
+    path = pathlib.Path(path)
+    cfg = parse_config(read_json(path / "config.json"))
+    files, index, found = ["model.safetensors"], path / "model.safetensors.index.json", {}
+    if index.exists():
+        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+    for file in files:
+        found |= read_safetensors(path / file)
+    names = tensor_names(cfg)
+    known = {*jax.tree.leaves(names), "lm_head.weight"}  # some tied models store it all the same
+    for name in found.keys() - known:
+        if not name.endswith("rotary_emb.inv_freq"):  # a table, not a weight
+            raise ValueError(f"{path}: tensor {name} is not part of the model that is implemented")
+
+    def read(letters, name):
+        if name not in found:
+            raise ValueError(f"{path}: tensor {name} is missing")
+        a, stored = found.pop(name), tuple(math.prod(sizes(w, cfg)) for w in letters.split())
+        if a.shape != stored:
+            raise ValueError(f"{path}: tensor {name} has shape {a.shape}, not {stored}, which "
+                             "config.json says")
+        if cfg.embed_scale and " " not in letters:
+            return jnp.array(1 + a.astype(np.float32))
+        return jnp.array(a.reshape(sizes(letters, cfg)), dtype)  # a copy: files may be replaced
+
+    params = jax.tree.map(read, dims(cfg), names)
+    return dataclasses.replace(cfg, dtype=params.embed.dtype.name), params
+
+
+def write_safetensors(path, tensors):
+    """path, dict -> None: arrays by name, one after the other."""
+    spelled, header, end = {ours: theirs for theirs, ours in DTYPES.items()}, {}, 0
+    for name, a in tensors.items():
+        header[name] = {"dtype": spelled[a.dtype.name], "shape": a.shape,
+                        "data_offsets": [end, end := end + a.nbytes]}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for a in tensors.values():
+            a.tofile(file)
+
+
+def save(path, cfg, params, shard_bytes=5e9):
+    """path, cfg, Params -> None: a folder that `load` and transformers read.
+
+    More than `shard_bytes` go into several files and their index. ValueError for int8.
+    """
+    path, leaves = pathlib.Path(path), jax.tree.leaves(params)
+    if not {w.dtype.name for w in leaves} <= set(DTYPES.values()):
+        raise ValueError("int8 weights are not saved: save those they were made from")
+    path.mkdir(parents=True, exist_ok=True)
+    scaling = dict(zip(("factor", "low_freq_factor", "high_freq_factor",
+                        "original_max_position_embeddings"), cfg.rope_scaling or ()))
+    act = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}[cfg.act]
+    kind = "gemma" if cfg.embed_scale else "llama"
+    (path / "config.json").write_text(json.dumps({
+        "architectures": [f"{kind.title()}ForCausalLM"], "model_type": kind, "vocab_size": cfg.V,
+        "hidden_size": cfg.E, "intermediate_size": cfg.F, "num_hidden_layers": cfg.L,
+        "num_attention_heads": cfg.H, "num_key_value_heads": cfg.K, "head_dim": cfg.D,
+        "hidden_act": act, "rms_norm_eps": cfg.eps, "rope_theta": cfg.rope_base,
+        "rope_scaling": {"rope_type": "llama3", **scaling} if scaling else None,
+        "max_position_embeddings": 131072, "tie_word_embeddings": cfg.tied,
+        "torch_dtype": params.embed.dtype.name}, indent=2))
+    shards, room = [{}], shard_bytes
+    for letters, name, w in zip(*map(jax.tree.leaves, (dims(cfg), tensor_names(cfg), params))):
+        if shards[-1] and w.nbytes > room:
+            shards, room = [*shards, {}], shard_bytes
+        room -= w.nbytes
+        shards[-1][name] = np.asarray(w).reshape([math.prod(sizes(word, cfg))
+                                                  for word in letters.split()])
+        if cfg.embed_scale and " " not in letters:
+            shards[-1][name] = np.asarray(w, np.float32) - 1
+    index = path / "model.safetensors.index.json"
+    index.unlink(missing_ok=True)  # an earlier save's
+    if len(shards) == 1:
+        return write_safetensors(path / "model.safetensors", *shards)
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, tensors in zip(files, shards):
+        write_safetensors(path / file, tensors)
+    index.write_text(json.dumps({
+        "metadata": {"total_size": sum(w.nbytes for shard in shards for w in shard.values())},
+        "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}))

@@ -32,7 +32,8 @@ class Config:
     act: str = "silu"          # "silu" as in Llama, "gelu" (its tanh form) as in Gemma
     embed_scale: bool = False  # Gemma multiplies embeddings by sqrt(E)
     tied: bool = True          # unembed with the embedding matrix
-    dtype: str = "float32"     # train_step computes in this; master weights are always f32
+    dtype: str = "float32"     # train_step computes in this, as do int8 weights; masters are f32
+    rope_scaling: tuple = None  # Llama 3.1's (factor, low, high, context): see `rotary`
 
     def __post_init__(self):
         for letter in "LEHKDFV":
@@ -48,6 +49,8 @@ class Config:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: {values}")
+        if self.rope_scaling and len(self.rope_scaling) != 4:
+            raise ValueError(f"rope_scaling={self.rope_scaling}: (factor, low, high, context)")
 
 
 class Layer(NamedTuple):
@@ -147,14 +150,15 @@ def dot(x, w, n=1, dtype=None):
     """...C, OC -> ...O: x with one weight, over the last n letters of both, as one 2-D product.
 
     The result has the dtype of x unless one is given. A single row narrower than f32 is doubled:
-    XLA's CPU code for one bf16 row is a scalar loop, 8 to 20 times slower than two rows.
+    XLA's CPU code for one bf16 row is a scalar loop, 8 to 20 times slower than two rows. A weight
+    that is no array brings its own product of MC -> MO: see infer.Q8.
     """
     contracted = math.prod(w.shape[-n:])
     rows = x.reshape(-1, contracted)
     if len(rows) == 1 and w.dtype.itemsize < 4:
         rows = jnp.concatenate([rows, rows])
-    y = matmul(rows, w.reshape(-1, contracted))[:x.size // contracted]
-    return y.reshape(x.shape[:-n] + w.shape[:-n]).astype(dtype or x.dtype)
+    y = w.matmul(rows) if hasattr(w, "matmul") else matmul(rows, w.reshape(-1, contracted))
+    return y[:x.size // contracted].reshape(x.shape[:-n] + w.shape[:-n]).astype(dtype or x.dtype)
 
 
 def dots(x, ws):
@@ -173,8 +177,15 @@ def rotary(pos, cfg):
     """BT, cfg -> table: cosines and sines of every position's angles, both BT(D/2), f32.
 
     Made once and passed to every layer. bf16 rounds 257 to 256, and sin(257) is not sin(256).
+    Where `cfg.rope_scaling` is given, pairs that turn less than `low` times in the `context` first
+    trained on turn `factor` times slower, those of more than `high` as before, others in between.
     """
     frequency = cfg.rope_base ** (-jnp.arange(0, cfg.D, 2, dtype=jnp.float32) / cfg.D)
+    if cfg.rope_scaling:
+        factor, low, high, context = cfg.rope_scaling
+        turns = context * frequency / (2 * math.pi)
+        kept = jnp.clip((turns - low) / (high - low), 0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
     angle = pos[..., None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -186,19 +197,21 @@ def rope(x, table):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def attention(q, k, v, pos):
+def attention(q, k, v, pos, k_scale=1.0, v_scale=1.0):
     """BTHD, BKSD, BKSD, BT -> BTHD: a query at position p sees slots 0 to p. The reference.
 
     The G query heads that share a key head stand beside the T tokens as rows of one product. Scores
-    and softmax are f32. Slots that no query sees may hold anything finite.
+    and softmax are f32. Slots that no query sees may hold anything finite. An int8 k and v have
+    scales: k's, BKS1, multiply the scores, v's, BK1S, the softmax, and neither is made wide first.
     """
     B, T, H, D = q.shape
     K, S = k.shape[1:3]
     q = q.reshape(B, T, K, H // K, D).swapaxes(1, 2).reshape(B, K, T * (H // K), D)
     scores = jnp.einsum("BKSD,BKMD->BKSM", k, q, preferred_element_type=jnp.float32)  # M = TG
-    scores = scores.swapaxes(2, 3) * D ** -0.5
+    scores = (scores * k_scale).swapaxes(2, 3) * D ** -0.5
     seen = jnp.arange(S) <= jnp.repeat(pos, H // K, axis=1)[:, None, :, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    weights = (weights * v_scale).astype(jnp.promote_types(q.dtype, v.dtype))
     out = jnp.einsum("BKMS,BKSD->BKMD", weights, v, preferred_element_type=jnp.float32)
     return out.reshape(B, K, T, H // K, D).swapaxes(1, 2).reshape(B, T, H, D).astype(q.dtype)
 
@@ -275,8 +288,9 @@ lookup.defvjp(lambda table, tokens: (table[tokens], (table, tokens)), lambda sav
 
 
 def embed(params, tokens, cfg):
-    """Params, BT, cfg -> BTE: what enters the first layer."""
-    x = lookup(params.embed, tokens)
+    """Params, BT, cfg -> BTE: what enters the first layer. An int8 table's rows are widened."""
+    table = params.embed
+    x = table.rows(tokens, cfg.dtype) if hasattr(table, "rows") else lookup(table, tokens)
     return x * jnp.asarray(cfg.E ** 0.5, x.dtype) if cfg.embed_scale else x
 
 
@@ -351,12 +365,13 @@ def train_step(params, adam, tokens, cfg, lr):
 # ----------------------------------------------------------------------------------- what they cost
 
 
-def product_flops(cfg, tokens, unembedded, pairs):
+def product_flops(cfg, tokens, unembedded, pairs, dtype=None):
     """cfg, int, int, int -> dict: flops of every product, for the shapes that it has.
 
     Each weight costs 2 flops a token: 2BP. `unembedded` tokens make logits. Each of `pairs` of a
     query and a slot costs 2D flops a head and layer in the scores, and again in the values.
-    "padding" is there only where `dot` doubles a single row, and is never useful work.
+    "padding" is there only where `dot` doubles a single row, and is never useful work: so it does
+    for weights narrower than f32, whose `dtype` is cfg.dtype unless given.
     """
     each, one = 2 * tokens * cfg.L * cfg.E, 2 * pairs * cfg.L * cfg.H * cfg.D
     flops = {"qkv": each * (cfg.H + 2 * cfg.K) * cfg.D, "scores": one, "values": one,
@@ -364,7 +379,7 @@ def product_flops(cfg, tokens, unembedded, pairs):
              "unembed": 2 * unembedded * cfg.E * cfg.V}
     padding = (tokens == 1) * (flops["qkv"] + flops["out"] + flops["mlp"])
     padding += (unembedded == 1) * flops["unembed"]
-    if padding and jnp.dtype(cfg.dtype).itemsize < 4:
+    if padding and jnp.dtype(dtype or cfg.dtype).itemsize < 4:
         flops["padding"] = padding
     return flops
 
