@@ -1,8 +1,9 @@
 """bench: predict each phase from flops and bytes, measure it, and print both side by side.
 
     python bench.py [--quick]                             every phase of the default model
-    python bench.py generate|prefill|train --model ...    one phase alone
-    python bench.py train --text FILE --steps N           train on a text file
+    python bench.py generate|prefill|train|serve ...      one phase alone
+    python bench.py train --text FILE --save DIR          train on a text file
+    python bench.py complete --model DIR "So long"        write on, with a real model
 
 Tables go to stdout, whose last line is one JSON object; progress goes to stderr.
 """
@@ -23,7 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infer import decode_bytes, decode_flops, generate, init_cache, kv_bytes, prefill, prefill_flops
+from infer import (decode_bytes, decode_flops, generate, init_cache, kv_bytes, load, model_draft,
+                   ngram_draft, prefill, prefill_flops, quantize_params, read_json, save, serve,
+                   speculate, weight_bytes)
 from minillm import Config, adam_init, cast, init, loss, param_count, train_flops, train_step
 
 MB, GB = 1e6, 1e9
@@ -45,9 +48,10 @@ MODELS = {  # from each model's own config.json on huggingface.co
     "llama-2-70b": llama2(L=80, E=8192, H=64, K=8, F=28672),
     "llama-3-8b": llama3(L=32, E=4096, H=32, D=128, F=14336, tied=False),
     "llama-3-70b": llama3(L=80, E=8192, H=64, D=128, F=28672, tied=False),
-    "llama-3.1-405b": llama3(L=126, E=16384, H=128, D=128, F=53248, tied=False),
-    "llama-3.2-1b": llama3(L=16, E=2048, H=32, D=64, F=8192),
-    "llama-3.2-3b": llama3(L=28, E=3072, H=24, D=128, F=8192),
+    "llama-3.1-405b": llama3(L=126, E=16384, H=128, D=128, F=53248, tied=False,
+                             rope_scaling=(8, 1, 4, 8192)),
+    "llama-3.2-1b": llama3(L=16, E=2048, H=32, D=64, F=8192, rope_scaling=(32, 1, 4, 8192)),
+    "llama-3.2-3b": llama3(L=28, E=3072, H=24, D=128, F=8192, rope_scaling=(32, 1, 4, 8192)),
     "mistral-7b": Config(L=32, E=4096, H=32, K=8, D=128, F=14336, V=32768, rope_base=1e6,
                          eps=1e-5, tied=False),
     "smollm2-135m": smollm2(L=30, E=576, H=9, K=3, F=1536),
@@ -59,8 +63,32 @@ MODELS = {  # from each model's own config.json on huggingface.co
 
 train_jit = jax.jit(train_step, static_argnames="cfg", donate_argnames=("params", "adam"))
 prefill_jit = jax.jit(prefill, static_argnames="cfg", donate_argnames="cache")
-generate_jit = jax.jit(generate, static_argnames=("n", "cfg", "temperature"),
-                       donate_argnames="cache")
+HOW = ("n", "cfg", "temperature", "top_k", "top_p", "end")
+generate_jit = jax.jit(generate, static_argnames=HOW, donate_argnames=("cache", "logits"))
+speculate_jit = jax.jit(speculate, static_argnames=HOW, donate_argnames=("cache", "tokens"))
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+def on_cpu():
+    """-> bool: what is fastest there differs."""
+    return jax.default_backend() == "cpu"
+
+
+def default_cache(dtype):
+    """dtype of the weights -> of the cache: on a CPU bf16 slots are copied and int8 ones widened at
+    every step, so f32 is the fastest; elsewhere fewer bytes are."""
+    return "float32" if on_cpu() or dtype == "float32" else "bfloat16"
+
+
+def computing_in(cfg, dtype):
+    """Config, dtype of the weights -> Config: around int8 weights, activations are wide."""
+    wide = "float32" if on_cpu() else "bfloat16"
+    return replace(cfg, dtype=wide if dtype == "int8" else dtype)
+
+
+def in_dtype(params, cfg, dtype):
+    """Params, cfg, dtype -> Params: cast, or quantised to int8 weights for int8 activations."""
+    return quantize_params(params, cfg) if dtype == "int8" else cast(params, dtype)
 
 
 def say(*words, end="\n"):
@@ -99,7 +127,7 @@ def seconds_of(call, at_least=5, for_seconds=0.5, at_most=20):
 
 def measure_flops(dtype):
     """dtype -> flops/s of one large product, its best run: weights stored output x input."""
-    size = 2048 if jax.default_backend() == "cpu" else 8192
+    size = 2048 if on_cpu() else 8192
     sums = jnp.int32 if dtype == "int8" else jnp.float32
     a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a, b: jax.lax.dot_general(
@@ -157,66 +185,6 @@ def cost(T, S, tokens, flops, weight_bytes, cache_bytes, **parts):
                  "attention": (attention, cache_bytes), **parts})
 
 
-def train_cost(cfg, B, T, new, cache_dtype):
-    """Weights are read forwards, read backwards, and written as gradients: three times their bytes.
-
-    AdamW reads p, m, v and the gradient and writes p, m and v: 28 bytes a parameter. What is saved
-    between the two passes is not predicted: it need not leave the chip, and where it does, shows.
-    """
-    wide = jnp.dtype(cfg.dtype).itemsize
-    return cost(T, T, B * T, train_flops(cfg, B, T), 3 * wide * param_count(cfg), 0,
-                optimizer=(0, 28 * param_count(cfg)))
-
-
-def prefill_cost(cfg, B, T, new, cache_dtype):
-    """All weights once, and the cache written once."""
-    return cost(T, T, B * T, prefill_flops(cfg, B, T), decode_bytes(cfg, B, 1)["weights"],
-                kv_bytes(cfg, B, T, cache_dtype))
-
-
-def generate_cost(cfg, B, prompt, new, cache_dtype):
-    """One step: all weights, and all slots of the cache whether filled or not."""
-    moved = decode_bytes(cfg, B, prompt + new, cache_dtype=cache_dtype)
-    return cost(1, prompt + new, B, decode_flops(cfg, B, prompt + new), moved["weights"],
-                moved["cache_read"] + moved["cache_write"])
-
-
-def build_train(cfg, params, key, B, T, new, cache_dtype):
-    """-> a whole step of AdamW on random tokens, from f32 masters that are its own."""
-    params = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params)  # a copy: it is donated
-    tokens = jax.random.randint(key, (B, T + 1), 0, cfg.V)
-    step = jax.jit(partial(train_step, cfg=cfg, lr=1e-4), donate_argnums=(0, 1))
-    return step, (params, adam_init(params), tokens), lambda out, args: (*out[:2], tokens)
-
-
-def build_prefill(cfg, params, key, B, T, new, cache_dtype):
-    """-> B random prompts of T tokens, read into a cache of T slots."""
-    tokens = jax.random.randint(key, (B, T), 0, cfg.V)
-    step = jax.jit(lambda params, cache, tokens: prefill(
-        params, cache, tokens, jnp.full((B,), T), cfg), donate_argnums=1)
-    args = params, init_cache(cfg, B, T, cache_dtype), tokens
-    return step, args, lambda out, args: (args[0], out[1], tokens)
-
-
-def build_generate(cfg, params, key, B, prompt, new, cache_dtype):
-    """-> `new` steps behind a prompt, greedily, in one scan. The prompt's slots hold zeros."""
-    def run(params, cache, logits):  # every run starts behind the prompt
-        cache = cache._replace(length=jnp.full((B,), prompt, jnp.int32))
-        return generate(params, cache, logits, key, new, cfg)
-
-    cache = init_cache(cfg, B, prompt + new, cache_dtype)
-    args = params, cache, jax.random.normal(key, (B, cfg.V))
-    return jax.jit(run, donate_argnums=1), args, lambda out, args: (args[0], out[2], out[1])
-
-
-class Phase(NamedTuple):
-    """cost(cfg, B, prompt, new, cache_dtype) predicts; build(cfg, params, key, ...) gives what to
-    run: a jitted function, its first arguments, and the next call's from (result, arguments)."""
-    cost: Callable
-    build: Callable
-    steps: Callable = lambda new: 1  # in one call
-
-
 class Job(NamedTuple):
     """What is to be measured: one row of the table."""
     phase: str
@@ -225,12 +193,109 @@ class Job(NamedTuple):
     B: int
     prompt: int
     new: int
+    dtype: str = "float32"        # of the weights
     cache_dtype: str = "float32"
+
+
+def train_cost(job):
+    """Weights are read forwards, read backwards, and written as gradients: three times their bytes.
+
+    AdamW reads p, m, v and the gradient and writes p, m and v: 28 bytes a parameter. What is saved
+    between the two passes is not predicted: it need not leave the chip, and where it does, shows.
+    """
+    cfg, B, T = job.cfg, job.B, job.prompt
+    wide = jnp.dtype(cfg.dtype).itemsize
+    return cost(T, T, B * T, train_flops(cfg, B, T), 3 * wide * param_count(cfg), 0,
+                optimizer=(0, 28 * param_count(cfg)))
+
+
+def prefill_cost(job):
+    """All weights once, and the cache written once."""
+    cfg, B, T = job.cfg, job.B, job.prompt
+    return cost(T, T, B * T, prefill_flops(cfg, B, T, job.dtype), weight_bytes(cfg, job.dtype),
+                kv_bytes(cfg, B, T, job.cache_dtype))
+
+
+def generate_cost(job):
+    """One step: all weights, and all slots of the cache whether filled or not."""
+    cfg, B, S = job.cfg, job.B, job.prompt + job.new
+    moved = decode_bytes(cfg, B, S, cache_dtype=job.cache_dtype, dtype=job.dtype)
+    return cost(1, S, B, decode_flops(cfg, B, S, dtype=job.dtype), moved["weights"],
+                moved["cache_read"] + moved["cache_write"])
+
+
+def serve_cost(job):
+    """A prefill for each request, and steps for B at a time."""
+    steps, requests = REQUESTS * job.new, REQUESTS * job.B
+    each = [(requests, prefill_cost(job._replace(B=1))), (steps, generate_cost(job))]
+    names = {name for _, c in each for name in c.flops}
+    flops = {name: sum(n * c.flops.get(name, 0) for n, c in each) for name in names}
+    parts = {f"{word}, {name}": (n * part[0], n * part[1])
+             for word, (n, c) in zip(("prefill", "generate"), each)
+             for name, part in c.parts.items()}
+    return Cost(1, job.prompt + job.new, requests * job.new, flops,
+                sum(n * c.weight_bytes for n, c in each), sum(n * c.cache_bytes for n, c in each),
+                parts)
+
+
+def build_train(job, params, key):
+    """-> a whole step of AdamW on random tokens, from f32 masters that are its own."""
+    params = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params)  # a copy: it is donated
+    tokens = jax.random.randint(key, (job.B, job.prompt + 1), 0, job.cfg.V)
+    step = jax.jit(partial(train_step, cfg=job.cfg, lr=1e-4), donate_argnums=(0, 1))
+    return step, (params, adam_init(params), tokens), lambda out, args: (*out[:2], tokens)
+
+
+def build_prefill(job, params, key):
+    """-> B random prompts of T tokens, read into a cache of T slots."""
+    cfg, B, T = job.cfg, job.B, job.prompt
+    tokens = jax.random.randint(key, (B, T), 0, cfg.V)
+    step = jax.jit(lambda params, cache, tokens: prefill(
+        params, cache, tokens, jnp.full((B,), T), cfg), donate_argnums=1)
+    args = params, init_cache(cfg, B, T, job.cache_dtype), tokens
+    return step, args, lambda out, args: (args[0], out[1], tokens)
+
+
+def build_generate(job, params, key):
+    """-> `new` steps behind a prompt, greedily, in one scan. The prompt's slots hold zeros."""
+    cfg, B, prompt = job.cfg, job.B, job.prompt
+
+    def run(params, cache, logits):  # every run starts behind the prompt
+        cache = cache._replace(length=jnp.full((B,), prompt, jnp.int32))
+        return generate(params, cache, logits, key, job.new, cfg)
+
+    cache = init_cache(cfg, B, prompt + job.new, job.cache_dtype)
+    args = params, cache, jax.random.normal(key, (B, cfg.V))
+    return jax.jit(run, donate_argnums=1), args, lambda out, args: (args[0], out[2], out[1])
+
+
+def build_serve(job, params, key):
+    """-> REQUESTS * B random prompts through B rows. Runs on the host: it compiles itself."""
+    cfg, S = job.cfg, job.prompt + job.new
+    prompts = np.asarray(jax.random.randint(key, (REQUESTS * job.B, job.prompt), 0, cfg.V))
+
+    def run(params):
+        return dict(serve(params, prompts, job.B, S, job.new, key, cfg,
+                          stride=min(8, job.new), cache_dtype=job.cache_dtype))
+
+    return run, (params,), lambda out, args: args
+
+
+REQUESTS = 3  # a row, so that each is refilled twice
+
+
+class Phase(NamedTuple):
+    """cost(job) predicts; build(job, params, key) gives what to run: a function, jitted where it is
+    to be compiled, its first arguments, and the next call's from (result, arguments)."""
+    cost: Callable
+    build: Callable
+    steps: Callable = lambda new: 1  # in one call
 
 
 PHASES = {"train": Phase(train_cost, build_train),
           "prefill": Phase(prefill_cost, build_prefill),
-          "generate": Phase(generate_cost, build_generate, lambda new: new)}
+          "generate": Phase(generate_cost, build_generate, lambda new: new),
+          "serve": Phase(serve_cost, build_serve)}
 
 
 # ------------------------------------------------------------------------------ predict and measure
@@ -262,14 +327,14 @@ def utilisation(done, seconds, ceiling, what, row):
 
 def predicted_row(job, ceilings):
     """Job, dict -> dict: the half of a row that is known before anything runs."""
-    phase, model, cfg, *shape = job
-    cost = PHASES[phase].cost(cfg, *shape)
+    cost = PHASES[job.phase].cost(job)
     padding = cost.flops.get("padding", 0)
-    return {"phase": phase, "model": model, "dtype": cfg.dtype, "cache_dtype": job.cache_dtype,
-            "B": job.B, "T": cost.T, "S": cost.S, "tokens": cost.tokens,
+    return {"phase": job.phase, "model": job.model, "dtype": job.dtype,
+            "cache_dtype": job.cache_dtype, "B": job.B, "T": cost.T, "S": cost.S,
+            "tokens": cost.tokens,
             "flops": sum(cost.flops.values()) - padding, "padding_flops": padding,
             "weight_bytes": cost.weight_bytes, "cache_bytes": cost.cache_bytes,
-            **predict(cost, cfg.dtype, ceilings)}
+            **predict(cost, job.dtype, ceilings)}
 
 
 def measured_row(row, times, compile_seconds, ceilings):
@@ -289,12 +354,13 @@ def measured_row(row, times, compile_seconds, ceilings):
 
 def measure(job, params, ceilings, seed):
     """Job, Params, dict, int -> dict: one row, predicted first, then compiled, then measured."""
-    phase, _, cfg, *shape = job
     row = predicted_row(job, ceilings)
-    say(f"{phase} {cfg.dtype} B={job.B}: predicted {row['predicted_seconds'] * 1e3:.1f} ms", end="")
-    step, args, feed = PHASES[phase].build(cfg, params, jax.random.key(seed), *shape)
+    say(f"{job.phase} {job.dtype} B={job.B}: predicted {row['predicted_seconds'] * 1e3:.1f} ms",
+        end="")
+    step, args, feed = PHASES[job.phase].build(job, params, jax.random.key(seed))
     start = time.perf_counter()
-    step = step.lower(*args).compile()
+    if hasattr(step, "lower"):
+        step = step.lower(*args).compile()
     compile_seconds = time.perf_counter() - start
 
     def call():
@@ -302,7 +368,7 @@ def measure(job, params, ceilings, seed):
         out = jax.block_until_ready(step(*args))
         args = feed(out, args)
 
-    times = [seconds / PHASES[phase].steps(job.new) for seconds in seconds_of(call)]
+    times = [seconds / PHASES[job.phase].steps(job.new) for seconds in seconds_of(call)]
     row = measured_row(row, times, compile_seconds, ceilings)
     say(f", measured {row['measured_seconds'] * 1e3:.1f} ms")
     return row
@@ -310,6 +376,7 @@ def measure(job, params, ceilings, seed):
 
 COLUMNS = (  # heading, width, text of a row
     ("phase", -9, lambda r: r["phase"]), ("dtype", -9, lambda r: r["dtype"]),
+    ("cache", -9, lambda r: r["cache_dtype"]),
     ("B", 3, lambda r: r["B"]), ("T", 4, lambda r: r["T"]), ("S", 5, lambda r: r["S"]),
     ("weights MB", 10, lambda r: f"{r['weight_bytes'] / MB:.1f}"),
     ("cache MB", 8, lambda r: f"{r['cache_bytes'] / MB:.1f}"),
@@ -381,8 +448,8 @@ def decode(tokens):
     return bytes(np.asarray(tokens, np.uint8)).decode(errors="replace")
 
 
-def complete(params, cfg, prompt, new, key, temperature=0.0):
-    """Params, cfg, 1T, int, key -> str: prefill, then generate."""
+def recite(params, cfg, prompt, new, key, temperature=0.0):
+    """Params, cfg, 1T, int, key -> str: prefill, then generate, in a model of bytes."""
     T = prompt.shape[1]
     cache = init_cache(cfg, 1, T + new)
     logits, cache = prefill_jit(params, cache, prompt, jnp.full((1,), T), cfg)
@@ -400,7 +467,7 @@ def check_values(seed, steps=400):
         if value < 0.02:
             break
     rest = SENTENCE[len(PROMPT):]
-    said = complete(params, cfg, encode(PROMPT), len(rest), jax.random.key(seed))
+    said = recite(params, cfg, encode(PROMPT), len(rest), jax.random.key(seed))
     say(f"{said!r} after {trained + 1} steps")
     if said != rest:
         sys.exit(f"bench.py: error: trained {trained + 1} steps on {SENTENCE!r} to a loss of "
@@ -461,11 +528,121 @@ def train_on_text(args, job):
     say()
     after = held_out_loss(params, held, T, nats)
     prompt = held[None, :min(T, len(held), 64)]
-    said = complete(cast(params, cfg.dtype), cfg, prompt, args.new, key, 0.5)
+    if args.save:
+        save(args.save, cfg, params)
+        say(f"saved to {args.save}")
+    said = recite(cast(params, cfg.dtype), cfg, prompt, args.new, key, 0.5)
     print(f"held-out loss: {before:.3f} nats a byte before, {after:.3f} after {args.steps} steps")
     print(f"{decode(prompt[0])!r} goes on {said!r}")
     report([measured_row(row, times, compile_seconds, limits)], limits, text=str(args.text),
            steps=args.steps, loss_before=before, loss_after=after, continuation=said)
+
+
+def tokenizer(path, cfg):
+    """path, Config -> encode, decode, end tokens: of tokenizer.json, or of bytes where V is 256."""
+    file = pathlib.Path(path) / "tokenizer.json"
+    if not file.exists():
+        if cfg.V != 256:
+            raise ValueError(f"{file} is missing, and V={cfg.V} is not 256, a model of bytes")
+        return lambda text: encode(text)[0], decode, ()
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise ValueError(f'{file} needs the extra hf: pip install ".[hf]"') from None
+    words = Tokenizer.from_file(str(file))
+    end = read_json(file.with_name("config.json")).get("eos_token_id")
+    return (lambda text: words.encode(text).ids, lambda ids: words.decode(list(map(int, ids))),
+            end if isinstance(end, list) else [] if end is None else [end])
+
+
+def load_draft(args, cfg, prompt, S, how):
+    """-> draft and its state for `speculate`: a smaller model from a folder, or n-grams."""
+    if args.draft == "ngram":
+        return ngram_draft(cfg, args.n_draft), None
+    draft_cfg, params = load(args.draft)
+    if draft_cfg.V != cfg.V:
+        raise ValueError(f"draft {args.draft} has V={draft_cfg.V}, and the model V={cfg.V}: "
+                         "they must share a tokenizer")
+    draft_cfg = computing_in(draft_cfg, args.dtype)
+    params = in_dtype(params, draft_cfg, args.dtype)
+    _, cache = prefill_jit(params, init_cache(draft_cfg, 1, S, args.cache), prompt,
+                           np.array([prompt.shape[1]]), draft_cfg)
+    return model_draft(params, draft_cfg, args.n_draft, **how), cache
+
+
+def generating(params, cache, logits, key, cfg, how):
+    """-> iterator: compiles, then gives all tokens made so far, and no rounds."""
+    step = generate_jit.lower(params, cache, logits, key, STRIDE, cfg, **how).compile()
+    made = []
+    while True:
+        yield made, 0
+        tokens, logits, cache = step(params, cache, logits, key)
+        made = made + np.asarray(tokens[0]).tolist()
+
+
+def speculating(params, cache, prompt, key, cfg, how, draft, state):
+    """-> iterator: compiles, then gives all tokens made so far, and in how many rounds."""
+    T, made, rounds = prompt.shape[1], [], 0
+    text = jnp.zeros((1, cache.k[0].shape[2]), jnp.int32).at[:, :T].set(prompt)
+    cache = cache._replace(length=cache.length - 1)
+    step = speculate_jit.lower(params, cache, text, key, STRIDE, cfg, draft, state, **how).compile()
+    while True:
+        yield made, rounds
+        text, cache, state, counts = step(params, cache, text, key, draft, state)
+        made = np.asarray(text)[0, T:int(cache.length[0]) + 1].tolist()
+        rounds += int(np.sum(counts))
+
+
+def stream(args):
+    """args -> iterator of (str, dict): the prompt and what follows so far, and how fast."""
+    cfg, params = load(args.model)
+    args.dtype = args.dtype or cfg.dtype
+    args.cache = args.cache or default_cache(args.dtype)
+    cfg = computing_in(cfg, args.dtype)
+    params = in_dtype(params, cfg, args.dtype)
+    encode, decode, ends = tokenizer(args.model, cfg)
+    prompt = np.asarray(encode(args.prompt), np.int32)[None]
+    T, key = prompt.shape[1], jax.random.key(args.seed)
+    if T < (2 if args.draft else 1):
+        raise ValueError(f"prompt {args.prompt!r} makes {T} tokens: write more")
+    S = T + args.new + STRIDE + args.n_draft + 1
+    how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    draft = load_draft(args, cfg, prompt, S, how) if args.draft else None
+    how["end"] = ends[0] if ends else None
+    given = params, init_cache(cfg, 1, S, args.cache), prompt, np.array([T])
+    read = prefill_jit.lower(*given, cfg).compile()
+    jax.block_until_ready(given)
+    start = time.perf_counter()
+    logits, cache = jax.block_until_ready(read(*given))
+    told = {"prompt": T, "prefill_seconds": time.perf_counter() - start}
+    steps = speculating(params, cache, prompt, key, cfg, how, *draft) if args.draft else \
+        generating(params, cache, logits, key, cfg, how)
+    made, rounds = next(steps)
+    start = time.perf_counter()
+    while True:
+        told |= {"seconds": time.perf_counter() - start, "rounds": rounds, "tokens": len(made)}
+        stop = min([args.new, *(made.index(end) for end in ends if end in made)])
+        yield decode([*prompt[0], *made[:stop]]), told
+        if len(made) >= args.new or stop < len(made):
+            return
+        made, rounds = next(steps)
+
+
+STRIDE = 8  # tokens between two looks at what was made
+
+
+def complete(args):
+    """Writes on from a prompt, to stdout as it goes, and says how fast that was."""
+    shown, text, told = "", "", {}
+    for text, told in stream(args):
+        whole = text.rstrip("\ufffd")  # the rest of a character may come yet
+        print(whole[len(shown):], end="", flush=True)
+        shown = whole
+    print(text[len(shown):])
+    rounds = f", {told['tokens'] / told['rounds']:.2f} tokens a round" if told["rounds"] else ""
+    print(f"prefill of {told['prompt']} tokens {told['prefill_seconds'] * 1e3:.1f} ms, then "
+          f"{told['tokens'] / told['seconds']:.1f} tokens/s{rounds}: weights {args.dtype}, "
+          f"cache {args.cache}")
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -492,9 +669,8 @@ def number(text):
 
 def dtypes(text):
     """str -> list of str."""
-    known = ("float32", "bfloat16")
-    if not set(text.split(",")) <= set(known):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {', '.join(known)}")
+    if not set(text.split(",")) <= set(DTYPES):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {', '.join(DTYPES)}")
     return text.split(",")
 
 
@@ -506,35 +682,64 @@ def model(text):
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def add_complete(command):
+    """Parser -> None: what `complete` takes."""
+    command.add_argument("prompt", help="the text to go on from")
+    command.add_argument("--model", required=True, metavar="DIR", help="config.json, "
+                         "model.safetensors and tokenizer.json, or what train --save wrote")
+    command.add_argument("--new", type=number, default=64, help="tokens to generate (64)")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    command.add_argument("--top-k", type=int, default=0, help="of the k most probable (0: all)")
+    command.add_argument("--top-p", type=float, default=1.0, help="of those reaching p (1: all)")
+    command.add_argument("--dtype", choices=DTYPES, help="of the weights (the file's)")
+    command.add_argument("--cache", choices=DTYPES, help="of the cache (what is fastest here)")
+    command.add_argument("--draft", metavar="DIR|ngram", help="speculate with a smaller model, or "
+                         "with what the text said before")
+    command.add_argument("--n-draft", type=number, default=4, help="tokens it proposes (4)")
+
+
+def add_phase(command, name):
+    """Parser, str -> None: what the phases take."""
+    command.add_argument("--model", type=model, metavar="NAME|SHAPE",
+                         help=f"letters ({DEFAULT}) or one of {', '.join(MODELS)}")
+    command.add_argument("--batch", type=numbers, help="sequences, as 1,8,32")
+    command.add_argument("--dtype", type=dtypes, default=["float32"], help="of the weights: "
+                         "float32 (default), bfloat16, int8 (not for train), or several")
+    command.add_argument("--prompt", type=number, help="tokens a sequence (256)", default=256)
+    command.add_argument("--new", type=number, default=32, help="tokens to generate (32)")
+    if name == "train":
+        command.add_argument("--text", help="a file to train on (README.md)")
+        command.add_argument("--steps", type=number, help="train on --text so often (100)")
+        command.add_argument("--lr", type=float, default=1e-3, help="learning rate (0.001)")
+        command.add_argument("--save", metavar="DIR", help="write what was trained there")
+    else:
+        command.add_argument("--cache", choices=DTYPES, help="dtype of the cache (the fastest here:"
+                             " float32 on a CPU, elsewhere bfloat16 for narrow weights)")
+
+
 def parse(argv):
     """list of str -> the command line's arguments; SystemExit with one line where they are bad."""
     parser = Parser(prog="bench.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model, under a minute")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and draws (0)")
-    commands = parser.add_subparsers(dest="phase", metavar="|".join(PHASES))
-    for name in PHASES:
-        command = commands.add_parser(name, help=f"measure {name} alone")
-        command.add_argument("--model", type=model, metavar="NAME|SHAPE",
-                             help=f"letters ({DEFAULT}) or one of {', '.join(MODELS)}")
-        command.add_argument("--batch", type=numbers, help="sequences, as 1,8,32")
-        command.add_argument("--dtype", type=dtypes, default=["float32"],
-                             help="float32 (default), bfloat16, or both")
-        command.add_argument("--prompt", type=number, help="tokens a sequence (256)", default=256)
-        command.add_argument("--new", type=number, default=32, help="tokens to generate (32)")
+    commands = parser.add_subparsers(dest="phase", metavar="|".join([*PHASES, "complete"]))
+    for name in [*PHASES, "complete"]:
+        command = commands.add_parser(name, help="write on from a prompt" if name == "complete"
+                                      else f"measure {name} alone")
         command.add_argument("--seed", type=int, default=argparse.SUPPRESS)
-        if name == "train":
-            command.add_argument("--text", help="a file to train on (README.md)")
-            command.add_argument("--steps", type=number, help="train on --text so often (100)")
-            command.add_argument("--lr", type=float, default=1e-3, help="learning rate (0.001)")
+        add_complete(command) if name == "complete" else add_phase(command, name)
     args = parser.parse_args(argv)
     if args.quick and args.phase:
         parser.error(f"--quick is for all phases: leave out --quick or {args.phase}")
-    if args.phase == "train" and (args.text or args.steps):
-        args.text = args.text or pathlib.Path(__file__).with_name("README.md")
-        args.steps = args.steps or 100
-        if len(args.dtype) > 1 or len(args.batch or [8]) > 1:
-            parser.error("training on a text takes one --batch and one --dtype")
+    if args.phase == "train":
+        if "int8" in args.dtype:
+            parser.error("train takes --dtype float32 or bfloat16: int8 has no gradient")
+        if args.text or args.steps or args.save:
+            args.text = args.text or pathlib.Path(__file__).with_name("README.md")
+            args.steps = args.steps or 100
+            if len(args.dtype) > 1 or len(args.batch or [8]) > 1:
+                parser.error("training on a text takes one --batch and one --dtype")
     return args
 
 
@@ -545,10 +750,10 @@ def check_memory(job):
     except (AttributeError, ValueError, OSError):
         return
     cfg, train = job.cfg, job.phase == "train"
-    needed = param_count(cfg) * (jnp.dtype(cfg.dtype).itemsize + 16 * train)
+    needed = param_count(cfg) * (jnp.dtype(job.dtype).itemsize + 16 * train)
     needed += 0 if train else kv_bytes(cfg, job.B, job.prompt + job.new, job.cache_dtype)
-    if jax.default_backend() == "cpu" and needed > free:
-        raise ValueError(f"{job.phase} of {job.model} in {cfg.dtype} at B={job.B} holds "
+    if on_cpu() and needed > free:
+        raise ValueError(f"{job.phase} of {job.model} in {job.dtype} at B={job.B} holds "
                          f"{needed / GB:.1f} GB and {free / GB:.1f} GB are free: "
                          "a smaller --model, --batch or --dtype")
 
@@ -568,12 +773,15 @@ def jobs_of(args):
         name, cfg, dtypes = DEFAULT, parse_model(DEFAULT), ["float32", "bfloat16"]
         shapes = {"train": ([4], 128, 0), "prefill": ([1, 8, 32], 64, 0),
                   "generate": ([1, 8, 32], 240, 16)}
-    return [Job(phase, name, replace(cfg, dtype=dtype), B, prompt, new) for dtype in dtypes
+    return [Job(phase, name, computing_in(cfg, dtype), B, prompt, new, dtype,
+                getattr(args, "cache", None) or default_cache(dtype)) for dtype in dtypes
             for phase, (batches, prompt, new) in shapes.items() for B in batches]
 
 
 def run(args):
     """Measures what the command line asks for, and prints it."""
+    if args.phase == "complete":
+        return complete(args)
     jobs = jobs_of(args)
     for job in jobs:
         check_memory(job)
@@ -584,8 +792,10 @@ def run(args):
         check_values(args.seed)
     rows = []
     try:
-        for dtype, group in itertools.groupby(jobs, lambda job: job.cfg.dtype):
-            params = init(jax.random.key(args.seed), jobs[0].cfg, dtype)
+        for dtype, group in itertools.groupby(jobs, lambda job: job.dtype):
+            cfg = computing_in(jobs[0].cfg, dtype)
+            params = init(jax.random.key(args.seed), cfg, cfg.dtype)
+            params = in_dtype(params, cfg, dtype)
             rows += [measure(job, params, limits, args.seed) for job in group]
     except KeyboardInterrupt:
         say("\ninterrupted: what was measured so far")
