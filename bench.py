@@ -770,12 +770,13 @@ def jobs_of(args):
         shapes = {"train": ([2], 128, 0), "prefill": ([1], 128, 0),
                   "generate": ([1, 8, 32], 240, 16)}
     else:
-        name, cfg, dtypes = DEFAULT, parse_model(DEFAULT), ["float32", "bfloat16"]
+        name, cfg, dtypes = DEFAULT, parse_model(DEFAULT), DTYPES
         shapes = {"train": ([4], 128, 0), "prefill": ([1, 8, 32], 64, 0),
-                  "generate": ([1, 8, 32], 240, 16)}
+                  "generate": ([1, 8, 32], 240, 16), "serve": ([8], 64, 32)}
     return [Job(phase, name, computing_in(cfg, dtype), B, prompt, new, dtype,
                 getattr(args, "cache", None) or default_cache(dtype)) for dtype in dtypes
-            for phase, (batches, prompt, new) in shapes.items() for B in batches]
+            for phase, (batches, prompt, new) in shapes.items() for B in batches
+            if (phase, dtype) != ("train", "int8")]
 
 
 def run(args):
@@ -787,7 +788,7 @@ def run(args):
         check_memory(job)
     if args.phase == "train" and args.text:
         return train_on_text(args, *jobs)
-    limits = ceilings(["float32", "bfloat16"] if not args.phase else args.dtype)
+    limits = ceilings(list(dict.fromkeys(job.dtype for job in jobs)))
     if not args.phase:
         check_values(args.seed)
     rows = []

@@ -759,17 +759,20 @@ def load(path, dtype=None):
 
 
 def write_safetensors(path, tensors):
-    """path, dict -> None: arrays by name, one after the other."""
+    """path, dict -> None: arrays by name. The file is replaced once it is whole: the old one, where
+    it is mapped, stays what it was."""
     spelled, header, end = {ours: theirs for theirs, ours in DTYPES.items()}, {}, 0
     for name, a in tensors.items():
         header[name] = {"dtype": spelled[a.dtype.name], "shape": a.shape,
                         "data_offsets": [end, end := end + a.nbytes]}
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    partial_file = pathlib.Path(f"{path}.partial")
+    with open(partial_file, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for a in tensors.values():
             a.tofile(file)
+    partial_file.replace(path)
 
 
 def save(path, cfg, params, shard_bytes=5e9):
