@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import re
+import shlex
 import sys
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -1524,4 +1525,4 @@ def test_what_the_readme_names_is_there():
     assert len(tests) > 5 and set(tests) <= set(globals())
     assert all(name in README for name in bench.MODELS)
     for line in re.findall(r"^python bench\.py (.*?)(?: *#.*)?$", README, re.M):
-        bench.parse(line.split())
+        bench.parse(shlex.split(line))
