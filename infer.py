@@ -155,16 +155,21 @@ def as_held(new, slots):
     return quantize(new, -1) if isinstance(slots, Q8) else new.astype(slots.dtype)
 
 
-def write(slots, new, start):
-    """BKSD, BKTD, B -> BKSD: row b's T new tokens stand at its slots start[b] to start[b] + T - 1.
+def as_seen(held, dtype):
+    """BKTD, dtype -> BKTD: what it stands for, wide."""
+    return dequantize(held, dtype) if isinstance(held, Q8) else held.astype(dtype)
+
+
+def write(slots, new, pos):
+    """BKSD, BKTD, BT -> BKSD: each row's T new tokens stand at the slots of their positions.
 
     In place in a donated cache, for which it must stay a scatter: XLA turns one of a single index
     into a dynamic_update_slice and then fuses it twice, once for the carry and once for the read
     that follows, which copies all S slots, 8 times in a step. So a lone token is listed twice, and
-    the second, at a row that is not there, is dropped.
+    the second, at a row that is not there, is dropped, as are positions outside 0 to S - 1.
     """
     B, _, T, _ = new.shape
-    row, slot = jnp.arange(B)[:, None], start[:, None] + jnp.arange(T)
+    row, slot = jnp.arange(B)[:, None], jnp.where(pos < 0, slots.shape[2], pos)
     if B * T == 1:
         row, slot, new = jnp.arange(2)[:, None], jnp.tile(slot, (2, 1)), jnp.tile(new, (2, 1, 1, 1))
     return jax.tree.map(
@@ -172,15 +177,15 @@ def write(slots, new, start):
         slots, as_held(new, slots))
 
 
-def cached_attention(q, k, v, pos):
+def cached_attention(q, k, v, pos, softmax=jax.nn.softmax):
     """BTHD, BKSD, BKSD, BT -> BTHD: `attention` to a cache, int8 or not.
 
     The program writes no wide copy of int8 slots. XLA does on a CPU: there an int8 cache is
     smaller, not faster.
     """
     if not isinstance(k, Q8):
-        return attention(q, k, v, pos)
-    return attention(q, k.q, v.q, pos, k.scale, v.scale.swapaxes(2, 3))
+        return attention(q, k, v, pos, softmax=softmax)
+    return attention(q, k.q, v.q, pos, k.scale, v.scale.swapaxes(2, 3), softmax)
 
 
 # ------------------------------------------------------------------------ prefill, extend, generate
@@ -192,68 +197,70 @@ def insert(slots, new, row):
         slots, new, (row, 0, 0, 0)), slots, new)
 
 
-def through_layers(params, cache, x, table, cfg, look):
-    """Params, Cache, BTE, table, cfg, look -> BTE, k, v: every block, and the cache's new arrays.
+def extend_cache(q, k, v, old_k, old_v, pos):
+    """BTHD, BKTD, BKTD, BKSD, BKSD, BT -> BTHD, (BKSD, BKSD): write a layer's cache, then look."""
+    k, v = write(old_k, k, pos), write(old_v, v, pos)
+    return cached_attention(q, k, v, pos), (k, v)
 
-    `look(q, k, v, old_k, old_v)` gives one layer's BTHD and its pair of BKSD.
+
+def fill_cache(q, k, v, old_k, old_v, pos):
+    """BTHD, BKTD, BKTD, BKSD, BKSD, BT -> BTHD, (BKSD, BKSD): write slots 0 to T - 1; look at them
+    alone, rounded as the cache holds them, so that `extend` in any chunks gives the same."""
+    old, held = (old_k, old_v), (as_held(k, old_k), as_held(v, old_v))
+    seen = (as_seen(new, q.dtype) for new in held)
+    return causal_attention(q, *seen), insert(old, held, 0)
+
+
+def through_layers(params, cache, x, pos, cfg, look, **seams):
+    """Params, Cache, BTE, BT, cfg, look -> BTE, k, v: every block, and the cache's new arrays.
+
+    `look(q, k, v, old_k, old_v, pos)` gives one layer's BTHD and its pair of BKSD.
     """
-    written = []
+    table, written = rotary(pos, cfg), []
     for w, *old in zip(params.layers, cache.k, cache.v):
-        x, kv = block(x, w, table, cfg, lambda q, k, v: look(q, k, v, *old))
+        x, kv = block(x, w, table, cfg, lambda q, k, v: look(q, k, v, *old, pos), **seams)
         written.append(kv)
     return x, *zip(*written)
 
 
-def extend(params, cache, tokens, cfg):
+def extend(params, cache, tokens, cfg, look=extend_cache, embed=embed, **seams):
     """Params, Cache, BT, cfg -> BTE, Cache: append T tokens to every row, each at its own length.
 
     T = 1 generates, T = n_draft + 1 verifies a draft, more are a chunk of a prompt. The result is
-    what stands before the final norm: `unembed` makes logits of it. ValueError for tokens outside
-    the vocabulary, another number of rows than the cache's, or more tokens than slots are left.
+    what stands before the final norm: `unembed` makes logits of it. Parts are replaced where a
+    model lives on several devices. ValueError for tokens outside the vocabulary, another number of
+    rows than the cache's, or more tokens than slots are left.
     """
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
     check_room(cache, tokens.shape[1])
     pos = cache.length[:, None] + jnp.arange(tokens.shape[1])
-    table = rotary(pos, cfg)
     x = embed(params, tokens, cfg)
-
-    def look(q, k, v, old_k, old_v):
-        k, v = write(old_k, k, cache.length), write(old_v, v, cache.length)
-        return cached_attention(q, k, v, pos), (k, v)
-
-    x, k, v = through_layers(params, cache, x, table, cfg, look)
+    x, k, v = through_layers(params, cache, x, pos, cfg, look, **seams)
     return x, Cache(k, v, cache.length + tokens.shape[1])
 
 
-def prefill(params, cache, tokens, lengths, cfg):
+def prefill(params, cache, tokens, lengths, cfg, look=fill_cache, embed=embed, unembed=unembed,
+            **seams):
     """Params, Cache, BT, B, cfg -> BV, Cache: read prompts into rows, which start over.
 
     Prompts are padded on the right to T; row b is its first lengths[b] tokens. Attention looks at T
-    tokens, not S slots, rounded as the cache will hold them, so that `extend` in any chunks gives
-    the same. One position a row is unembedded: its last, whose f32 logits are returned. ValueError
-    for tokens outside the vocabulary, an empty prompt, lengths beyond T, or T beyond the cache.
+    tokens, not S slots, and one position a row is unembedded: its last, whose f32 logits are
+    returned. ValueError for tokens outside the vocabulary, an empty prompt, lengths beyond T, or T
+    beyond the cache.
     """
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
     B, T = tokens.shape
-    if T > cache.k[0].shape[2]:
-        raise ValueError(f"prompt of {T} tokens > {cache.k[0].shape[2]} slots: init_cache(S={T})")
     if jnp.shape(lengths) != (B,):
         raise ValueError(f"lengths of shape {jnp.shape(lengths)} for {B} prompts: expected [{B}]")
     if concrete(lengths) and (np.min(lengths) < 1 or np.max(lengths) > T):
         raise ValueError(f"lengths {np.min(lengths)} to {np.max(lengths)}: prompts padded to {T} "
                          f"tokens have lengths of 1 to {T}")
-    table = rotary(jnp.arange(T)[None], cfg)
-    x = embed(params, tokens, cfg)
-
-    def look(q, k, v, *old):
-        held = tuple(as_held(new, slots) for new, slots in zip((k, v), old))
-        k, v = (dequantize(new, q.dtype) if isinstance(new, Q8) else new.astype(q.dtype)
-                for new in held)
-        return causal_attention(q, k, v), insert(old, held, 0)
-
-    x, k, v = through_layers(params, cache, x, table, cfg, look)
+    if look is fill_cache and T > cache.k[0].shape[2]:
+        raise ValueError(f"prompt of {T} tokens > {cache.k[0].shape[2]} slots: init_cache(S={T})")
+    x, pos = embed(params, tokens, cfg), jnp.broadcast_to(jnp.arange(T), (B, T))
+    x, k, v = through_layers(params, cache, x, pos, cfg, look, **seams)
     last = x[jnp.arange(B), lengths - 1][:, None]
     return unembed(params, last, cfg)[:, 0], Cache(k, v, jnp.asarray(lengths, jnp.int32))
 
@@ -307,7 +314,8 @@ def sample(key, logits, pos, temperature, top_k, top_p):
     return jax.vmap(jax.random.categorical)(keys, logp).astype(jnp.int32)
 
 
-def generate(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p=1.0, end=None):
+def generate(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p=1.0, end=None,
+             extend=extend, unembed=unembed):
     """Params, Cache, BV, key, n, cfg -> Bn, BV, Cache: n tokens a row, in one scan on the device.
 
     `logits` are those of the next token, from `prefill` or an earlier `generate`, and the new ones

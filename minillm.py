@@ -197,12 +197,13 @@ def rope(x, table):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def attention(q, k, v, pos, k_scale=1.0, v_scale=1.0):
+def attention(q, k, v, pos, k_scale=1.0, v_scale=1.0, softmax=jax.nn.softmax):
     """BTHD, BKSD, BKSD, BT -> BTHD: a query at position p sees slots 0 to p. The reference.
 
     The G query heads that share a key head stand beside the T tokens as rows of one product. Scores
     and softmax are f32. Slots that no query sees may hold anything finite. An int8 k and v have
     scales: k's, BKS1, multiply the scores, v's, BK1S, the softmax, and neither is made wide first.
+    `softmax` is replaced where the slots live on several devices.
     """
     B, T, H, D = q.shape
     K, S = k.shape[1:3]
@@ -210,7 +211,7 @@ def attention(q, k, v, pos, k_scale=1.0, v_scale=1.0):
     scores = jnp.einsum("BKSD,BKMD->BKSM", k, q, preferred_element_type=jnp.float32)  # M = TG
     scores = (scores * k_scale).swapaxes(2, 3) * D ** -0.5
     seen = jnp.arange(S) <= jnp.repeat(pos, H // K, axis=1)[:, None, :, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    weights = softmax(jnp.where(seen, scores, -jnp.inf))
     weights = (weights * v_scale).astype(jnp.promote_types(q.dtype, v.dtype))
     out = jnp.einsum("BKMS,BKSD->BKMD", weights, v, preferred_element_type=jnp.float32)
     return out.reshape(B, K, T, H // K, D).swapaxes(1, 2).reshape(B, T, H, D).astype(q.dtype)
@@ -339,20 +340,24 @@ def adam_init(params):
 
 
 def adamw(params, adam, grads, lr, b1=0.9, b2=0.95, eps=1e-8, decay=0.1):
-    """Params, Adam, Params, lr -> Params, Adam: one update; decay on matrices. arXiv:1711.05101."""
+    """Params, Adam, Params, lr -> Params, Adam: one update. arXiv:1711.05101.
+
+    Weights decay, fields that end in "norm" do not.
+    """
     step = adam.step + 1
     m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, adam.m, grads)
     v = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, adam.v, grads)
 
-    def update(p, m, v):
+    def update(path, p, m, v):
         mean, square = m / (1 - b1 ** step), v / (1 - b2 ** step)  # both began at zero
-        return p - lr * (mean / (jnp.sqrt(square) + eps) + (decay * p if p.ndim > 1 else 0))
+        shrink = 0 if path[-1].name.endswith("norm") else decay * p
+        return p - lr * (mean / (jnp.sqrt(square) + eps) + shrink)
 
-    return jax.tree.map(update, params, m, v), Adam(step, m, v)
+    return jax.tree.map_with_path(update, params, m, v), Adam(step, m, v)
 
 
-def train_step(params, adam, tokens, cfg, lr):
-    """Params, Adam, B(T+1), cfg, lr -> Params, Adam, scalar: one step of AdamW.
+def train_step(params, adam, tokens, cfg, lr, loss=loss):
+    """Params, Adam, B(T+1), cfg, lr -> Params, Adam, scalar: one step of AdamW down `loss`.
 
     The scalar is the loss before it. f32 master weights are cast to `cfg.dtype` once a step, and
     gradients come back through the cast.
