@@ -188,6 +188,18 @@ def cached_attention(q, k, v, pos, softmax=jax.nn.softmax):
     return attention(q, k.q, v.q, pos, k.scale, v.scale.swapaxes(2, 3), softmax)
 
 
+def check_prompts(cache, tokens, lengths):
+    """Cache, BT, B -> None: ValueError unless prompts and lengths fit each other and the cache."""
+    (B, T), S = tokens.shape, cache.k[0].shape[2]
+    if T > S:
+        raise ValueError(f"prompt of {T} tokens > {S} slots: init_cache(S={T})")
+    if jnp.shape(lengths) != (B,):
+        raise ValueError(f"lengths of shape {jnp.shape(lengths)} for {B} prompts: expected [{B}]")
+    if concrete(lengths) and (np.min(lengths) < 1 or np.max(lengths) > T):
+        raise ValueError(f"lengths {np.min(lengths)} to {np.max(lengths)}: prompts padded to {T} "
+                         f"tokens have lengths of 1 to {T}")
+
+
 # ------------------------------------------------------------------------ prefill, extend, generate
 
 
@@ -251,14 +263,9 @@ def prefill(params, cache, tokens, lengths, cfg, look=fill_cache, embed=embed, u
     """
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
+    if look is fill_cache:  # elsewhere another function's caller has looked at them
+        check_prompts(cache, tokens, lengths)
     B, T = tokens.shape
-    if jnp.shape(lengths) != (B,):
-        raise ValueError(f"lengths of shape {jnp.shape(lengths)} for {B} prompts: expected [{B}]")
-    if concrete(lengths) and (np.min(lengths) < 1 or np.max(lengths) > T):
-        raise ValueError(f"lengths {np.min(lengths)} to {np.max(lengths)}: prompts padded to {T} "
-                         f"tokens have lengths of 1 to {T}")
-    if look is fill_cache and T > cache.k[0].shape[2]:
-        raise ValueError(f"prompt of {T} tokens > {cache.k[0].shape[2]} slots: init_cache(S={T})")
     x, pos = embed(params, tokens, cfg), jnp.broadcast_to(jnp.arange(T), (B, T))
     x, k, v = through_layers(params, cache, x, pos, cfg, look, **seams)
     last = x[jnp.arange(B), lengths - 1][:, None]

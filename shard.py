@@ -1,0 +1,448 @@
+"""shard: the same model on several devices, every collective written out.
+
+`x: BT(E/t)` reads: E, split over the t devices of the mesh axis "tensor". Training splits weights
+over "data" too (FSDP): they are gathered a layer at a time. Generating splits weights and cache over
+"tensor" alone: gathering weights for every token would send them all through the links, which are
+slower than memory. Functions that name an axis run inside `jax.shard_map`, on a device's own part;
+those that take a mesh call it. Letters as in minillm.py.
+"""
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from infer import (Q8, Cache, as_held, as_seen, cached_attention, check_batch, check_prompts,
+                   check_room, extend, extend_cache, fill_cache, generate, insert, prefill, write)
+from minillm import (block, causal, causal_attention, check_tokens, dims, dot, embed, loss,
+                     rotary)
+
+P = jax.P
+TENSOR = dict(H="tensor", K="tensor", F="tensor", V="tensor")  # letters to mesh axes
+FSDP = dict(E="data")
+
+# ------------------------------------------------------------------------------- who holds what
+
+
+def make_mesh(**axes):
+    """-> Mesh: of named axes and their sizes, as `make_mesh(data=2, tensor=4)`.
+
+    ValueError where there are fewer devices. On a CPU, `jax.config.update("jax_num_cpu_devices",
+    8)` before anything else makes 8 of them.
+    """
+    wanted, there = math.prod(axes.values()), jax.device_count()
+    if wanted > there:
+        raise ValueError(f"a mesh of {axes} takes {wanted} devices and there are {there}: on a CPU, "
+                         f'jax.config.update("jax_num_cpu_devices", {wanted}) at the start')
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), devices=jax.devices()[:wanted],
+                         axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
+
+
+def specs(cfg, rules):
+    """cfg, dict -> Params: of each array, the mesh axes that its dimensions are split over."""
+    return jax.tree.map(lambda name: P(*(rules.get(letter) for letter in name.replace(" ", ""))),
+                        dims(cfg))
+
+
+def specs_of(params, cfg, rules):
+    """Params, cfg, dict -> Params: `specs`, also of int8 weights, whose scales have contracted
+    letters of 1."""
+    def leaf(name, w, spec):
+        if not isinstance(w, Q8):
+            return spec
+        kept = len(name.split()[0])
+        return type(w)(spec, P(*spec[:kept], *(None for _ in spec[kept:])))
+
+    return jax.tree.map(leaf, dims(cfg), params, specs(cfg, rules))
+
+
+def check_rules(cfg, mesh, rules):
+    """cfg, Mesh, dict -> None: ValueError unless every rule names an axis that divides its letter."""
+    for letter, axis in rules.items():
+        if letter not in "EHKDFV" or axis not in mesh.shape:
+            raise ValueError(f"rule {letter}={axis!r}: expected one of the letters EHKDFV and of the "
+                             f"mesh's axes {tuple(mesh.shape)}")
+        size, n = getattr(cfg, letter), mesh.shape[axis]
+        if size % n:
+            raise ValueError(f"{letter}={size} cannot be split over {n} devices of axis {axis!r}: "
+                             f"choose an axis whose size divides {size}")
+
+
+def shardings(cfg, mesh, rules):
+    """cfg, Mesh, dict -> Params: for `jax.device_put`, and so that parameters are born where they
+    live: `jax.jit(init, static_argnums=1, out_shardings=shardings(...))`."""
+    check_rules(cfg, mesh, rules)
+    return jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs(cfg, rules))
+
+
+def place(params, cfg, mesh, rules):
+    """Params, cfg, Mesh, dict -> Params: each array, int8 too, split as the rules say."""
+    check_rules(cfg, mesh, rules)
+    return jax.device_put(params, jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec),
+                                               specs_of(params, cfg, rules)))
+
+
+def stack(params):
+    """Params -> Params: its layers as one Layer of arrays with a leading L, for `lax.scan`."""
+    return params._replace(layers=jax.tree.map(lambda *ws: jnp.stack(ws), *params.layers))
+
+
+def stacked(tree):
+    """Params of specs -> Params: those of `stack`ed parameters: L is not split."""
+    return tree._replace(layers=jax.tree.map(lambda spec: P(None, *spec), tree.layers[0]))
+
+
+# -------------------------------------------------------------------------- collective matmuls
+
+
+def gather_matmul(x, ws, axis="tensor", dtype=None):
+    """...(E/t), (FE, ...) -> (...F, ...): gather the contracted letter, then multiply.
+
+    Each w is this device's part of the outputs, F/t of them: the result is split as w is. One trip
+    of x serves all. The reference of `gather_matmul_ring`.
+    """
+    check_contracted(x, ws, lax.axis_size(axis))
+    x = lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True)
+    return tuple(dot(x, w, dtype=dtype) for w in ws)
+
+
+def gather_matmul_ring(x, ws, axis="tensor", dtype=None, both=False):
+    """...(E/t), (FE, ...) -> (...F, ...): multiply what is here while the next part travels.
+
+    Each part of x goes once around the ring, in n - 1 permutes, and meets the columns of w that
+    stand for it; sums are f32. `both`: half of each part goes either way, over both links of a
+    torus axis at once.
+    """
+    n, here = lax.axis_size(axis), lax.axis_index(axis)
+    check_contracted(x, ws, n)
+    ways = check_ways(x.shape[-1], both)
+    parts, width, total = jnp.split(x, len(ways), -1), x.shape[-1] // len(ways), [0.0] * len(ws)
+    for i in range(n):
+        for way, part, half in zip(ways, parts, range(len(ways))):
+            start = (here - way * i) % n * x.shape[-1] + half * width
+            total = [sum_ + dot(part, columns(w, start, width), dtype=jnp.float32)
+                     for sum_, w in zip(total, ws)]
+        if i < n - 1:
+            parts = [pass_on(part, axis, way) for way, part in zip(ways, parts)]
+    return tuple(sum_.astype(dtype or x.dtype) for sum_ in total)
+
+
+def matmul_scatter(x, w, n=1, axis="tensor"):
+    """...F, EF -> ...(E/t): multiply what is here, then add up and split over E, in f32.
+
+    F is this device's part of the n contracted letters. The reference of `matmul_scatter_ring`.
+    """
+    check_scattered(w, lax.axis_size(axis))
+    y = dot(x, w, n, dtype=jnp.float32)
+    return lax.psum_scatter(y, axis, scatter_dimension=y.ndim - 1, tiled=True).astype(x.dtype)
+
+
+def matmul_scatter_ring(x, w, n=1, axis="tensor", both=False):
+    """...F, EF -> ...(E/t): partial sums ride the ring and come to rest where they belong.
+
+    Each passes every device once, in as many permutes as there are others, and takes up what that
+    device has to add.
+    """
+    size, here = lax.axis_size(axis), lax.axis_index(axis)
+    check_scattered(w, size)
+    part = w.shape[0] // size
+    ways = check_ways(part, both)
+    width, total = part // len(ways), [0.0] * len(ways)
+    for i in range(size):
+        if i:
+            total = [pass_on(sum_, axis, way) for way, sum_ in zip(ways, total)]
+        starts = [(here - way * (i + 1)) % size * part + half * width
+                  for half, way in enumerate(ways)]
+        total = [sum_ + dot(x, outputs(w, start, width), n, dtype=jnp.float32)
+                 for sum_, start in zip(total, starts)]
+    return jnp.concatenate(total, -1).astype(x.dtype)
+
+
+def pass_on(x, axis, way):
+    """array, axis, +-1 -> array: to the next device of the ring, from the one before."""
+    n = lax.axis_size(axis)
+    return lax.ppermute(x, axis, [(i, (i + way) % n) for i in range(n)])
+
+
+def columns(w, start, width):
+    """FE, int, int -> F(width): a slice of the contracted letter; int8 keeps its scales."""
+    if isinstance(w, Q8):
+        return type(w)(columns(w.q, start, width), w.scale)
+    return lax.dynamic_slice_in_dim(w, start, width, w.ndim - 1)
+
+
+def outputs(w, start, width):
+    """EF, int, int -> (width)F: a slice of the outputs, and of their scales."""
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, width, 0), w)
+
+
+def check_ways(size, both):
+    """int, bool -> tuple: +1, and -1 with `both`. ValueError for an odd size that goes both ways."""
+    if both and size % 2:
+        raise ValueError(f"{size} numbers a device cannot go half each way: both=False")
+    return (1, -1) if both else (1,)
+
+
+def check_contracted(x, ws, n):
+    """...(E/t), (FE, ...), int -> None: ValueError unless n parts of x are what each w contracts."""
+    for w in ws:
+        if w.shape[-1] != n * x.shape[-1]:
+            raise ValueError(f"{n} parts of {x.shape[-1]} do not make the {w.shape[-1]} numbers that "
+                             f"a weight of {w.shape} contracts: E must divide by {n}")
+
+
+def check_scattered(w, n):
+    """EF, int -> None: ValueError unless the outputs can be split over n devices."""
+    if w.shape[0] % n:
+        raise ValueError(f"E={w.shape[0]} outputs cannot be split over {n} devices")
+
+
+# ------------------------------------------------------------------- the parts between products
+
+
+def split_norm(x, scale, eps, axis="tensor"):
+    """BT(E/t), E, eps -> BT(E/t): `rms_norm`; a sum of squares for each token is all that travels."""
+    part, wide = x.shape[-1], x.astype(jnp.float32)
+    squares = lax.psum(jnp.sum(wide * wide, axis=-1, keepdims=True), axis)
+    unit = wide * lax.rsqrt(squares / (part * lax.axis_size(axis)) + eps)
+    mine = lax.dynamic_slice_in_dim(scale, lax.axis_index(axis) * part, part)
+    return (unit * mine.astype(jnp.float32)).astype(x.dtype)
+
+
+def split_embed(params, tokens, cfg, axis="tensor"):
+    """Params, BT, cfg -> BT(E/t): each device looks up the tokens of its part of the vocabulary;
+    one device has each row, so that the sum is exact."""
+    rows = cfg.V // lax.axis_size(axis)
+    local = tokens - lax.axis_index(axis) * rows
+    x = embed(params, jnp.clip(local, 0, rows - 1), cfg)
+    x = jnp.where(((local >= 0) & (local < rows))[..., None], x, 0)
+    return lax.psum_scatter(x, axis, scatter_dimension=2, tiled=True)
+
+
+def split_unembed(params, x, cfg, axis="tensor", enter=gather_matmul):
+    """Params, BT(E/t), cfg -> BT(V/t): f32 logits of this device's part of the vocabulary."""
+    table = params.embed if cfg.tied else params.unembed
+    x = split_norm(x, params.out_norm, cfg.eps, axis)
+    return enter(x, (table,), axis=axis, dtype=jnp.float32)[0]
+
+
+def split_nats(logits, targets, axis="tensor"):
+    """BT(V/t), BT -> BT: cross-entropies from split logits: no device ever holds BTV."""
+    top = lax.pmax(lax.stop_gradient(jnp.max(logits, axis=-1)), axis)
+    total = lax.psum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), axis)
+    local = targets - lax.axis_index(axis) * logits.shape[-1]
+    mine = (local >= 0) & (local < logits.shape[-1])
+    at = jnp.clip(local, 0, logits.shape[-1] - 1)[..., None]
+    chosen = jnp.where(mine, jnp.take_along_axis(logits, at, axis=-1)[..., 0], 0)
+    return jnp.log(total) + top - lax.psum(chosen, axis)
+
+
+# -------------------------------------------------------------------------------------- training
+
+
+def fsdp_loss(params, tokens, cfg, mesh):
+    """Params, B(T+1), cfg, Mesh -> scalar: `loss`, fully sharded, the compiler's way.
+
+    Parameters are split over "data" by `place(..., FSDP)`, and rows are kept there; what is gathered
+    when is the compiler's choice. To be jitted.
+    """
+    check_tokens(tokens, cfg)
+
+    def over_data(a):
+        return lax.with_sharding_constraint(a, jax.NamedSharding(mesh, P("data")))
+
+    def kept(x, w, table, cfg, attend):
+        x, state = block(over_data(x), w, table, cfg, attend)
+        return over_data(x), state
+
+    return loss(params, over_data(tokens), cfg, kept)
+
+
+def gather_layer(w, names):
+    """Layer, names -> Layer: the dimensions that FSDP split, whole again. Its transpose scatters
+    and adds up the gradients."""
+    def whole(name, w):
+        for i, letter in enumerate(name.replace(" ", "")):
+            if letter in FSDP:
+                w = lax.all_gather(w, FSDP[letter], axis=i, tiled=True)
+        return w
+
+    return jax.tree.map(whole, names, w)
+
+
+def sharded_loss(params, tokens, cfg, mesh, enter=gather_matmul, leave=matmul_scatter):
+    """Params, B(T+1), cfg, Mesh -> scalar: `loss`, by hand, on a mesh of "data" and "tensor".
+
+    (n, 1) is FSDP, (1, n) tensor parallelism, (n, m) both. `params` are `stack`ed. Rows are split
+    over "data"; each layer's weights are gathered there before use, and again for its gradient.
+    Over "tensor" weights stay where they are, and x is split over E between layers. ValueError for
+    what does not divide.
+    """
+    check_tokens(tokens, cfg)
+    rules = {**TENSOR, **FSDP}
+    check_rules(cfg, mesh, rules)
+    check_rules(cfg, mesh, dict(E="tensor"))
+    if len(tokens) % mesh.shape["data"]:
+        raise ValueError(f"{len(tokens)} rows cannot be split over {mesh.shape['data']} devices of "
+                         "axis 'data'")
+    return jax.shard_map(
+        partial(local_loss, cfg=cfg, seams=dict(enter=enter, leave=leave, norm=split_norm)),
+        mesh=mesh, in_specs=(stacked(specs(cfg, rules)), P("data")), out_specs=P())(params, tokens)
+
+
+def local_loss(params, tokens, cfg, seams):
+    """Params, B(T+1), cfg, dict -> scalar: one device's part of `sharded_loss`."""
+    names = dims(cfg)
+    table = rotary(jnp.arange(tokens.shape[1] - 1)[None], cfg)
+    ends = gather_layer(params._replace(layers=()), names._replace(layers=()))
+
+    def one(x, w):
+        return block(x, gather_layer(w, names.layers[0]), table, cfg, causal, **seams)
+
+    x = split_embed(ends, tokens[:, :-1], cfg)
+    x, _ = lax.scan(jax.checkpoint(one), x, params.layers)
+    logits = split_unembed(ends, x, cfg, enter=seams["enter"])
+    return lax.pmean(jnp.mean(split_nats(logits, tokens[:, 1:])), "data")
+
+
+# ------------------------------------------------------------------------------------ generating
+
+
+def own_rows(a, axis="tensor"):
+    """B..., axis -> (B/t)...: this device's rows."""
+    rows = len(a) // lax.axis_size(axis)
+    return lax.dynamic_slice_in_dim(a, lax.axis_index(axis) * rows, rows)
+
+
+def over_batch(look, axis="tensor"):
+    """look -> look: each device holds all heads of B/t rows. wk and wv are whole, so k and v are
+    here already; two all-to-alls bring every row's queries to its device, and the results back."""
+    def looking(q, k, v, old_k, old_v, pos):
+        q = lax.all_to_all(q, axis, split_axis=0, concat_axis=2, tiled=True)
+        k, v, pos = (own_rows(a, axis) for a in (k, v, pos))
+        out, kv = look(q, k, v, old_k, old_v, pos)
+        return lax.all_to_all(out, axis, split_axis=2, concat_axis=0, tiled=True), kv
+
+    return looking
+
+
+def split_softmax(scores, axis="tensor"):
+    """BKM(S/t) -> BKM(S/t): softmax over slots of all devices: two numbers a query travel."""
+    top = lax.pmax(jnp.max(scores, axis=-1, keepdims=True), axis)
+    share = jnp.exp(scores - top)
+    return share / lax.psum(jnp.sum(share, axis=-1, keepdims=True), axis)
+
+
+def extend_slots(q, k, v, old_k, old_v, pos, axis="tensor"):
+    """BT(H/t)D, BKTD, BKTD, BK(S/t)D, BK(S/t)D, BT -> BT(H/t)D, (BK(S/t)D, BK(S/t)D): each device
+    holds S/t slots of all heads and adds up its share of the softmax's values."""
+    pos = pos - lax.axis_index(axis) * old_k.shape[2]  # below 0, or beyond: another device's
+    k, v = write(old_k, k, pos), write(old_v, v, pos)
+    q = lax.all_gather(q, axis, axis=2, tiled=True)
+    out = cached_attention(q, k, v, pos, partial(split_softmax, axis=axis))
+    return lax.psum_scatter(out, axis, scatter_dimension=2, tiled=True), (k, v)
+
+
+def fill_slots(q, k, v, old_k, old_v, pos, axis="tensor"):
+    """BT(H/t)D, BKTD, BKTD, BK(S/t)D, BK(S/t)D, BT -> BT(H/t)D, (BK(S/t)D, BK(S/t)D): a prompt's
+    heads are split, its slots written where they belong."""
+    n, here, heads = lax.axis_size(axis), lax.axis_index(axis), q.shape[2]
+    held = as_held(k, old_k), as_held(v, old_v)
+    kv = (here * heads + jnp.arange(heads)) // (n * heads // k.shape[1])  # whose keys each head has
+    seen = (as_seen(new, q.dtype)[:, kv] for new in held)
+
+    def mine(new, old):
+        S = old.shape[2]
+        new = jnp.pad(new, ((0, 0), (0, 0), (0, n * S - new.shape[2]), (0, 0)))
+        return lax.dynamic_slice_in_dim(new, here * S, S, axis=2)
+
+    return causal_attention(q, *seen), insert((old_k, old_v), jax.tree.map(
+        mine, held, (old_k, old_v)), 0)
+
+
+# layout -> what splits the weights, what splits the cache's BKSD, how to look at it, how to fill it
+WHOLE_KV = {letter: axis for letter, axis in TENSOR.items() if letter != "K"}
+LAYOUTS = {"heads": (TENSOR, P(None, "tensor"), extend_cache, fill_cache),
+           "batch": (WHOLE_KV, P("tensor"), over_batch(extend_cache), over_batch(fill_cache)),
+           "sequence": (WHOLE_KV, P(None, None, "tensor"), extend_slots, fill_slots)}
+
+
+def tp_specs(params, cache, cfg, mesh, layout):
+    """Params, Cache, cfg, Mesh, str -> specs of params, specs of cache: for what runs in `layout`.
+
+    ValueError where a letter that is split does not divide.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
+    rules, spec, _, _ = LAYOUTS[layout]
+    check_rules(cfg, mesh, rules)
+    check_rules(cfg, mesh, dict(E="tensor"))
+    n, (B, _, S, _) = mesh.shape["tensor"], cache.k[0].shape
+    for letter, size in dict(batch=dict(B=B), sequence=dict(S=S), heads={})[layout].items():
+        if size % n:
+            raise ValueError(f"{letter}={size} cannot be split over {n} devices: that is what the "
+                             f"layout {layout!r} does")
+    return specs_of(params, cfg, rules), Cache(spec, spec, P())
+
+
+def place_cache(cache, mesh, layout):
+    """Cache, Mesh, str -> Cache: split over heads, batch or sequence."""
+    return jax.device_put(cache, jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), Cache(
+        LAYOUTS[layout][1], LAYOUTS[layout][1], P())))
+
+
+def whole_unembed(params, x, cfg, enter=gather_matmul):
+    """Params, BT(E/t), cfg -> BTV: every device has all logits, and draws the same tokens."""
+    logits = split_unembed(params, x, cfg, enter=enter)
+    return lax.all_gather(logits, "tensor", axis=2, tiled=True, to="invarying")
+
+
+def tp_parts(enter, leave):
+    """-> dict: what `extend` and `prefill` take in place of their own parts."""
+    return dict(embed=split_embed, enter=enter, leave=leave, norm=split_norm)
+
+
+def tp_extend(params, cache, tokens, cfg, mesh, layout="heads", enter=gather_matmul,
+              leave=matmul_scatter):
+    """Params, Cache, BT, cfg, Mesh -> BTE, Cache: `extend` over the mesh axis "tensor".
+
+    BT(E/t) -> BT(F/t) -> BT(E/t) -> BT(H/t)D, BT(K/t)D, BT(K/t)D -> attention -> BT(E/t). The cache
+    is split over "heads": attention is local, and K must divide; over "batch": for K smaller than
+    the axis; or over "sequence": for a cache that is too large for a device. ValueError for what
+    does not divide, and those of `extend`.
+    """
+    check_tokens(tokens, cfg)
+    check_batch(cache, tokens)
+    check_room(cache, tokens.shape[1])
+    split, cache_split = tp_specs(params, cache, cfg, mesh, layout)
+    run = partial(extend, cfg=cfg, look=LAYOUTS[layout][2], **tp_parts(enter, leave))
+    return jax.shard_map(run, mesh=mesh, in_specs=(split, cache_split, P()), out_specs=(
+        P(None, None, "tensor"), cache_split))(params, cache, tokens)
+
+
+def tp_prefill(params, cache, tokens, lengths, cfg, mesh, layout="heads", enter=gather_matmul,
+               leave=matmul_scatter):
+    """Params, Cache, BT, B, cfg, Mesh -> BV, Cache: `prefill` over the mesh axis "tensor"."""
+    check_tokens(tokens, cfg)
+    check_batch(cache, tokens)
+    check_prompts(cache, tokens, lengths)
+    split, cache_split = tp_specs(params, cache, cfg, mesh, layout)
+    run = partial(prefill, cfg=cfg, look=LAYOUTS[layout][3],
+                  unembed=partial(whole_unembed, enter=enter), **tp_parts(enter, leave))
+    return jax.shard_map(run, mesh=mesh, in_specs=(split, cache_split, P(), P()), out_specs=(
+        P(), cache_split))(params, cache, tokens, lengths)
+
+
+def tp_generate(params, cache, logits, key, n, cfg, mesh, layout="heads", enter=gather_matmul,
+                leave=matmul_scatter, **how):
+    """Params, Cache, BV, key, n, cfg, Mesh -> Bn, BV, Cache: `generate`, one scan on all devices.
+
+    `how` is temperature, top_k, top_p and end. ValueError as of `tp_extend` and `generate`.
+    """
+    check_room(cache, n)
+    split, cache_split = tp_specs(params, cache, cfg, mesh, layout)
+    run = partial(generate, n=n, cfg=cfg, **how, unembed=partial(whole_unembed, enter=enter),
+                  extend=partial(extend, look=LAYOUTS[layout][2], **tp_parts(enter, leave)))
+    return jax.shard_map(run, mesh=mesh, in_specs=(split, cache_split, P(), P()), out_specs=(
+        P(), P(), cache_split))(params, cache, logits, key)
