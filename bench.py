@@ -27,7 +27,8 @@ import numpy as np
 from infer import (decode_bytes, decode_flops, generate, init_cache, kv_bytes, load, model_draft,
                    ngram_draft, prefill, prefill_flops, quantize_params, read_json, save, serve,
                    speculate, weight_bytes)
-from minillm import Config, adam_init, cast, init, loss, param_count, train_flops, train_step
+from minillm import (Config, adam_init, cast, check_tokens, init, loss, param_count, train_flops,
+                     train_step)
 
 MB, GB = 1e6, 1e9
 SENTENCE = "So long and thanks for all the fish"
@@ -88,7 +89,9 @@ def computing_in(cfg, dtype):
 
 def in_dtype(params, cfg, dtype):
     """Params, cfg, dtype -> Params: cast, or quantised to int8 weights for int8 activations."""
-    return quantize_params(params, cfg) if dtype == "int8" else cast(params, dtype)
+    if dtype == "int8":
+        return quantize_params(params, cfg)
+    return params if params.embed.dtype == dtype else cast(params, dtype)
 
 
 def say(*words, end="\n"):
@@ -376,7 +379,7 @@ def measure(job, params, ceilings, seed):
 
 COLUMNS = (  # heading, width, text of a row
     ("phase", -9, lambda r: r["phase"]), ("dtype", -9, lambda r: r["dtype"]),
-    ("cache", -9, lambda r: r["cache_dtype"]),
+    ("cache", -9, lambda r: r["cache_dtype"] if r["phase"] != "train" else "-"),
     ("B", 3, lambda r: r["B"]), ("T", 4, lambda r: r["T"]), ("S", 5, lambda r: r["S"]),
     ("weights MB", 10, lambda r: f"{r['weight_bytes'] / MB:.1f}"),
     ("cache MB", 8, lambda r: f"{r['cache_bytes'] / MB:.1f}"),
@@ -500,8 +503,13 @@ def held_out_loss(params, held, T, nats):
 def train_on_text(args, job):
     """Trains on args.text and prints held-out loss before and after, and a continuation."""
     cfg, B, T, key = job.cfg, job.B, job.prompt, jax.random.key(args.seed)
-    if cfg.V < 256:
-        raise ValueError(f"V={cfg.V}: a model of bytes has V=256 or more")
+    if cfg.V != 256:
+        raise ValueError(f"V={cfg.V}: a model of bytes has V=256")
+    if args.save:
+        try:
+            pathlib.Path(args.save).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--save {args.save}: {error.strerror}") from None
     text, held = read_text(args.text, T)
     limits = ceilings([cfg.dtype])
     row, params, draw = predicted_row(job, limits), init(key, cfg), np.random.default_rng(args.seed)
@@ -549,7 +557,10 @@ def tokenizer(path, cfg):
         from tokenizers import Tokenizer
     except ImportError:
         raise ValueError(f'{file} needs the extra hf: pip install ".[hf]"') from None
-    words = Tokenizer.from_file(str(file))
+    try:
+        words = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower one
+        raise ValueError(f"{file} is no tokenizer: {error}") from None
     end = read_json(file.with_name("config.json")).get("eos_token_id")
     return (lambda text: words.encode(text).ids, lambda ids: words.decode(list(map(int, ids))),
             end if isinstance(end, list) else [] if end is None else [end])
@@ -602,18 +613,22 @@ def stream(args):
     params = in_dtype(params, cfg, args.dtype)
     encode, decode, ends = tokenizer(args.model, cfg)
     prompt = np.asarray(encode(args.prompt), np.int32)[None]
-    T, key = prompt.shape[1], jax.random.key(args.seed)
-    if T < (2 if args.draft else 1):
-        raise ValueError(f"prompt {args.prompt!r} makes {T} tokens: write more")
+    T, key, least = prompt.shape[1], jax.random.key(args.seed), 2 if args.draft else 1
+    if T < least:
+        raise ValueError(f"prompt {args.prompt!r} makes {T} tokens: {least} or more"
+                         + (", or no --draft" if args.draft else ""))
+    check_tokens(prompt, cfg)
     S = T + args.new + STRIDE + args.n_draft + 1
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     draft = load_draft(args, cfg, prompt, S, how) if args.draft else None
-    how["end"] = ends[0] if ends else None
-    given = params, init_cache(cfg, 1, S, args.cache), prompt, np.array([T])
-    read = prefill_jit.lower(*given, cfg).compile()
-    jax.block_until_ready(given)
-    start = time.perf_counter()
-    logits, cache = jax.block_until_ready(read(*given))
+    how["end"] = ends[0] if ends and prompt[0, -1] not in ends else None
+    read = prefill_jit.lower(params, init_cache(cfg, 1, S, args.cache), prompt, np.array([T]),
+                             cfg).compile()
+    for _ in range(2):  # the first run also fetches the weights from wherever they were
+        given = jax.block_until_ready((params, init_cache(cfg, 1, S, args.cache), prompt,
+                                       np.array([T])))
+        start = time.perf_counter()
+        logits, cache = jax.block_until_ready(read(*given))
     told = {"prompt": T, "prefill_seconds": time.perf_counter() - start}
     steps = speculating(params, cache, prompt, key, cfg, how, *draft) if args.draft else \
         generating(params, cache, logits, key, cfg, how)
@@ -621,7 +636,10 @@ def stream(args):
     start = time.perf_counter()
     while True:
         told |= {"seconds": time.perf_counter() - start, "rounds": rounds, "tokens": len(made)}
+        if made:
+            told["a_round"] = len(made) / max(1, rounds)
         stop = min([args.new, *(made.index(end) for end in ends if end in made)])
+        told["tokens"] = stop if len(made) >= stop else len(made)
         yield decode([*prompt[0], *made[:stop]]), told
         if len(made) >= args.new or stop < len(made):
             return
@@ -639,7 +657,7 @@ def complete(args):
         print(whole[len(shown):], end="", flush=True)
         shown = whole
     print(text[len(shown):])
-    rounds = f", {told['tokens'] / told['rounds']:.2f} tokens a round" if told["rounds"] else ""
+    rounds = f", {told['a_round']:.2f} tokens a round" if told["rounds"] else ""
     print(f"prefill of {told['prompt']} tokens {told['prefill_seconds'] * 1e3:.1f} ms, then "
           f"{told['tokens'] / told['seconds']:.1f} tokens/s{rounds}: weights {args.dtype}, "
           f"cache {args.cache}")
@@ -662,9 +680,9 @@ def numbers(text):
 
 def number(text):
     """str -> int, at least 1."""
-    if len(numbers(text)) != 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one whole number")
-    return numbers(text)[0]
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one whole number from 1")
+    return int(text)
 
 
 def dtypes(text):
@@ -750,7 +768,8 @@ def check_memory(job):
     except (AttributeError, ValueError, OSError):
         return
     cfg, train = job.cfg, job.phase == "train"
-    needed = param_count(cfg) * (jnp.dtype(job.dtype).itemsize + 16 * train)
+    wide = jnp.dtype(cfg.dtype).itemsize  # int8 weights are made from wide ones
+    needed = param_count(cfg) * (wide + (job.dtype == "int8") + 16 * train)
     needed += 0 if train else kv_bytes(cfg, job.B, job.prompt + job.new, job.cache_dtype)
     if on_cpu() and needed > free:
         raise ValueError(f"{job.phase} of {job.model} in {job.dtype} at B={job.B} holds "

@@ -63,7 +63,7 @@ def quantize(x, axes):
     """
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
-    scale = jnp.where(largest > 0, largest, 1) / 127
+    scale = jnp.where(largest == 0, 1, largest) / 127
     return Q8(jnp.round(x / scale).astype(jnp.int8), scale)
 
 
@@ -75,15 +75,14 @@ def dequantize(x, dtype="float32"):
 def quantize_params(params, cfg, kind=Q8A8):
     """Params, cfg -> int8 Params: every matrix that is multiplied, a scale for each output.
 
-    `kind` is Q8 or Q8A8. Norm scales, and an embedding table of which only rows are read, stay.
-    Activations are in cfg.dtype. To quantise a checkpoint in place, donate `params`.
+    `kind` is Q8 or Q8A8. Norm scales, and an embedding table of which only rows are read, are cast
+    to cfg.dtype, which is that of the activations.
     """
     def leaf(name, w):
-        contracted = len(name.split()[-1])
-        return kind(*quantize(w, tuple(range(-contracted, 0)))) if " " in name else w
+        contracted = tuple(range(-len(name.split()[-1]), 0))
+        return kind(*quantize(w, contracted)) if " " in name else w.astype(cfg.dtype)
 
-    return jax.tree.map(leaf, dims(cfg), params)._replace(
-        **({} if cfg.tied else {"embed": params.embed}))
+    return jax.tree.map(leaf, dims(cfg)._replace(embed="V E" if cfg.tied else "rows"), params)
 
 
 # ---------------------------------------------------------------------------------------- the cache
@@ -119,6 +118,8 @@ def init_cache(cfg, B, S, dtype="float32"):
 def resize(cache, S):
     """Cache, S -> Cache: the same rows with S slots. ValueError where one holds more than S."""
     check_room(cache, 0, S)
+    if S < 1:
+        raise ValueError(f"a cache of {S} slots: at least one")
 
     def fit(a):
         return jnp.pad(a[:, :, :S], ((0, 0), (0, 0), (0, max(0, S - a.shape[2])), (0, 0)))
@@ -136,7 +137,7 @@ def check_room(cache, new, S=None):
 
     Unchecked, a write past the end is dropped, and later queries miss that token.
     """
-    S = S or cache.k[0].shape[2]
+    S = cache.k[0].shape[2] if S is None else S
     held = int(np.max(cache.length)) if concrete(cache.length) else 0
     if held + new > S:
         raise ValueError(f"{held} tokens in the cache + {new} new > {S} slots: "
@@ -165,8 +166,8 @@ def write(slots, new, pos):
 
     In place in a donated cache, for which it must stay a scatter: XLA turns one of a single index
     into a dynamic_update_slice and then fuses it twice, once for the carry and once for the read
-    that follows, which copies all S slots, 8 times in a step. So a lone token is listed twice, and
-    the second, at a row that is not there, is dropped, as are positions outside 0 to S - 1.
+    that follows, which copies all S slots several times a layer. So a lone token is listed twice,
+    and the second, at a row that is not there, is dropped, as are positions outside 0 to S - 1.
     """
     B, _, T, _ = new.shape
     row, slot = jnp.arange(B)[:, None], jnp.where(pos < 0, slots.shape[2], pos)
@@ -180,8 +181,8 @@ def write(slots, new, pos):
 def cached_attention(q, k, v, pos, softmax=jax.nn.softmax):
     """BTHD, BKSD, BKSD, BT -> BTHD: `attention` to a cache, int8 or not.
 
-    The program writes no wide copy of int8 slots. XLA does on a CPU: there an int8 cache is
-    smaller, not faster.
+    The jaxpr makes no wide copy of int8 slots; XLA's CPU backend does, a layer at a time (8 times
+    the bytes of one int8 array in temporaries): there an int8 cache is smaller, not faster.
     """
     if not isinstance(k, Q8):
         return attention(q, k, v, pos, softmax=softmax)
@@ -268,13 +269,21 @@ def prefill(params, cache, tokens, lengths, cfg, look=fill_cache, embed=embed, u
     B, T = tokens.shape
     x, pos = embed(params, tokens, cfg), jnp.broadcast_to(jnp.arange(T), (B, T))
     x, k, v = through_layers(params, cache, x, pos, cfg, look, **seams)
+    lengths = jnp.asarray(lengths, jnp.int32)
     last = x[jnp.arange(B), lengths - 1][:, None]
-    return unembed(params, last, cfg)[:, 0], Cache(k, v, jnp.asarray(lengths, jnp.int32))
+    return unembed(params, last, cfg)[:, 0], Cache(k, v, lengths)
 
 
 def one_hot(token, V):
     """B, V -> BV: log-probabilities that are all on one token a row."""
     return jnp.where(jnp.arange(V) == token[..., None], 0.0, -jnp.inf)
+
+
+def check_sampling(temperature, top_k, top_p):
+    """temperature, top_k, top_p -> None: ValueError where they make no distribution."""
+    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: expected a "
+                         "finite temperature >= 0, top_k >= 0, 0 < top_p <= 1")
 
 
 def log_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -284,12 +293,11 @@ def log_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     together reach top_p; a tie with the last one kept is kept. Temperature 0 is all on the argmax.
     All three are Python numbers. ValueError where they make no distribution.
     """
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: expected "
-                         "temperature >= 0, top_k >= 0, 0 < top_p <= 1")
+    check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
-    logits = logits.astype(jnp.float32) / temperature
+    logits = logits.astype(jnp.float32)
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     if 0 < top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
@@ -314,6 +322,7 @@ def sample(key, logits, pos, temperature, top_k, top_p):
     The draw depends on key, row and position alone: stopping and going on draws what one longer
     run would have drawn. `key` may also be B keys, one a row whatever its number.
     """
+    check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     keys = jax.vmap(jax.random.fold_in)(row_keys(key, len(pos)), pos)
@@ -397,8 +406,10 @@ def serve(params, prompts, B, S, n, key, cfg, temperature=0.0, top_k=0, top_p=1.
 
     The one loop here that runs on the host, so it compiles its two steps itself: prompts are padded
     to powers of two, for few programs. ValueError for a prompt that does not fit, when it is taken;
-    those of a list are looked at before any work.
+    those of a list are all looked at first.
     """
+    if n < 1 or stride < 1:
+        raise ValueError(f"n={n}, stride={stride}: at least one token of each")
     fill = jax.jit(refill, static_argnames="cfg", donate_argnames=("cache", "logits"))
     go_on = jax.jit(generate, static_argnames=("n", "cfg", "temperature", "top_k", "top_p", "end"),
                     donate_argnames=("cache", "logits"))
@@ -431,7 +442,7 @@ def serve(params, prompts, B, S, n, key, cfg, temperature=0.0, top_k=0, top_p=1.
 # -------------------------------------------------------------------------------------- speculation
 
 
-def acceptance(draft, logp_draft, logp_target):
+def acceptance(proposals, logp_draft, logp_target):
     """Bn, BnV, B(n+1)V -> Bn, B(n+1)V: the rule of speculative decoding, apart from any draw.
 
     First, with what probability each of n proposals is accepted: min(1, p / q), p the target's
@@ -441,7 +452,7 @@ def acceptance(draft, logp_draft, logp_target):
     """
     p, q = jnp.exp(logp_target), jnp.exp(logp_draft)
     p_next, bonus = p[:, :-1], p[:, -1:]
-    p_at, q_at = (jnp.take_along_axis(d, draft[..., None], -1)[..., 0] for d in (p_next, q))
+    p_at, q_at = (jnp.take_along_axis(d, proposals[..., None], -1)[..., 0] for d in (p_next, q))
     probability = jnp.where(p_at < q_at, p_at / q_at, p_at > 0)
     more = jnp.maximum(p_next - q, 0)
     total = jnp.sum(more, axis=-1, keepdims=True)
@@ -449,7 +460,7 @@ def acceptance(draft, logp_draft, logp_target):
     return probability, jnp.concatenate([residual, bonus], axis=1)
 
 
-def accept(key, draft, logp_draft, logp_target):
+def accept(key, proposals, logp_draft, logp_target):
     """key, Bn, BnV, B(n+1)V -> B, B: how many proposals a row keeps, and the token after them.
 
     Only draws; `acceptance` says from what. `key` may also be B keys.
@@ -460,8 +471,8 @@ def accept(key, draft, logp_draft, logp_target):
         count = jnp.sum(jnp.cumprod(kept.astype(jnp.int32)))
         return count, jax.random.categorical(other, jnp.log(residual[count])).astype(jnp.int32)
 
-    keys = row_keys(key, len(draft))
-    return jax.vmap(draw)(keys, *acceptance(draft, logp_draft, logp_target))
+    keys = row_keys(key, len(proposals))
+    return jax.vmap(draw)(keys, *acceptance(proposals, logp_draft, logp_target))
 
 
 def propose_by_model(params, key, tokens, length, cache, cfg, n, temperature=0.0, top_k=0,
@@ -482,8 +493,8 @@ def propose_by_model(params, key, tokens, length, cache, cfg, n, temperature=0.0
         drawn = draw(x, cache.length)
         return (cache, drawn[0]), drawn
 
-    last = jnp.take_along_axis(tokens, length[:, None] + jnp.arange(-2, 0), axis=1)
-    x, cache = extend(params, cache._replace(length=length - 2), last, cfg)
+    last_two = jnp.take_along_axis(tokens, length[:, None] + jnp.arange(-2, 0), axis=1)
+    x, cache = extend(params, cache._replace(length=length - 2), last_two, cfg)
     first = draw(x, length)
     (cache, _), rest = jax.lax.scan(step, (cache, first[0]), length=n - 1)
     return *(jnp.moveaxis(jnp.concatenate([a[None], b]), 0, 1) for a, b in zip(first, rest)), cache
@@ -492,8 +503,9 @@ def propose_by_model(params, key, tokens, length, cache, cfg, n, temperature=0.0
 def propose_by_ngram(key, tokens, length, state, cfg, n, longest=3):
     """key, BS, B, state, cfg, n -> Bn, BnV, state: what followed when the row last said the same.
 
-    Looks for the latest place where most of its last `longest` tokens stood before, needs no model,
-    and is as sure as can be: where the row repeats itself, it is right.
+    Of its last tokens, up to `longest`, as many as stood together before; of several places, the
+    latest. Past the row's end it goes round; where nothing matches, it repeats the last token. It
+    needs no model, and gives its proposals probability 1.
     """
     at = jnp.arange(tokens.shape[1])
     same, run = at < length[:, None] - 1, 0
@@ -503,19 +515,28 @@ def propose_by_ngram(key, tokens, length, state, cfg, n, longest=3):
         run = run + same
     best = jnp.argmax(jnp.where(at < length[:, None] - 1, run * len(at) + at, -1), axis=1)
     period = (length - 1 - best)[:, None]
-    draft = jnp.take_along_axis(tokens, best[:, None] + 1 + jnp.arange(n) % period, axis=1)
-    return draft, one_hot(draft, cfg.V), state
+    proposals = jnp.take_along_axis(tokens, best[:, None] + 1 + jnp.arange(n) % period, axis=1)
+    return proposals, one_hot(proposals, cfg.V), state
 
 
-def model_draft(params, cfg, n, **how):
-    """Params, cfg, n -> draft: proposes n tokens of another model; its state is that model's Cache,
-    which holds the prompts. `how` is temperature, top_k, top_p."""
-    return jax.tree_util.Partial(partial(propose_by_model, cfg=cfg, n=n, **how), params)
+def model_draft(params, cfg, n_draft, **how):
+    """Params, cfg, n_draft -> draft: another model's; its state is that model's Cache, which holds
+    the prompts. `how` is temperature, top_k, top_p. Make it once: `jax.jit` compiles for each anew.
+    """
+    check_draft(n_draft)
+    return jax.tree_util.Partial(partial(propose_by_model, cfg=cfg, n=n_draft, **how), params)
 
 
-def ngram_draft(cfg, n, longest=3):
-    """cfg, n -> draft: proposes n tokens from the row's own past; its state is None."""
-    return jax.tree_util.Partial(partial(propose_by_ngram, cfg=cfg, n=n, longest=longest))
+def ngram_draft(cfg, n_draft, longest=3):
+    """cfg, n_draft -> draft: proposes from the row's own past; its state is None. Make it once."""
+    check_draft(n_draft)
+    return jax.tree_util.Partial(partial(propose_by_ngram, cfg=cfg, n=n_draft, longest=longest))
+
+
+def check_draft(n_draft):
+    """int -> None: ValueError unless a draft proposes something."""
+    if n_draft < 1:
+        raise ValueError(f"n_draft={n_draft}: a draft proposes at least one token")
 
 
 def verify(params, cache, last, proposals, logp_draft, key, cfg, temperature=0.0, top_k=0,
@@ -532,45 +553,62 @@ def verify(params, cache, last, proposals, logp_draft, key, cfg, temperature=0.0
     return count, jnp.where(kept, jnp.pad(proposals, ((0, 0), (0, 1))), token[:, None]), cache
 
 
+def cut_at_end(new, count, end):
+    """B(n+1), B, end -> B: count, or the place of an end token before it: nothing follows one."""
+    if end is None:
+        return count
+    return jnp.argmax((new == end) | (jnp.arange(new.shape[1]) == count[:, None]), axis=1)
+
+
+def last_token(tokens, length):
+    """BS, B -> B: the last of each row's first length[b] tokens."""
+    return jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
+
+
 def speculate(params, cache, tokens, key, n, cfg, draft, state, temperature=0.0, top_k=0,
               top_p=1.0, end=None):
     """Params, Cache, BS, key, n, cfg, draft, state -> BS, Cache, state, counts: n tokens or more.
 
     Row b's first cache.length[b] + 1 tokens are known, and the cache holds all but the last of
     them: after `prefill`, take one back. The same holds of what is returned, so that it can go on.
-    Rows stop at n new tokens, up to n_draft more, or at `end`, which then fills the row.
+    Rows stop at n new tokens, up to n_draft more, or at `end`, which then fills the row; one whose
+    last known token is `end` has stopped.
 
     A round: `draft(key, tokens, length, state) -> Bn, BnV, state` proposes n_draft tokens, `verify`
     reads them, and each row makes as many as it accepts and one more. counts[b, i] is the number of
-    rounds in which i were accepted. Tokens are distributed as `generate`'s, whatever the draft, and
-    at temperature 0 they are the same. ValueError where there is no room for n + n_draft more.
+    rounds that made i + 1. Tokens are distributed as `generate`'s, whatever the draft; at
+    temperature 0 they are the same, but for ties within rounding. ValueError where there is no room
+    for n + n_draft more.
     """
     B, S = tokens.shape
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
     keys = jax.vmap(jax.random.split, out_axes=1)(row_keys(key, B))
-    n_draft = jax.eval_shape(draft, keys[0], tokens, cache.length, state)[0].shape[1]
-    check_room(cache, n + n_draft + 1, min(S, cache.k[0].shape[2]))
-    if concrete(cache.length) and np.min(cache.length) < 1:
-        raise ValueError("a row of one token: speculation starts behind two or more, all but the "
-                         "last in the cache")
+    _, n_draft, V = jax.eval_shape(draft, keys[0], tokens, cache.length, state)[1].shape
+    if V != cfg.V:
+        raise ValueError(f"a draft of V={V} for a model of V={cfg.V}: they share no vocabulary")
+    for held in (cache, state) if isinstance(state, Cache) else (cache,):
+        check_room(held._replace(length=cache.length), n + n_draft + 1)
+    if concrete(cache.length):
+        known, fewest = int(np.max(cache.length)) + 1, int(np.min(cache.length)) + 1
+        if known + n + n_draft > S:
+            raise ValueError(f"tokens of width {S} hold {known} known + {n} new + {n_draft} "
+                             f"proposed: pad them to {known + n + n_draft}")
+        if fewest < 2:
+            raise ValueError("a row of one known token: speculation starts behind two or more, all "
+                             "but the last in the cache")
     row, i, goal = jnp.arange(B)[:, None], jnp.arange(n_draft + 1), cache.length + 1 + n
 
-    def last(tokens, length):
-        return jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
-
     def goes_on(tokens, length, *_):
-        return (length < goal) & (True if end is None else last(tokens, length) != end)
+        return (length < goal) & (True if end is None else last_token(tokens, length) != end)
 
     def advance(loop):
         tokens, length, cache, state, counts = loop
         proposals, logp, state = draft(keys[0], tokens, length, state)
         count, new, cache = verify(
-            params, cache._replace(length=length - 1), last(tokens, length), proposals, logp,
+            params, cache._replace(length=length - 1), last_token(tokens, length), proposals, logp,
             jax.vmap(jax.random.fold_in)(keys[1], length), cfg, temperature, top_k, top_p)
-        if end is not None:
-            is_end = jnp.where(i <= count[:, None], new == end, i == count[:, None])
-            count = jnp.argmax(is_end, axis=1)  # nothing follows an end token
+        count = cut_at_end(new, count, end)
         made = jnp.where(goes_on(*loop), count + 1, 0)
         slot = jnp.where(i < made[:, None], length[:, None] + i, S)
         counts = counts.at[row[:, 0], count].add((made > 0).astype(jnp.int32))
@@ -582,7 +620,7 @@ def speculate(params, cache, tokens, key, n, cfg, draft, state, temperature=0.0,
         (jnp.asarray(tokens, jnp.int32), cache.length + 1, cache, state,
          jnp.zeros((B, n_draft + 1), jnp.int32)))
     if end is not None:
-        ended = (last(tokens, length) == end)[:, None] & (jnp.arange(S) >= length[:, None])
+        ended = (last_token(tokens, length) == end)[:, None] & (jnp.arange(S) >= length[:, None])
         tokens = jnp.where(ended, end, tokens)
     return tokens, cache._replace(length=length - 1), state, counts
 
@@ -612,13 +650,18 @@ def kv_bytes(cfg, B, S, dtype="float32"):
     return 2 * cfg.L * B * cfg.K * S * (cfg.D * dtype.itemsize + 4 * (dtype == jnp.int8))
 
 
+def wide_bytes(cfg, dtype):
+    """cfg, dtype -> int: bytes of a number that is not int8, where weights are of that dtype."""
+    return jnp.dtype(cfg.dtype if dtype == jnp.int8 else dtype).itemsize
+
+
 def weight_bytes(cfg, dtype=None):
     """cfg -> int: all that a step reads of the parameters; of an untied table only rows are read.
 
     In int8 each output of a matrix has an f32 scale, and norm scales stay in cfg.dtype.
     """
     dtype = jnp.dtype(dtype or cfg.dtype)
-    wide, total = jnp.dtype(cfg.dtype if dtype == jnp.int8 else dtype).itemsize, 0
+    wide, total = wide_bytes(cfg, dtype), 0
     for name in jax.tree.leaves(dims(cfg)._replace(embed="V E" if cfg.tied else None)):
         outputs = math.prod(sizes(name.split()[0], cfg))
         matrix = " " in name and dtype == jnp.int8
@@ -631,7 +674,8 @@ def decode_bytes(cfg, B, S, T=1, cache_dtype="float32", dtype=None):
 
     Weights are read once whatever B is.
     """
-    row = cfg.E + 4 if dtype == "int8" and cfg.tied else cfg.E * jnp.dtype(cfg.dtype).itemsize
+    dtype = jnp.dtype(dtype or cfg.dtype)
+    row = cfg.E + 4 if dtype == jnp.int8 and cfg.tied else cfg.E * wide_bytes(cfg, dtype)
     return {"weights": weight_bytes(cfg, dtype), "embed": B * T * row,
             "cache_read": kv_bytes(cfg, B, S, cache_dtype),
             "cache_write": kv_bytes(cfg, B, T, cache_dtype), "logits": B * T * cfg.V * 4}
@@ -640,7 +684,7 @@ def decode_bytes(cfg, B, S, T=1, cache_dtype="float32", dtype=None):
 # ------------------------------------------------------------------------------------ real weights
 
 
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names, and ours
+SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 NAMES = Layer("input_layernorm", *(f"self_attn.{letter}_proj" for letter in "qkvo"),
               "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 PLAIN = {  # what config.json may ask for, where any other value is another model
@@ -661,6 +705,16 @@ def tensor_names(cfg):
 
 def parse_config(config):
     """dict -> Config: of a config.json. ValueError naming what it lacks, or asks for in vain."""
+    try:
+        return understood(config)
+    except KeyError as error:
+        raise ValueError(f"config.json: {error} is missing") from None
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"config.json holds something of the wrong kind: {error}") from None
+
+
+def understood(config):
+    """dict -> Config: `parse_config`, but for errors of its own kind."""
     window = config.get("sliding_window", 4096 if config.get("model_type") == "mistral" else None)
     config = {name: value for name, value in config.items() if value is not None}
     gemma = config.get("model_type") == "gemma"
@@ -682,14 +736,11 @@ def parse_config(config):
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"config.json: rope_parameters={rope} differ between layers: that is not "
                          "implemented")
-    try:
-        L, E, H, F, V = (config[name] for name in (
-            "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size",
-            "vocab_size"))
-        scaling = None if asked["rope_type"] == "default" else tuple(rope[name] for name in (
-            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
-    except KeyError as error:
-        raise ValueError(f"config.json: {error} is missing") from None
+    L, E, H, F, V = (config[name] for name in (
+        "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size",
+        "vocab_size"))
+    scaling = None if asked["rope_type"] == "default" else tuple(rope[name] for name in (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
     return Config(L, E, H, config.get("num_key_value_heads", H),
                   config.get("head_dim", 256 if gemma else E // H), F, V,
                   rope_base=float(rope.get("rope_theta", config.get("rope_theta", 1e4))),
@@ -725,9 +776,10 @@ def read_safetensors(path):
             begin, stop = header[name]["data_offsets"]
             if not 0 <= begin <= stop <= len(data) - start:
                 raise ValueError(f"{name} ends at byte {start + stop} of {len(data)}")
-            if header[name]["dtype"] not in DTYPES:
-                raise ValueError(f"{name} is {header[name]['dtype']}: expected {', '.join(DTYPES)}")
-            dtype = jnp.dtype(DTYPES[header[name]["dtype"]])
+            if header[name]["dtype"] not in SAFETENSORS_DTYPES:
+                raise ValueError(f"{name} is {header[name]['dtype']}: expected one of "
+                                 + ", ".join(SAFETENSORS_DTYPES))
+            dtype = jnp.dtype(SAFETENSORS_DTYPES[header[name]["dtype"]])
             tensors[name] = data[start + begin:start + stop].view(dtype).reshape(
                 header[name]["shape"])
     except OSError as error:
@@ -749,7 +801,10 @@ def load(path, dtype=None):
     cfg = parse_config(read_json(path / "config.json"))
     files, index, found = ["model.safetensors"], path / "model.safetensors.index.json", {}
     if index.exists():
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict):
+            raise ValueError(f"{index} has no weight_map of tensors and files")
+        files = sorted(set(where.values()))
     for file in files:
         found |= read_safetensors(path / file)
     names = tensor_names(cfg)
@@ -776,8 +831,11 @@ def load(path, dtype=None):
 def write_safetensors(path, tensors):
     """path, dict -> None: arrays by name. The file is replaced once it is whole: the old one, where
     it is mapped, stays what it was."""
-    spelled, header, end = {ours: theirs for theirs, ours in DTYPES.items()}, {}, 0
+    spelled, header, end = {ours: theirs for theirs, ours in SAFETENSORS_DTYPES.items()}, {}, 0
+    tensors = {name: np.asarray(a) for name, a in tensors.items()}
     for name, a in tensors.items():
+        if a.dtype.name not in spelled:
+            raise ValueError(f"{name} is {a.dtype}: expected {', '.join(spelled)}")
         header[name] = {"dtype": spelled[a.dtype.name], "shape": a.shape,
                         "data_offsets": [end, end := end + a.nbytes]}
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
@@ -796,7 +854,7 @@ def save(path, cfg, params, shard_bytes=5e9):
     More than `shard_bytes` go into several files and their index. ValueError for int8.
     """
     path, leaves = pathlib.Path(path), jax.tree.leaves(params)
-    if not {w.dtype.name for w in leaves} <= set(DTYPES.values()):
+    if not {w.dtype.name for w in leaves} <= set(SAFETENSORS_DTYPES.values()):
         raise ValueError("int8 weights are not saved: save those they were made from")
     path.mkdir(parents=True, exist_ok=True)
     scaling = dict(zip(("factor", "low_freq_factor", "high_freq_factor",
@@ -821,7 +879,8 @@ def save(path, cfg, params, shard_bytes=5e9):
         if cfg.embed_scale and " " not in letters:
             shards[-1][name] = np.asarray(w, np.float32) - 1
     index = path / "model.safetensors.index.json"
-    index.unlink(missing_ok=True)  # an earlier save's
+    for earlier in (index, *path.glob("model*.safetensors")):
+        earlier.unlink(missing_ok=True)
     if len(shards) == 1:
         return write_safetensors(path / "model.safetensors", *shards)
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
