@@ -135,7 +135,8 @@ def measure_flops(dtype):
     a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a, b: jax.lax.dot_general(
         a, b, (((1,), (1,)), ((), ())), preferred_element_type=sums))
-    return 2 * size ** 3 / seconds_of(lambda: product(a, a).block_until_ready())[0]
+    run = partial(seconds_of, lambda: product(a, a).block_until_ready(), for_seconds=1.5)
+    return 2 * size ** 3 / run()[0]
 
 
 def measure_read():

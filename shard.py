@@ -1,8 +1,8 @@
 """shard: the same model on several devices, every collective written out.
 
-`x: BT(E/t)` reads: E, split over the t devices of the mesh axis "tensor". Training splits weights
-over "data" too (FSDP): they are gathered a layer at a time. Generating splits weights and cache over
-"tensor" alone: gathering weights for every token would send them all through the links, which are
+BT(E/t) reads: E, split over the t devices of the mesh axis "tensor". Training splits weights over
+"data" too (FSDP) and gathers them a layer at a time. Generating splits weights and cache over
+"tensor" alone: gathering would send all weights through the links for every token, and links are
 slower than memory. Functions that name an axis run inside `jax.shard_map`, on a device's own part;
 those that take a mesh call it. Letters as in minillm.py.
 """
@@ -16,7 +16,7 @@ from jax import lax
 from infer import (Q8, Cache, as_held, as_seen, cached_attention, check_batch, check_prompts,
                    check_room, extend, extend_cache, fill_cache, generate, insert, prefill, write)
 from minillm import (block, causal, causal_attention, check_tokens, dims, dot, embed, loss,
-                     rotary)
+                     rotary, sizes)
 
 P = jax.P
 TENSOR = dict(H="tensor", K="tensor", F="tensor", V="tensor")  # letters to mesh axes
@@ -33,7 +33,7 @@ def make_mesh(**axes):
     """
     wanted, there = math.prod(axes.values()), jax.device_count()
     if wanted > there:
-        raise ValueError(f"a mesh of {axes} takes {wanted} devices and there are {there}: on a CPU, "
+        raise ValueError(f"a mesh of {axes} takes {wanted} devices, there are {there}: on a CPU, "
                          f'jax.config.update("jax_num_cpu_devices", {wanted}) at the start')
     return jax.make_mesh(tuple(axes.values()), tuple(axes), devices=jax.devices()[:wanted],
                          axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
@@ -58,11 +58,11 @@ def specs_of(params, cfg, rules):
 
 
 def check_rules(cfg, mesh, rules):
-    """cfg, Mesh, dict -> None: ValueError unless every rule names an axis that divides its letter."""
+    """cfg, Mesh, dict -> None: ValueError unless each rule names an axis that divides its letter."""
     for letter, axis in rules.items():
         if letter not in "EHKDFV" or axis not in mesh.shape:
-            raise ValueError(f"rule {letter}={axis!r}: expected one of the letters EHKDFV and of the "
-                             f"mesh's axes {tuple(mesh.shape)}")
+            raise ValueError(f"rule {letter}={axis!r}: expected one of the letters EHKDFV and one "
+                             f"of the mesh's axes {tuple(mesh.shape)}")
         size, n = getattr(cfg, letter), mesh.shape[axis]
         if size % n:
             raise ValueError(f"{letter}={size} cannot be split over {n} devices of axis {axis!r}: "
@@ -185,11 +185,11 @@ def check_ways(size, both):
 
 
 def check_contracted(x, ws, n):
-    """...(E/t), (FE, ...), int -> None: ValueError unless n parts of x are what each w contracts."""
+    """...(E/t), (FE, ...), int -> None: ValueError unless n parts of x are what w contracts."""
     for w in ws:
         if w.shape[-1] != n * x.shape[-1]:
-            raise ValueError(f"{n} parts of {x.shape[-1]} do not make the {w.shape[-1]} numbers that "
-                             f"a weight of {w.shape} contracts: E must divide by {n}")
+            raise ValueError(f"{n} parts of {x.shape[-1]} do not make the {w.shape[-1]} numbers "
+                             f"that a weight of {w.shape} contracts: E must divide by {n}")
 
 
 def check_scattered(w, n):
@@ -244,8 +244,8 @@ def split_nats(logits, targets, axis="tensor"):
 def fsdp_loss(params, tokens, cfg, mesh):
     """Params, B(T+1), cfg, Mesh -> scalar: `loss`, fully sharded, the compiler's way.
 
-    Parameters are split over "data" by `place(..., FSDP)`, and rows are kept there; what is gathered
-    when is the compiler's choice. To be jitted.
+    Parameters are split over "data" by `place(..., FSDP)`, and rows are kept there; what is
+    gathered when is the compiler's choice. To be jitted.
     """
     check_tokens(tokens, cfg)
 
@@ -446,3 +446,150 @@ def tp_generate(params, cache, logits, key, n, cfg, mesh, layout="heads", enter=
                   extend=partial(extend, look=LAYOUTS[layout][2], **tp_parts(enter, leave)))
     return jax.shard_map(run, mesh=mesh, in_specs=(split, cache_split, P(), P()), out_specs=(
         P(), P(), cache_split))(params, cache, logits, key)
+
+
+# ------------------------------------------------------------------------------ what travels
+
+
+SENT = {  # what one device sends, of its own `size` bytes, to n - 1 others around a ring
+    "all_gather": lambda size, n: size * (n - 1),
+    "reduce_scatter": lambda size, n: -(-size // n) * (n - 1),
+    "all_reduce": lambda size, n: 2 * -(-size // n) * (n - 1),  # scattered, then gathered
+    "all_to_all": lambda size, n: -(-size // n) * (n - 1),
+    "permute": lambda size, n: size}
+COLLECTIVES = {"all_gather": "all_gather", "all_gather_invariant": "all_gather",
+               "reduce_scatter": "reduce_scatter", "psum": "all_reduce",
+               "psum_invariant": "all_reduce", "pmax": "all_reduce", "all_to_all": "all_to_all",
+               "ppermute": "permute"}
+
+
+def tally(events):
+    """list of (collective, times, bytes, devices) -> dict: collective -> (number, bytes sent)."""
+    sent = {}
+    for kind, times, size, n in events:
+        if n > 1 and times:
+            number, total = sent.get(kind, (0, 0))
+            sent[kind] = number + times, total + times * SENT[kind](size, n)
+    return sent
+
+
+def traced_comm(fn, *args):
+    """fn, arrays -> dict: collective -> (number, bytes each device sends). The oracle.
+
+    Counted in the jaxpr, through calls, a scan's body times its length; an all-reduce is taken as
+    a ring's. ValueError for a collective in a `while` or `cond`.
+    """
+    def events(jaxpr, axes):
+        found = []
+        for eqn in jaxpr.eqns:
+            name, params = eqn.primitive.name, eqn.params
+            if name in COLLECTIVES:
+                over = params.get("axes", params.get("axis_name"))
+                n = math.prod(axes[axis] for axis in (over if isinstance(over, tuple) else (over,)))
+                found += [(COLLECTIVES[name], 1, v.aval.size * v.aval.dtype.itemsize, n)
+                          for v in eqn.invars]
+            inner = dict(params["mesh"].shape) if name == "shard_map" else axes
+            nested = [getattr(item, "jaxpr", item) for value in params.values()
+                      for item in (value if isinstance(value, (tuple, list)) else (value,))]
+            inside = [event for item in nested if hasattr(item, "eqns")
+                      for event in events(item, inner)]
+            if inside and name in ("while", "cond"):
+                raise ValueError(f"a collective inside `{name}`: how often it runs is unknown")
+            times = params["length"] if name == "scan" else 1
+            found += [(kind, times * k, size, n) for kind, k, size, n in inside]
+        return found
+
+    return tally(events(jax.make_jaxpr(fn)(*args).jaxpr, {}))
+
+
+def trips(cfg, rows, t, ring):
+    """cfg, int, int, int -> event, event: one gather_matmul's and one matmul_scatter's trip.
+
+    `ring` is 0 for the references, or the number of ways, 1 or 2. x travels in cfg.dtype, sums in
+    f32.
+    """
+    wide = jnp.dtype(cfg.dtype).itemsize
+    if ring:
+        part = rows * cfg.E // t // ring
+        return tuple(("permute", (t - 1) * ring, part * size, t) for size in (wide, 4))
+    return (("all_gather", 1, rows * cfg.E // t * wide, t),
+            ("reduce_scatter", 1, rows * cfg.E * 4, t))
+
+
+def repeated(times, *events):
+    """int, events -> list: each of them so often."""
+    return [(kind, times * number, size, n) for kind, number, size, n in events]
+
+
+def train_comm(cfg, B, T, data, tensor, ring):
+    """cfg, ... -> list of events: `sharded_loss` and its gradient.
+
+    Over "tensor", a layer gathers x twice, again when it is computed again, and scatters twice,
+    once again: its last product is not computed again. The gradient of a gather is a scatter in
+    x's dtype, that of a scatter a gather in f32. Over "data", weights are gathered twice and their
+    gradients scattered once.
+    """
+    rows, wide = B // data * T, jnp.dtype(cfg.dtype).itemsize
+    gather, scatter = trips(cfg, rows, tensor, ring)
+    x, squares, scale = rows * cfg.E * wide, rows * 4, cfg.E * wide
+    gather_back = gather if ring else ("reduce_scatter", 1, x, tensor)
+    scatter_back = scatter if ring else ("all_gather", 1, rows * cfg.E // tensor * 4, tensor)
+    found = repeated(cfg.L, *repeated(4, gather), *repeated(3, scatter), *repeated(2, gather_back),
+                     *repeated(2, scatter_back), ("all_reduce", 6, squares, tensor),
+                     ("all_reduce", 2, scale, tensor))
+    found += [("reduce_scatter", 1, x, tensor), ("all_gather", 1, x // tensor, tensor),
+              gather, gather_back, ("all_reduce", 5, squares, tensor),
+              ("all_reduce", 1, scale, tensor), ("all_reduce", 1, 4, data)]
+    names = dims(cfg)
+    for tree, again in ((names.layers, 2), (names._replace(layers=()), 1)):
+        for name in jax.tree.leaves(tree):
+            whole = math.prod(sizes(name, cfg)) * wide // (tensor if " " in name else 1)
+            found += [("all_gather", again, whole // data, data),
+                      ("reduce_scatter", 1, whole, data)]
+    return found
+
+
+def extend_comm(cfg, B, T, tensor, layout, ring):
+    """cfg, ... -> list of events: `tp_extend` by T tokens."""
+    rows, wide = B * T, jnp.dtype(cfg.dtype).itemsize
+    heads = rows * cfg.H * cfg.D * wide
+    look = {"heads": [], "batch": [("all_to_all", 2, heads // tensor, tensor)],
+            "sequence": [("all_gather", 1, heads // tensor, tensor),
+                         ("all_reduce", 2, rows * cfg.H * 4, tensor),
+                         ("reduce_scatter", 1, heads, tensor)]}[layout]
+    return repeated(cfg.L, *repeated(2, *trips(cfg, rows, tensor, ring)),
+                    ("all_reduce", 2, rows * 4, tensor), *look) + [
+        ("reduce_scatter", 1, rows * cfg.E * wide, tensor)]
+
+
+def unembed_comm(cfg, rows, tensor, ring):
+    """cfg, int, int, int -> list of events: logits of so many positions, on every device."""
+    return [("all_reduce", 1, rows * 4, tensor), trips(cfg, rows, tensor, ring)[0],
+            ("all_gather", 1, rows * cfg.V // tensor * 4, tensor)]
+
+
+def comm_bytes(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0):
+    """cfg, form, int -> dict: collective -> (number, bytes each device sends), as the program says.
+
+    `form` is "train" (`sharded_loss` with its gradient, B rows of T + 1 tokens), "extend",
+    "prefill" (T tokens) or "generate" (T steps); `ring` is 0 for the reference collectives, 1 or 2
+    for rings of so many ways. ValueError for another form.
+    """
+    extended = partial(extend_comm, cfg, B, tensor=tensor, layout=layout, ring=ring)
+    if form == "train":
+        return tally(train_comm(cfg, B, T, data, tensor, ring))
+    if form == "extend":
+        return tally(extended(T))
+    if form == "generate":
+        return tally(repeated(T, *extended(1), *unembed_comm(cfg, B, tensor, ring)))
+    if form == "prefill":  # a prompt's slots are split where they are made
+        look = extended(T, layout="heads" if layout == "sequence" else layout)
+        return tally(look + unembed_comm(cfg, B, tensor, ring))
+    raise ValueError(f"form={form!r}: expected train, extend, prefill or generate")
+
+
+def comm_seconds(sent, link, ways=1):
+    """dict, bytes/s, int -> seconds: of what `comm_bytes` gives, over links of so many bytes a
+    second in each direction, of which rings use `ways`. Latency, a microsecond or so for each of
+    the collective's steps, is not in it."""
+    return sum(size for _, size in sent.values()) / link / ways
