@@ -4,6 +4,7 @@
     python bench.py generate|prefill|train|serve ...      one phase alone
     python bench.py train --text FILE --save DIR          train on a text file
     python bench.py complete --model DIR "So long"        write on, with a real model
+    python bench.py shard --devices 8                     what several devices send each other
 
 Tables go to stdout, whose last line is one JSON object; progress goes to stderr.
 """
@@ -13,12 +14,15 @@ import json
 import os
 import pathlib
 import platform
+import re
+import socket
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import replace
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +31,7 @@ import numpy as np
 from infer import (decode_bytes, decode_flops, generate, init_cache, kv_bytes, load, model_draft,
                    ngram_draft, prefill, prefill_flops, quantize_params, read_json, save, serve,
                    speculate, weight_bytes)
+import shard
 from minillm import (Config, adam_init, cast, check_tokens, init, loss, param_count, train_flops,
                      train_step)
 
@@ -664,6 +669,195 @@ def complete(args):
           f"cache {args.cache}")
 
 
+# ------------------------------------------------------------------------------- several devices
+
+
+class Form(NamedTuple):
+    """A program on several devices, and what it must send by formula: None where that is the
+    compiler's choice."""
+    name: str
+    mesh: Any
+    run: Callable
+    args: tuple
+    sent: dict
+    ways: int = 1
+
+
+def born(fn, shardings):
+    """fn, shardings -> its arrays, made where they live, on one process or many."""
+    return jax.jit(fn, out_shardings=shardings)()
+
+
+def matmul_forms(cfg, args, n, wanted):
+    """-> iterator of Form: the collective matmuls, one way and both, of B rows."""
+    B = args.batch
+    mesh = shard.make_mesh(tensor=n)
+    over = partial(jax.NamedSharding, mesh)
+    P = jax.P
+    for ring in (0, 1, 2):
+        gather, scatter = shard.trips(cfg, B, n, ring)
+        enter, leave = RINGS[ring]
+        word = ("", " ring", " ring both ways")[ring]
+        if not wanted("matmul" + word):
+            continue
+        x, w = (born(lambda s=s: jnp.ones(s), over(spec)) for s, spec in (
+            ((B, 1, cfg.E), P(None, None, "tensor")), ((cfg.F, cfg.E), P("tensor"))))
+        yield Form("gather_matmul" + word, mesh, jax.shard_map(
+            lambda x, w, enter=enter: enter(x, (w,))[0], mesh=mesh,
+            in_specs=(P(None, None, "tensor"), P("tensor")), out_specs=P(None, None, "tensor")),
+            (x, w), shard.tally([gather]), max(1, ring))
+        x, w = (born(lambda s=s: jnp.ones(s), over(P(*spec))) for s, spec in (
+            ((B, 1, cfg.F), (None, None, "tensor")), ((cfg.E, cfg.F), (None, "tensor"))))
+        yield Form("matmul_scatter" + word, mesh, jax.shard_map(
+            leave, mesh=mesh, in_specs=(P(None, None, "tensor"), P(None, "tensor")),
+            out_specs=P(None, None, "tensor")), (x, w), shard.tally([scatter]), max(1, ring))
+
+
+RINGS = {0: (shard.gather_matmul, shard.matmul_scatter),
+         1: (shard.gather_matmul_ring, shard.matmul_scatter_ring),
+         2: (partial(shard.gather_matmul_ring, both=True),
+             partial(shard.matmul_scatter_ring, both=True))}
+
+
+def loss_forms(cfg, args, n, wanted):
+    """-> iterator of Form: a loss and its gradient, FSDP both ways, tensor parallelism, both."""
+    B, T, seed = args.batch, args.prompt, args.seed
+    tokens = np.random.default_rng(seed).integers(0, cfg.V, (B, T + 1)).astype(np.int32)
+    mesh, name = shard.make_mesh(data=n), "loss, fsdp by the compiler"
+    if wanted(name):
+        params = born(lambda: init(jax.random.key(seed), cfg), shard.shardings(
+            cfg, mesh, shard.FSDP))
+        yield Form(name, mesh, jax.value_and_grad(partial(shard.fsdp_loss, cfg=cfg, mesh=mesh)),
+                   (params, tokens), None)
+    pairs = [(n, 1), (1, n)] + ([(n // 2, 2)] if n % 2 == 0 and n > 2 else [])
+    for (data, tensor), ring in itertools.product(pairs, (0, 1)):
+        name = "loss, by hand" + ring * " ring"
+        if tensor == 1 and ring or not wanted(name):
+            continue
+        mesh = shard.make_mesh(data=data, tensor=tensor)
+        split = shard.stacked(shard.specs(cfg, {**shard.TENSOR, **shard.FSDP}))
+        params = born(lambda: shard.stack(init(jax.random.key(seed), cfg)), jax.tree.map(
+            partial(jax.NamedSharding, mesh), split))
+        run = partial(shard.sharded_loss, cfg=cfg, mesh=mesh, enter=RINGS[ring][0],
+                      leave=RINGS[ring][1])
+        yield Form(name, mesh, jax.value_and_grad(run),
+                   (params, tokens), shard.comm_bytes(cfg, "train", B, T, data, tensor, ring=ring))
+
+
+def generate_forms(cfg, args, n, wanted):
+    """-> iterator of Form: prefill and generate, with the cache over heads, batch, sequence."""
+    B, T, new, seed = args.batch, args.prompt, args.new, args.seed
+    mesh = shard.make_mesh(tensor=n)
+    prompts = np.random.default_rng(seed).integers(0, cfg.V, (B, T)).astype(np.int32)
+    slots = -(-(T + new) // n) * n
+    for layout, ring in itertools.product(shard.LAYOUTS, (0, 1)):
+        rules, spec, _, _ = shard.LAYOUTS[layout]
+        name = f"prefill, generate over {layout}" + ring * " ring"
+        if not wanted(name):
+            continue
+        params = born(lambda: init(jax.random.key(seed), cfg), shard.shardings(cfg, mesh, rules))
+        over = jax.NamedSharding(mesh, spec)
+        cache = born(lambda: init_cache(cfg, B, slots), init_cache(cfg, 1, 1)._replace(
+            k=over, v=over, length=jax.NamedSharding(mesh, jax.P())))
+        parts = dict(cfg=cfg, mesh=mesh, layout=layout, enter=RINGS[ring][0], leave=RINGS[ring][1])
+
+        def run(params, cache, prompts):
+            logits, cache = shard.tp_prefill(params, cache, prompts, jnp.full((B,), T), **parts)
+            return shard.tp_generate(params, cache, logits, jax.random.key(seed), new, **parts)[0]
+
+        sent = [shard.comm_bytes(cfg, form, B, count, tensor=n, layout=layout, ring=ring)
+                for form, count in (("prefill", T), ("generate", new))]
+        both = {kind: tuple(sum(part) for part in zip(*(s[kind] for s in sent if kind in s)))
+                for kind in {**sent[0], **sent[1]}}
+        yield Form(name, mesh, run,
+                   (params, cache, prompts), both)
+
+
+def compiled_collectives(text):
+    """str -> dict: how many of each the compiled program holds."""
+    found = re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
+                       r"(?:-start)?\(", text)
+    return {kind: (found.count(kind), 0) for kind in dict.fromkeys(found)}
+
+
+def measure_form(form, link):
+    """Form, bytes/s -> dict, what it gave: predicted, counted in the jaxpr, measured."""
+    counted = shard.traced_comm(form.run, *form.args)
+    program = jax.jit(form.run).lower(*form.args).compile()
+    result = program(*form.args)
+    times = seconds_of(lambda: jax.block_until_ready(program(*form.args)), for_seconds=0.2)
+    collectives = counted or compiled_collectives(program.as_text())
+    return {"form": form.name, "mesh": dict(form.mesh.shape),
+            "collectives": {kind: number for kind, (number, _) in collectives.items()},
+            "predicted_bytes": form.sent and sum(size for _, size in form.sent.values()),
+            "counted_bytes": None if form.sent is None else sum(s for _, s in counted.values()),
+            "as_predicted": None if form.sent is None else counted == form.sent,
+            "link_seconds": form.sent and shard.comm_seconds(form.sent, link, form.ways),
+            "measured_seconds": statistics.median(times)}, result
+
+
+def run_shard(args):
+    """Prints, for each program on several devices, what it sends: predicted, counted; measured."""
+    if args.processes > 1 and args.process is None:
+        return start_processes(args)
+    if args.process is not None or args.distributed:
+        found = dict(coordinator_address=args.coordinator, num_processes=args.processes,
+                     process_id=args.process) if args.process is not None else {}
+        jax.config.update("jax_num_cpu_devices", args.devices // args.processes)
+        jax.distributed.initialize(**found)
+    else:
+        jax.config.update("jax_num_cpu_devices", args.devices)
+    name, cfg = args.model or (SHARDED, parse_model(SHARDED))
+    n, first = args.devices if on_cpu() else jax.device_count(), jax.process_index() == 0
+    rows, told = [], {}
+    forms = itertools.chain(*(some(cfg, args, n, lambda name: any(
+        word in name for word in args.form or [""])) for some in (
+            matmul_forms, loss_forms, generate_forms)))
+    if first:
+        print(f"{name}, B={args.batch}, {n} devices in {jax.process_count()} processes; sent: "
+              f"bytes a device, link: at {args.link / GB:g} GB/s\nCPU devices share this machine's "
+              "cores: bytes and steps carry over to other machines, time and overlap do not")
+        print(f"{'form':36} {'mesh':>9} {'predicted':>11} {'counted':>11} {'link us':>9} "
+              f"{'measured ms':>11}  collectives")
+    for form in forms:
+        row, result = measure_form(form, args.link)
+        rows.append(row)
+        told |= {"loss": float(result[0])} if form.name.startswith("loss") else {
+            "tokens": np.asarray(result).tolist()} if form.name.startswith("prefill") else {}
+        if first:
+            sent, link = ("the compiler's",) * 2, "-"
+            if row["predicted_bytes"] is not None:
+                sent = row["predicted_bytes"], row["counted_bytes"]
+                link = f"{row['link_seconds'] * 1e6:.1f}"
+            print(f"{form.name:36} {'x'.join(map(str, form.mesh.shape.values())):>9} {sent[0]:>11} "
+                  f"{sent[1]:>11} {link:>9} {row['measured_seconds'] * 1e3:>11.2f}  "
+                  + ", ".join(f"{number} {kind}" for kind, number in row["collectives"].items()))
+    if first:
+        print(json.dumps({"machine": machine(), "ceilings": {}, "rows": rows, **told}), flush=True)
+
+
+SHARDED = "L2,E512,H8,K8,D64,F1408,V256"
+
+
+def start_processes(args):
+    """Starts this command in several local processes that find each other; the first one prints."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    if args.devices % args.processes:
+        raise ValueError(f"--devices {args.devices} cannot be split over --processes "
+                         f"{args.processes}")
+    again = [sys.executable, __file__, *args.argv, "--coordinator", address, "--process"]
+    started = [subprocess.Popen([*again, str(i)], stdout=None if i == 0 else subprocess.DEVNULL)
+               for i in range(args.processes)]
+    try:
+        if any([process.wait() for process in started]):
+            raise ValueError("a process failed: its own message stands above")
+    finally:
+        for process in started:
+            process.kill()
+
+
 # ------------------------------------------------------------------------------------- command line
 
 
@@ -717,6 +911,24 @@ def add_complete(command):
     command.add_argument("--n-draft", type=number, default=4, help="tokens it proposes (4)")
 
 
+def add_shard(command):
+    """Parser -> None: what `shard` takes."""
+    command.add_argument("--model", type=model, metavar="NAME|SHAPE", help=f"({SHARDED})")
+    command.add_argument("--devices", type=number, default=8, help="on a CPU, so many are made (8)")
+    command.add_argument("--batch", type=number, default=8, help="sequences (8)")
+    command.add_argument("--prompt", type=number, default=64, help="tokens a sequence (64)")
+    command.add_argument("--new", type=number, default=8, help="tokens to generate (8)")
+    command.add_argument("--form", action="append", metavar="WORD", help="only forms whose name "
+                         "holds the word, such as loss, or ring; more than once for more (all)")
+    command.add_argument("--link", type=float, default=4.5e10, metavar="BYTES_PER_SECOND",
+                         help="that a device sends one way (4.5e10: a TPU v4 link)")
+    command.add_argument("--processes", type=number, default=1, help="start so many here (1)")
+    command.add_argument("--distributed", action="store_true", help="this is one process of a pod "
+                         "or a Slurm job: jax.distributed.initialize() finds the others")
+    command.add_argument("--coordinator", help=argparse.SUPPRESS)
+    command.add_argument("--process", type=int, help=argparse.SUPPRESS)
+
+
 def add_phase(command, name):
     """Parser, str -> None: what the phases take."""
     command.add_argument("--model", type=model, metavar="NAME|SHAPE",
@@ -742,13 +954,16 @@ def parse(argv):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model, under a minute")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and draws (0)")
-    commands = parser.add_subparsers(dest="phase", metavar="|".join([*PHASES, "complete"]))
-    for name in [*PHASES, "complete"]:
-        command = commands.add_parser(name, help="write on from a prompt" if name == "complete"
-                                      else f"measure {name} alone")
+    commands = parser.add_subparsers(dest="phase", metavar="|".join([*PHASES, "complete", "shard"]))
+    others = {"complete": ("write on from a prompt", add_complete),
+              "shard": ("what several devices send each other", add_shard)}
+    for name in [*PHASES, *others]:
+        text, add = others.get(name, (f"measure {name} alone", partial(add_phase, name=name)))
+        command = commands.add_parser(name, help=text)
         command.add_argument("--seed", type=int, default=argparse.SUPPRESS)
-        add_complete(command) if name == "complete" else add_phase(command, name)
+        add(command)
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     if args.quick and args.phase:
         parser.error(f"--quick is for all phases: leave out --quick or {args.phase}")
     if args.phase == "train":
@@ -801,8 +1016,8 @@ def jobs_of(args):
 
 def run(args):
     """Measures what the command line asks for, and prints it."""
-    if args.phase == "complete":
-        return complete(args)
+    if args.phase in ("complete", "shard"):
+        return complete(args) if args.phase == "complete" else run_shard(args)
     jobs = jobs_of(args)
     for job in jobs:
         check_memory(job)

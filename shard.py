@@ -58,10 +58,10 @@ def specs_of(params, cfg, rules):
 
 
 def check_rules(cfg, mesh, rules):
-    """cfg, Mesh, dict -> None: ValueError unless each rule names an axis that divides its letter."""
+    """cfg, Mesh, dict -> None: ValueError unless rules name axes that divide their letters."""
     for letter, axis in rules.items():
         if letter not in "EHKDFV" or axis not in mesh.shape:
-            raise ValueError(f"rule {letter}={axis!r}: expected one of the letters EHKDFV and one "
+            raise ValueError(f"rule {letter}={axis!r}: expected one of the letters EHKDFV, and one "
                              f"of the mesh's axes {tuple(mesh.shape)}")
         size, n = getattr(cfg, letter), mesh.shape[axis]
         if size % n:
@@ -178,7 +178,7 @@ def outputs(w, start, width):
 
 
 def check_ways(size, both):
-    """int, bool -> tuple: +1, and -1 with `both`. ValueError for an odd size that goes both ways."""
+    """int, bool -> tuple: +1, and -1 with `both`. ValueError for an odd size both ways."""
     if both and size % 2:
         raise ValueError(f"{size} numbers a device cannot go half each way: both=False")
     return (1, -1) if both else (1,)
@@ -202,7 +202,7 @@ def check_scattered(w, n):
 
 
 def split_norm(x, scale, eps, axis="tensor"):
-    """BT(E/t), E, eps -> BT(E/t): `rms_norm`; a sum of squares for each token is all that travels."""
+    """BT(E/t), E, eps -> BT(E/t): `rms_norm`: one sum of squares a token travels."""
     part, wide = x.shape[-1], x.astype(jnp.float32)
     squares = lax.psum(jnp.sum(wide * wide, axis=-1, keepdims=True), axis)
     unit = wide * lax.rsqrt(squares / (part * lax.axis_size(axis)) + eps)

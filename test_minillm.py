@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 import bench
 import infer
 import minillm
+import shard
 from infer import (Q8, Q8A8, Cache, accept, acceptance, decode_bytes, decode_flops, dequantize,
                    extend, generate, generate_reference, init_cache, kv_bytes, load, log_probs,
                    model_draft, ngram_draft, prefill, prefill_flops, quantize, quantize_params,
@@ -33,6 +34,7 @@ from minillm import (Config, adam_init, adamw, attention, block, cast, causal_at
                      traced_flops, train_flops, train_step, unembed)
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiles faster, computes the same
+jax.config.update("jax_num_cpu_devices", 8)  # for shard.py; the others use the first
 settings.register_profile("minillm", deadline=None, derandomize=True, max_examples=8)
 settings.load_profile("minillm")
 TOLERANCE = 2e-5
@@ -1288,6 +1290,248 @@ def test_decode_bytes_are_those_of_the_trees_that_are_read(cfg, B, S, dtype, cac
 
 def test_the_lectures_cache_is_939_MB_a_sequence():
     assert kv_bytes(bench.MODELS["gemma-7b"], 1, 2048, "bfloat16") == 939_524_096
+
+
+# -------------------------------------------------------------------------------------------- shard
+
+
+WIDE = Config(L=2, E=16, H=8, K=4, D=4, F=24, V=32)  # everything divides by 4, and H, E, F, V by 8
+RINGS = bench.RINGS
+
+
+def abstract_mesh(**axes):
+    return jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(
+        jax.sharding.AxisType.Auto,) * len(axes))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
+def test_a_ring_is_its_reference_is_the_product_and_so_are_its_gradients(n):
+    E, F, rules = 48, 24, jax.P
+    x, y, a, b, c = normals((2, 3, E), (2, 3, F), (F, E), (F, 2, E), (E, F))
+    mesh = shard.make_mesh(tensor=n)
+
+    def whole(x, y, a, b, c):
+        one, two = dot(x, a), dot(x, b.reshape(-1, E)).reshape(2, 3, F, 2)
+        return one, two, dot(y, c)
+
+    def split(ring):
+        enter, leave = RINGS[ring]
+
+        def both(x, y, a, b, c):
+            return *enter(x, (a, b)), leave(y, c)
+
+        over, last = rules("tensor"), rules(None, None, "tensor")
+        return jax.shard_map(both, mesh=mesh, in_specs=(last, last, over, over, rules(None, "tensor")),
+                             out_specs=(last, rules(None, None, "tensor"), last))
+
+    def values_and_gradients(*args):
+        out = []
+        for fn in (whole, *(split(ring) for ring in RINGS)):
+            value, back = jax.vjp(fn, *args)
+            out.append((value, back(jax.tree.map(jnp.sin, value))))
+        return out
+
+    expected, *ours = jax.jit(values_and_gradients)(x, y, a, b, c)
+    for got in ours:
+        jax.tree.map(close, got, expected)
+
+
+@pytest.mark.parametrize("data, tensor, ring, cfg", [
+    (8, 1, 0, WIDE), (1, 4, 1, replace(WIDE, tied=False)),
+    (2, 4, 2, replace(WIDE, act="gelu", embed_scale=True)), (1, 8, 0, replace(WIDE, K=8))])
+def test_a_sharded_loss_its_gradients_and_its_training_are_those_of_one_device(data, tensor, ring,
+                                                                               cfg):
+    mesh, params, tokens = shard.make_mesh(data=data, tensor=tensor), weights(cfg), \
+        draw_tokens(cfg, 8, 7)
+    split = partial(shard.sharded_loss, mesh=mesh, enter=RINGS[ring][0], leave=RINGS[ring][1])
+    alone, grads = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, tokens, cfg)
+    ours, split_grads = jax.jit(jax.value_and_grad(split), static_argnums=2)(
+        shard.stack(params), tokens, cfg)
+    close(ours, alone)
+    jax.tree.map(close, split_grads, shard.stack(grads))
+    if (data, tensor) == (2, 4):
+        step = jax.jit(train_step, static_argnames=("cfg", "loss"))
+        one, many = (params, adam_init(params)), (shard.stack(params),
+                                                  adam_init(shard.stack(params)))
+        for _ in range(3):
+            *one, before = step(*one, tokens, cfg=cfg, lr=1e-2)
+            *many, split_before = step(*many, tokens, cfg=cfg, lr=1e-2, loss=split)
+            close(split_before, before, 1e-4)  # Adam divides small gradients by their own size
+
+
+def test_the_compilers_fsdp_is_the_loss_of_one_device():
+    mesh, params, tokens = shard.make_mesh(data=8), weights(WIDE), draw_tokens(WIDE, 8, 7)
+    alone = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, tokens, WIDE)
+    placed = shard.place(params, WIDE, mesh, shard.FSDP)
+    assert placed.layers[0].wq.addressable_shards[3].data.shape == (8, 4, 2)
+    born = jax.jit(init, static_argnums=1, out_shardings=shard.shardings(WIDE, mesh, shard.FSDP))
+    made = born(jax.random.key(0), WIDE)
+    assert made.embed.sharding == placed.embed.sharding
+    ours = jax.jit(jax.value_and_grad(partial(shard.fsdp_loss, cfg=WIDE, mesh=mesh)))(placed, tokens)
+    jax.tree.map(close, ours, alone)
+
+
+@pytest.mark.parametrize("layout, K, ring, dtype, kind", [
+    ("heads", 4, 1, "float32", None), ("batch", 2, 0, "int8", Q8), ("sequence", 1, 0, "int8", None),
+    ("sequence", 2, 2, "float32", Q8)])
+def test_a_split_model_reads_extends_and_generates_what_one_device_does(layout, K, ring, dtype,
+                                                                       kind):
+    cfg, mesh, B, S = replace(WIDE, K=K), shard.make_mesh(tensor=4), 4, 24
+    params, text, lengths = weights(cfg), draw_tokens(cfg, B, 8), np.array([3, 8, 5, 1])
+    params = params if kind is None else quantize_params(params, cfg, kind)
+    rules, parts = shard.LAYOUTS[layout][0], dict(mesh=mesh, layout=layout, enter=RINGS[ring][0],
+                                                  leave=RINGS[ring][1])
+    how = dict(temperature=0.9, end=3)
+
+    def everything(prefill, extend, generate, params, cache):
+        logits, cache = prefill(params, cache, text, lengths, cfg)
+        x, cache = extend(params, cache, text[:, :3], cfg)
+        tokens, last, cache = generate(params, cache, logits, jax.random.key(1), 5, cfg, **how)
+        return logits, x, last, tokens, cache.length
+
+    alone = jax.jit(partial(everything, prefill, extend, generate))(
+        params, init_cache(cfg, B, S, dtype))
+    ours = jax.jit(partial(everything, *(partial(fn, **parts) for fn in (
+        shard.tp_prefill, shard.tp_extend, shard.tp_generate))))(
+        shard.place(params, cfg, mesh, rules),
+        shard.place_cache(init_cache(cfg, B, S, dtype), mesh, layout))
+    assert np.array_equal(alone[3], ours[3]) and np.array_equal(alone[4], ours[4])
+    # an int8 slot at the edge of rounding may fall either way
+    jax.tree.map(partial(close, tolerance=TOLERANCE if dtype == "float32" else 0.05), ours[:3],
+                 alone[:3])
+
+
+def test_activations_quantised_on_their_own_device_are_off_by_no_more_than_together():
+    """Q8A8: behind a gather, rows are quantised whole, as on one device. Before a scatter and in a
+    ring each part has the scale of its own largest number, never above that of the whole row."""
+    x, w = normals((3, 1, 32), (8, 32))
+    x[..., :8] *= 30  # one device's part is much larger
+    held, mesh = Q8A8(*quantize(jnp.asarray(w), -1)), shard.make_mesh(tensor=4)
+    last = jax.P(None, None, "tensor")
+    gathered = jax.shard_map(lambda x, w: shard.gather_matmul(x, (w,))[0], mesh=mesh, in_specs=(
+        last, Q8A8(jax.P("tensor"), jax.P("tensor"))), out_specs=last)(x, held)
+    close(gathered, dot(x, held))
+    exact = np.einsum("bte,fe->btf", x.astype(float), np.asarray(dequantize(held), float))
+    parts = np.abs(x).reshape(3, 1, 4, 8).max(-1, keepdims=True)
+    magnitude = np.abs(np.asarray(dequantize(held), float)).reshape(8, 4, 8)
+    bound = np.einsum("btnk,fnk->btf", np.broadcast_to(parts / 254, (3, 1, 4, 8)), magnitude)
+    together = np.abs(x).max() / 254 * magnitude.sum((1, 2))
+    for run, specs in ((shard.matmul_scatter, (last, Q8A8(jax.P(None, "tensor"), jax.P()))),
+                       (lambda x, w: shard.gather_matmul_ring(x, (w,))[0],
+                        (last, Q8A8(jax.P("tensor"), jax.P("tensor"))))):
+        ours = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=last)(x, held)
+        assert np.all(np.abs(ours - exact) <= bound * 1.001) and np.all(bound <= together)
+
+
+@pytest.mark.parametrize("ring", RINGS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_form_sends_what_the_formula_says_to_the_byte(ring, dtype):
+    enter, leave = RINGS[ring]
+    for (data, tensor), cfg in itertools.product([(1, 4), (4, 1), (2, 4)], [
+            replace(WIDE, dtype=dtype), replace(WIDE, dtype=dtype, tied=False, L=1)]):
+        run = partial(shard.sharded_loss, cfg=cfg, enter=enter, leave=leave,
+                      mesh=abstract_mesh(data=data, tensor=tensor))
+        stacked = jax.eval_shape(shard.stack, abstract(cfg))
+        assert shard.traced_comm(jax.grad(run), stacked, shaped(8, 7)) \
+            == shard.comm_bytes(cfg, "train", 8, 6, data, tensor, ring=ring)
+    cfg, B, T, key = replace(WIDE, dtype=dtype), 4, 6, jax.random.key(0)
+    cache = jax.eval_shape(lambda: init_cache(cfg, B, 24))
+    for tensor, layout in itertools.product((1, 4), shard.LAYOUTS):
+        parts = dict(cfg=cfg, mesh=abstract_mesh(tensor=tensor), layout=layout, enter=enter,
+                     leave=leave)
+        for form, fn, args in (
+                ("extend", shard.tp_extend, (shaped(B, T),)),
+                ("prefill", shard.tp_prefill, (shaped(B, T), shaped(B))),
+                ("generate", partial(shard.tp_generate, n=T),
+                 (shaped(B, cfg.V, dtype="float32"), key))):
+            sent = shard.traced_comm(partial(fn, **parts), abstract(cfg), cache, *args)
+            assert sent == shard.comm_bytes(cfg, form, B, T, tensor=tensor, layout=layout, ring=ring)
+            if ring and tensor > 1 and form == "extend" and layout == "heads":
+                assert sent["permute"][0] == 4 * cfg.L * ring * (tensor - 1)
+                assert "all_gather" not in sent
+
+
+def test_collectives_are_counted_as_a_ring_sends_them():
+    mesh, last = abstract_mesh(tensor=4), jax.P("tensor")
+
+    def sent(fn, out=last):
+        run = jax.shard_map(fn, mesh=mesh, in_specs=last, out_specs=out)
+        return shard.traced_comm(run, shaped(16, dtype="float32"))  # 4 numbers, 16 bytes a device
+
+    axis = "tensor"
+    assert sent(lambda x: jax.lax.all_gather(x, axis, tiled=True)) == {"all_gather": (1, 3 * 16)}
+    assert sent(lambda x: jax.lax.psum_scatter(x, axis, tiled=True)) \
+        == {"reduce_scatter": (1, 3 * 4)}
+    assert sent(lambda x: jax.lax.psum(x, axis), jax.P()) == {"all_reduce": (1, 2 * 3 * 4)}
+    assert sent(lambda x: jax.lax.all_to_all(x, axis, 0, 0, tiled=True)) == {
+        "all_to_all": (1, 3 * 4)}
+    assert sent(lambda x: jax.lax.scan(lambda c, _: (shard.pass_on(c, axis, 1), None), x,
+                                       length=5)[0]) == {"permute": (5, 5 * 16)}
+    assert shard.comm_seconds({"permute": (5, 80)}, link=10.0, ways=2) == 4.0
+    with pytest.raises(ValueError, match="while"):
+        sent(lambda x: jax.lax.while_loop(lambda c: True, lambda c: shard.pass_on(c, axis, 1), x))
+
+
+def test_fsdp_keeps_one_layers_inputs_a_layer_and_one_gathered_layer():
+    """12 more layers may keep 12 more of BTE and what the program carries: their gradients' parts,
+    which are outputs, not temporaries; a gathered layer is there once."""
+    B, T, mesh = 8, 64, shard.make_mesh(data=8, tensor=1)
+    cfg = Config(L=4, E=64, H=4, K=4, D=16, F=128, V=32)
+
+    def temp(L):
+        deep = replace(cfg, L=L)
+        params = jax.eval_shape(shard.stack, abstract(deep))
+        split = shard.stacked(shard.specs(deep, {**shard.TENSOR, **shard.FSDP}))
+        params = jax.tree.map(lambda a, spec: jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec)), params, split)
+        run = jax.jit(jax.value_and_grad(partial(shard.sharded_loss, cfg=deep, mesh=mesh)))
+        return run.lower(params, shaped(B, T + 1)).compile().memory_analysis().temp_size_in_bytes
+
+    inputs = B // 8 * T * cfg.E * 4
+    layer = sum(math.prod(minillm.sizes(name, cfg)) * 4 for name in dims(cfg).layers[0])
+    assert temp(16) <= temp(4) + 12 * inputs + layer
+
+
+def test_what_cannot_be_split_is_refused_by_name_before_compiling():
+    mesh, params, text = shard.make_mesh(data=2, tensor=4), weights(WIDE), draw_tokens(WIDE, 4, 6)
+    cache, four = init_cache(WIDE, 4, 24), shard.make_mesh(tensor=4)
+    check(lambda: shard.make_mesh(tensor=9), "9 devices", "there are 8", "jax_num_cpu_devices")
+    check(lambda: shard.place(params, WIDE, mesh, dict(E="model")), "'model'", "data")
+    check(lambda: shard.shardings(WIDE, mesh, dict(Q="data")), "Q=", "EHKDFV")
+    odd = replace(WIDE, F=22)
+    check(lambda: shard.place(weights(odd), odd, mesh, shard.TENSOR), "F=22", "4 devices")
+    check(lambda: shard.sharded_loss(shard.stack(params), text[:3], WIDE, mesh), "3 rows", "data")
+    few = replace(WIDE, K=2)
+    check(lambda: shard.tp_extend(weights(few), init_cache(few, 4, 24), text, few, four), "K=2")
+    check(lambda: shard.tp_extend(params, cache, text, WIDE, four, "slots"), "slots", "sequence")
+    check(lambda: shard.tp_extend(params, init_cache(WIDE, 3, 24), text[:3], WIDE, four, "batch"),
+          "B=3")
+    check(lambda: shard.tp_extend(params, init_cache(WIDE, 4, 22), text, WIDE, four, "sequence"),
+          "S=22")
+    held = cache._replace(length=jnp.full(4, 20))
+    check(lambda: shard.tp_extend(params, held, text, WIDE, four), "20 tokens", "24 slots")
+    check(lambda: shard.comm_bytes(WIDE, "fly", 1), "fly", "prefill")
+    last = jax.P(None, None, "tensor")
+    x, w = normals((1, 1, 24), (8, 32))
+    for enter, _ in RINGS.values():
+        check(lambda: jax.shard_map(lambda x, w: enter(x, (w,))[0], mesh=four, in_specs=(
+            last, jax.P("tensor")), out_specs=last)(x, w), "4 parts of 6", "32")
+    for _, leave in RINGS.values():
+        check(lambda: jax.shard_map(leave, mesh=four, in_specs=(last, jax.P(None, "tensor")),
+                                    out_specs=last)(x, normals((6, 24))[0]), "E=6", "4 devices")
+
+
+def test_two_processes_compute_what_one_does(tmp_path):
+    import subprocess
+    argv = [sys.executable, bench.__file__, "shard", "--devices", "4", "--model",
+            "L1,E32,H4,K4,D8,F48,V64", "--batch", "4", "--prompt", "6", "--new", "3", "--form",
+            "hand ring", "--form", "heads ring"]
+    one, two = (json.loads(subprocess.run([*argv, "--processes", n], check=True, cwd=tmp_path,
+                                          capture_output=True).stdout.splitlines()[-1])
+                for n in "12")
+    assert one["tokens"] == two["tokens"] and abs(one["loss"] - two["loss"]) < TOLERANCE * 5
+    assert two["machine"]["count"] == 4 and len(two["rows"]) == 3
+    assert all(row["as_predicted"] for row in one["rows"] + two["rows"])
 
 
 # ---------------------------------------------------------------------------------------- bad input
