@@ -342,7 +342,7 @@ def adam_init(params):
 def adamw(params, adam, grads, lr, b1=0.9, b2=0.95, eps=1e-8, decay=0.1):
     """Params, Adam, Params, lr -> Params, Adam: one update. arXiv:1711.05101.
 
-    Weights decay, fields that end in "norm" do not.
+    Weights decay; what has "norm" in its name does not.
     """
     step = adam.step + 1
     m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, adam.m, grads)
@@ -350,7 +350,7 @@ def adamw(params, adam, grads, lr, b1=0.9, b2=0.95, eps=1e-8, decay=0.1):
 
     def update(path, p, m, v):
         mean, square = m / (1 - b1 ** step), v / (1 - b2 ** step)  # both began at zero
-        shrink = 0 if path[-1].name.endswith("norm") else decay * p
+        shrink = 0 if "norm" in jax.tree_util.keystr(path) else decay * p
         return p - lr * (mean / (jnp.sqrt(square) + eps) + shrink)
 
     return jax.tree.map_with_path(update, params, m, v), Adam(step, m, v)

@@ -7,9 +7,11 @@ import inspect
 import itertools
 import json
 import math
+import os
 import pathlib
 import re
 import shlex
+import subprocess
 import sys
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -459,7 +461,7 @@ def is_abstract(value):
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value))
 
 
-CONTRACTS = [fn for module in (minillm, infer)
+CONTRACTS = [fn for module in (minillm, infer, shard)
              for name, fn in inspect.getmembers(module, inspect.isroutine)
              if getattr(fn, "__module__", "") == module.__name__ and not name.startswith("_")]
 ON_THE_HOST = {"serve", "check_prompt", "load", "save", "parse_config", "understood", "read_json",
@@ -467,13 +469,12 @@ ON_THE_HOST = {"serve", "check_prompt", "load", "save", "parse_config", "underst
 
 
 @pytest.mark.parametrize("fn", CONTRACTS + [matmul, lookup], ids=lambda fn: fn.__name__)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_every_contract_line_holds(fn, seed):
-    contract = re.match(r"(.*?) -> ([^:]*)", inspect.getdoc(fn) or "")
+def test_every_contract_line_holds(fn):
+    contract = re.match(r"(.*?) ?-> ([^:]*)", inspect.getdoc(fn) or "")
     assert contract, f"{fn.__name__} has no contract line"
-    if fn.__name__ in ON_THE_HOST:
+    if fn.__name__ in ON_THE_HOST or fn.__module__ == "shard":  # a mesh gives shapes their meaning
         return
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(len(fn.__name__))
     size = {letter: int(draw.integers(1, 5)) for letter in "BTKEFVMCOn"}
     size |= {"S": size["T"] + size["n"], "D": 2 * int(draw.integers(1, 4))}
     size["H"] = size["K"] * int(draw.integers(1, 4))
@@ -1077,7 +1078,7 @@ rounded_forward_jit = jax.jit(lambda params, tokens, cfg, dtype: forward(
     params, tokens, cfg, rounding(cfg, dtype)), static_argnames=("cfg", "dtype"))
 
 
-@settings(max_examples=10)
+@settings(max_examples=7)
 @given(st.sampled_from([(None, "float32"), (None, "int8"), (Q8, "float32"), (Q8, "int8")]),
        st.lists(st.sampled_from(["extend", "generate", "speculate", "rollback", "refill"]),
                 min_size=4, max_size=9), st.integers(0, 999))
@@ -1320,9 +1321,9 @@ def test_a_ring_is_its_reference_is_the_product_and_so_are_its_gradients(n):
         def both(x, y, a, b, c):
             return *enter(x, (a, b)), leave(y, c)
 
-        over, last = rules("tensor"), rules(None, None, "tensor")
-        return jax.shard_map(both, mesh=mesh, in_specs=(last, last, over, over, rules(None, "tensor")),
-                             out_specs=(last, rules(None, None, "tensor"), last))
+        over, last, second = rules("tensor"), rules(None, None, "tensor"), rules(None, "tensor")
+        return jax.shard_map(both, mesh=mesh, in_specs=(last, last, over, over, second),
+                             out_specs=(last, last, last))
 
     def values_and_gradients(*args):
         out = []
@@ -1337,10 +1338,9 @@ def test_a_ring_is_its_reference_is_the_product_and_so_are_its_gradients(n):
 
 
 @pytest.mark.parametrize("data, tensor, ring, cfg", [
-    (8, 1, 0, WIDE), (1, 4, 1, replace(WIDE, tied=False)),
-    (2, 4, 2, replace(WIDE, act="gelu", embed_scale=True)), (1, 8, 0, replace(WIDE, K=8))])
-def test_a_sharded_loss_its_gradients_and_its_training_are_those_of_one_device(data, tensor, ring,
-                                                                               cfg):
+    (8, 1, 0, WIDE), (1, 8, 1, replace(WIDE, K=8, tied=False)),
+    (2, 4, 0, replace(WIDE, L=1, act="gelu", embed_scale=True)), (1, 2, 2, WIDE)])
+def test_a_sharded_loss_its_gradients_and_training_are_one_devices(data, tensor, ring, cfg):
     mesh, params, tokens = shard.make_mesh(data=data, tensor=tensor), weights(cfg), \
         draw_tokens(cfg, 8, 7)
     split = partial(shard.sharded_loss, mesh=mesh, enter=RINGS[ring][0], leave=RINGS[ring][1])
@@ -1367,15 +1367,15 @@ def test_the_compilers_fsdp_is_the_loss_of_one_device():
     born = jax.jit(init, static_argnums=1, out_shardings=shard.shardings(WIDE, mesh, shard.FSDP))
     made = born(jax.random.key(0), WIDE)
     assert made.embed.sharding == placed.embed.sharding
-    ours = jax.jit(jax.value_and_grad(partial(shard.fsdp_loss, cfg=WIDE, mesh=mesh)))(placed, tokens)
+    run = jax.jit(jax.value_and_grad(partial(shard.fsdp_loss, cfg=WIDE, mesh=mesh)))
+    ours = run(placed, tokens)
     jax.tree.map(close, ours, alone)
 
 
 @pytest.mark.parametrize("layout, K, ring, dtype, kind", [
     ("heads", 4, 1, "float32", None), ("batch", 2, 0, "int8", Q8), ("sequence", 1, 0, "int8", None),
     ("sequence", 2, 2, "float32", Q8)])
-def test_a_split_model_reads_extends_and_generates_what_one_device_does(layout, K, ring, dtype,
-                                                                       kind):
+def test_a_split_model_reads_and_generates_what_one_device_does(layout, K, ring, dtype, kind):
     cfg, mesh, B, S = replace(WIDE, K=K), shard.make_mesh(tensor=4), 4, 24
     params, text, lengths = weights(cfg), draw_tokens(cfg, B, 8), np.array([3, 8, 5, 1])
     params = params if kind is None else quantize_params(params, cfg, kind)
@@ -1408,8 +1408,9 @@ def test_activations_quantised_on_their_own_device_are_off_by_no_more_than_toget
     x[..., :8] *= 30  # one device's part is much larger
     held, mesh = Q8A8(*quantize(jnp.asarray(w), -1)), shard.make_mesh(tensor=4)
     last = jax.P(None, None, "tensor")
-    gathered = jax.shard_map(lambda x, w: shard.gather_matmul(x, (w,))[0], mesh=mesh, in_specs=(
-        last, Q8A8(jax.P("tensor"), jax.P("tensor"))), out_specs=last)(x, held)
+    gathered = jax.jit(jax.shard_map(
+        lambda x, w: shard.gather_matmul(x, (w,))[0], mesh=mesh, in_specs=(
+            last, Q8A8(jax.P("tensor"), jax.P("tensor"))), out_specs=last))(x, held)
     close(gathered, dot(x, held))
     exact = np.einsum("bte,fe->btf", x.astype(float), np.asarray(dequantize(held), float))
     parts = np.abs(x).reshape(3, 1, 4, 8).max(-1, keepdims=True)
@@ -1419,16 +1420,16 @@ def test_activations_quantised_on_their_own_device_are_off_by_no_more_than_toget
     for run, specs in ((shard.matmul_scatter, (last, Q8A8(jax.P(None, "tensor"), jax.P()))),
                        (lambda x, w: shard.gather_matmul_ring(x, (w,))[0],
                         (last, Q8A8(jax.P("tensor"), jax.P("tensor"))))):
-        ours = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=last)(x, held)
+        ours = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=last))(x, held)
         assert np.all(np.abs(ours - exact) <= bound * 1.001) and np.all(bound <= together)
 
 
-@pytest.mark.parametrize("ring", RINGS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ring, dtype", [(0, "float32"), (1, "bfloat16"), (2, "float32")])
 def test_every_form_sends_what_the_formula_says_to_the_byte(ring, dtype):
     enter, leave = RINGS[ring]
-    for (data, tensor), cfg in itertools.product([(1, 4), (4, 1), (2, 4)], [
-            replace(WIDE, dtype=dtype), replace(WIDE, dtype=dtype, tied=False, L=1)]):
+    cfg = replace(WIDE, dtype=dtype)
+    for data, tensor, cfg in ((1, 4, cfg), (4, 1, replace(cfg, L=1)),
+                              (2, 4, replace(cfg, tied=False, L=3))):
         run = partial(shard.sharded_loss, cfg=cfg, enter=enter, leave=leave,
                       mesh=abstract_mesh(data=data, tensor=tensor))
         stacked = jax.eval_shape(shard.stack, abstract(cfg))
@@ -1445,7 +1446,8 @@ def test_every_form_sends_what_the_formula_says_to_the_byte(ring, dtype):
                 ("generate", partial(shard.tp_generate, n=T),
                  (shaped(B, cfg.V, dtype="float32"), key))):
             sent = shard.traced_comm(partial(fn, **parts), abstract(cfg), cache, *args)
-            assert sent == shard.comm_bytes(cfg, form, B, T, tensor=tensor, layout=layout, ring=ring)
+            assert sent == shard.comm_bytes(cfg, form, B, T, tensor=tensor, layout=layout,
+                                            ring=ring)
             if ring and tensor > 1 and form == "extend" and layout == "heads":
                 assert sent["permute"][0] == 4 * cfg.L * ring * (tensor - 1)
                 assert "all_gather" not in sent
@@ -1521,17 +1523,22 @@ def test_what_cannot_be_split_is_refused_by_name_before_compiling():
                                     out_specs=last)(x, normals((6, 24))[0]), "E=6", "4 devices")
 
 
-def test_two_processes_compute_what_one_does(tmp_path):
-    import subprocess
-    argv = [sys.executable, bench.__file__, "shard", "--devices", "4", "--model",
-            "L1,E32,H4,K4,D8,F48,V64", "--batch", "4", "--prompt", "6", "--new", "3", "--form",
-            "hand ring", "--form", "heads ring"]
-    one, two = (json.loads(subprocess.run([*argv, "--processes", n], check=True, cwd=tmp_path,
-                                          capture_output=True).stdout.splitlines()[-1])
-                for n in "12")
-    assert one["tokens"] == two["tokens"] and abs(one["loss"] - two["loss"]) < TOLERANCE * 5
-    assert two["machine"]["count"] == 4 and len(two["rows"]) == 3
-    assert all(row["as_predicted"] for row in one["rows"] + two["rows"])
+def test_two_processes_compute_what_one_device_does(tmp_path):
+    name = "L1,E32,H4,K4,D8,F48,V64"
+    run = subprocess.run(
+        [sys.executable, bench.__file__, "shard", "--devices", "4", "--processes", "2", "--model",
+         name, "--batch", "4", "--prompt", "6", "--new", "3", "--form", "hand ring", "--form",
+         "heads ring"], check=True, cwd=tmp_path, capture_output=True,
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+    told, cfg = json.loads(run.stdout.splitlines()[-1]), bench.parse_model(name)
+    assert told["machine"]["count"] == 4 and len(told["rows"]) == 3
+    assert all(row["as_predicted"] for row in told["rows"])
+    params, draw = init(jax.random.key(0), cfg), np.random.default_rng(0)
+    assert abs(told["loss"] - loss_jit(params, draw.integers(0, 64, (4, 7)), cfg=cfg)) < 1e-4
+    prompts = np.random.default_rng(0).integers(0, 64, (4, 6)).astype(np.int32)
+    logits, cache = prefill_jit(params, init_cache(cfg, 4, 12), prompts, np.full(4, 6), cfg=cfg)
+    tokens, _, _ = generate_jit(params, cache, logits, jax.random.key(0), n=3, cfg=cfg)
+    assert np.array_equal(told["tokens"], tokens)
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -1786,11 +1793,10 @@ def test_the_readmes_python_runs_and_its_asserts_hold():
 
 
 def test_what_the_readme_names_is_there():
-    names = re.findall(r"`(minillm|infer|bench)\.(\w+)`", README)
+    names = re.findall(r"`(minillm|infer|shard|bench)\.(\w+)`", README)
     assert len(names) > 10
     for module, name in names:
-        assert name == "py" or hasattr({"minillm": minillm, "infer": infer, "bench": bench}[module],
-                                       name), name
+        assert name == "py" or hasattr(sys.modules[module], name), name
     tests = re.findall(r"`(test_\w+)`", README)
     assert len(tests) > 5 and set(tests) <= set(globals())
     assert all(name in README for name in bench.MODELS)
