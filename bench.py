@@ -688,89 +688,91 @@ def born(fn, shardings):
     return jax.jit(fn, out_shardings=shardings)()
 
 
-def matmul_forms(cfg, args, n, wanted):
-    """-> iterator of Form: the collective matmuls, one way and both, of B rows."""
-    B = args.batch
-    mesh = shard.make_mesh(tensor=n)
-    over = partial(jax.NamedSharding, mesh)
-    P = jax.P
-    for ring in (0, 1, 2):
-        gather, scatter = shard.trips(cfg, B, n, ring)
-        enter, leave = RINGS[ring]
-        word = ("", " ring", " ring both ways")[ring]
-        if not wanted("matmul" + word):
-            continue
-        x, w = (born(lambda s=s: jnp.ones(s), over(spec)) for s, spec in (
-            ((B, 1, cfg.E), P(None, None, "tensor")), ((cfg.F, cfg.E), P("tensor"))))
-        yield Form("gather_matmul" + word, mesh, jax.shard_map(
-            lambda x, w, enter=enter: enter(x, (w,))[0], mesh=mesh,
-            in_specs=(P(None, None, "tensor"), P("tensor")), out_specs=P(None, None, "tensor")),
-            (x, w), shard.tally([gather]), max(1, ring))
-        x, w = (born(lambda s=s: jnp.ones(s), over(P(*spec))) for s, spec in (
-            ((B, 1, cfg.F), (None, None, "tensor")), ((cfg.E, cfg.F), (None, "tensor"))))
-        yield Form("matmul_scatter" + word, mesh, jax.shard_map(
-            leave, mesh=mesh, in_specs=(P(None, None, "tensor"), P(None, "tensor")),
-            out_specs=P(None, None, "tensor")), (x, w), shard.tally([scatter]), max(1, ring))
-
-
 RINGS = {0: (shard.gather_matmul, shard.matmul_scatter),
          1: (shard.gather_matmul_ring, shard.matmul_scatter_ring),
          2: (partial(shard.gather_matmul_ring, both=True),
              partial(shard.matmul_scatter_ring, both=True))}
 
 
-def loss_forms(cfg, args, n, wanted):
-    """-> iterator of Form: a loss and its gradient, FSDP both ways, tensor parallelism, both."""
-    B, T, seed = args.batch, args.prompt, args.seed
-    tokens = np.random.default_rng(seed).integers(0, cfg.V, (B, T + 1)).astype(np.int32)
-    mesh, name = shard.make_mesh(data=n), "loss, fsdp by the compiler"
-    if wanted(name):
-        params = born(lambda: init(jax.random.key(seed), cfg), shard.shardings(
-            cfg, mesh, shard.FSDP))
-        yield Form(name, mesh, jax.value_and_grad(partial(shard.fsdp_loss, cfg=cfg, mesh=mesh)),
-                   (params, tokens), None)
+def matmul_form(name, cfg, B, n, ring):
+    """-> Form: a collective matmul of B rows."""
+    P, mesh, gathers = jax.P, shard.make_mesh(tensor=n), name.startswith("gather")
+    shard.check_rules(cfg, mesh, dict(F="tensor"))
+    shard.check_rules(cfg, mesh, dict(E="tensor"))
+    last, out = P(None, None, "tensor"), P("tensor") if gathers else P(None, "tensor")
+    enter, leave = RINGS[ring]
+    x, w = (born(lambda shape=shape: jnp.ones(shape), jax.NamedSharding(mesh, spec))
+            for shape, spec in (((B, 1, cfg.E if gathers else cfg.F), last),
+                                ((cfg.F, cfg.E) if gathers else (cfg.E, cfg.F), out)))
+    run = jax.shard_map(lambda x, w: enter(x, (w,))[0] if gathers else leave(x, w), mesh=mesh,
+                        in_specs=(last, out), out_specs=last)
+    sent = shard.tally([shard.trips(cfg, B, n, ring)[0 if gathers else 1]])
+    return Form(name, mesh, run, (x, w), sent, max(1, ring))
+
+
+def draw_tokens(cfg, seed, *shape):
+    """-> random tokens, the same in every process."""
+    return np.random.default_rng(seed).integers(0, cfg.V, shape).astype(np.int32)
+
+
+def fsdp_form(name, cfg, args, n):
+    """-> Form: the loss and its gradient, sharded by the compiler."""
+    mesh, tokens = shard.make_mesh(data=n), draw_tokens(cfg, args.seed, args.batch, args.prompt + 1)
+    shard.check_rows(tokens, mesh)
+    params = born(lambda: init(jax.random.key(args.seed), cfg),
+                  shard.shardings(cfg, mesh, shard.FSDP))
+    run = jax.value_and_grad(partial(shard.fsdp_loss, cfg=cfg, mesh=mesh))
+    return Form(name, mesh, run, (params, tokens), None)
+
+
+def loss_form(name, cfg, args, data, tensor, ring):
+    """-> Form: the loss and its gradient by hand, on a mesh of data x tensor."""
+    mesh, rules = shard.make_mesh(data=data, tensor=tensor), {**shard.TENSOR, **shard.FSDP}
+    sent = shard.comm_bytes(cfg, "train", args.batch, args.prompt, data, tensor, ring=ring)
+    params = born(lambda: shard.stack(init(jax.random.key(args.seed), cfg)), jax.tree.map(
+        partial(jax.NamedSharding, mesh), shard.stacked(shard.specs(cfg, rules))))
+    run = jax.value_and_grad(partial(shard.sharded_loss, cfg=cfg, mesh=mesh, enter=RINGS[ring][0],
+                                     leave=RINGS[ring][1]))
+    tokens = draw_tokens(cfg, args.seed, args.batch, args.prompt + 1)
+    return Form(name, mesh, run, (params, tokens), sent)
+
+
+def generate_form(name, cfg, args, n, layout, ring):
+    """-> Form: prefill and generate, with the cache over heads, batch or sequence."""
+    mesh, (rules, spec, _, _) = shard.make_mesh(tensor=n), shard.LAYOUTS[layout]
+    B, T, key = args.batch, args.prompt, jax.random.key(args.seed)
+    sent = [shard.comm_bytes(cfg, form, B, count, tensor=n, layout=layout, ring=ring)
+            for form, count in (("prefill", T), ("generate", args.new))]
+    both = {kind: tuple(map(sum, zip(*(part[kind] for part in sent if kind in part))))
+            for kind in {**sent[0], **sent[1]}}
+    params = born(lambda: init(key, cfg), shard.shardings(cfg, mesh, rules))
+    over, slots = jax.NamedSharding(mesh, spec), -(-(T + args.new) // n) * n
+    shard.check_layout(jax.eval_shape(lambda: init_cache(cfg, B, slots)), mesh, layout)
+    cache = born(lambda: init_cache(cfg, B, slots), init_cache(cfg, 1, 1)._replace(
+        k=over, v=over, length=jax.NamedSharding(mesh, jax.P())))
+    parts = dict(cfg=cfg, mesh=mesh, layout=layout, enter=RINGS[ring][0], leave=RINGS[ring][1])
+
+    def run(params, cache, prompts):
+        logits, cache = shard.tp_prefill(params, cache, prompts, jnp.full((B,), T), **parts)
+        return shard.tp_generate(params, cache, logits, key, args.new, **parts)[0]
+
+    return Form(name, mesh, run, (params, cache, draw_tokens(cfg, args.seed, B, T)), both)
+
+
+def all_forms(cfg, args, n):
+    """-> iterator of partial(fn, name, ...): each makes its Form when its turn comes."""
+    for ring, word in enumerate(("", " ring", " ring both ways")):
+        for name in ("gather_matmul", "matmul_scatter"):
+            yield partial(matmul_form, name + word, cfg, args.batch, n, ring)
+    yield partial(fsdp_form, "loss, fsdp by the compiler", cfg, args, n)
     pairs = [(n, 1), (1, n)] + ([(n // 2, 2)] if n % 2 == 0 and n > 2 else [])
     for (data, tensor), ring in itertools.product(pairs, (0, 1)):
-        name = "loss, by hand" + ring * " ring"
-        if tensor == 1 and ring or not wanted(name):
-            continue
-        mesh = shard.make_mesh(data=data, tensor=tensor)
-        split = shard.stacked(shard.specs(cfg, {**shard.TENSOR, **shard.FSDP}))
-        params = born(lambda: shard.stack(init(jax.random.key(seed), cfg)), jax.tree.map(
-            partial(jax.NamedSharding, mesh), split))
-        run = partial(shard.sharded_loss, cfg=cfg, mesh=mesh, enter=RINGS[ring][0],
-                      leave=RINGS[ring][1])
-        yield Form(name, mesh, jax.value_and_grad(run),
-                   (params, tokens), shard.comm_bytes(cfg, "train", B, T, data, tensor, ring=ring))
-
-
-def generate_forms(cfg, args, n, wanted):
-    """-> iterator of Form: prefill and generate, with the cache over heads, batch, sequence."""
-    B, T, new, seed = args.batch, args.prompt, args.new, args.seed
-    mesh = shard.make_mesh(tensor=n)
-    prompts = np.random.default_rng(seed).integers(0, cfg.V, (B, T)).astype(np.int32)
-    slots = -(-(T + new) // n) * n
+        if tensor > 1 or not ring:
+            name = "loss, by hand" + ring * " ring"
+            yield partial(loss_form, name, cfg, args, data, tensor, ring)
     for layout, ring in itertools.product(shard.LAYOUTS, (0, 1)):
-        rules, spec, _, _ = shard.LAYOUTS[layout]
         name = f"prefill, generate over {layout}" + ring * " ring"
-        if not wanted(name):
-            continue
-        params = born(lambda: init(jax.random.key(seed), cfg), shard.shardings(cfg, mesh, rules))
-        over = jax.NamedSharding(mesh, spec)
-        cache = born(lambda: init_cache(cfg, B, slots), init_cache(cfg, 1, 1)._replace(
-            k=over, v=over, length=jax.NamedSharding(mesh, jax.P())))
-        parts = dict(cfg=cfg, mesh=mesh, layout=layout, enter=RINGS[ring][0], leave=RINGS[ring][1])
-
-        def run(params, cache, prompts):
-            logits, cache = shard.tp_prefill(params, cache, prompts, jnp.full((B,), T), **parts)
-            return shard.tp_generate(params, cache, logits, jax.random.key(seed), new, **parts)[0]
-
-        sent = [shard.comm_bytes(cfg, form, B, count, tensor=n, layout=layout, ring=ring)
-                for form, count in (("prefill", T), ("generate", new))]
-        both = {kind: tuple(sum(part) for part in zip(*(s[kind] for s in sent if kind in s)))
-                for kind in {**sent[0], **sent[1]}}
-        yield Form(name, mesh, run,
-                   (params, cache, prompts), both)
+        yield partial(generate_form, name, cfg, args, n, layout, ring)
 
 
 def compiled_collectives(text):
@@ -781,19 +783,23 @@ def compiled_collectives(text):
 
 
 def measure_form(form, link):
-    """Form, bytes/s -> dict, what it gave: predicted, counted in the jaxpr, measured."""
+    """Form, bytes/s -> dict: predicted, counted in the jaxpr, measured, and what it gave."""
     counted = shard.traced_comm(form.run, *form.args)
     program = jax.jit(form.run).lower(*form.args).compile()
     result = program(*form.args)
-    times = seconds_of(lambda: jax.block_until_ready(program(*form.args)), for_seconds=0.2)
+    # a fixed number: processes that each stopped by their own clock would wait for one another
+    times = seconds_of(lambda: jax.block_until_ready(program(*form.args)), at_most=5)
     collectives = counted or compiled_collectives(program.as_text())
     return {"form": form.name, "mesh": dict(form.mesh.shape),
             "collectives": {kind: number for kind, (number, _) in collectives.items()},
-            "predicted_bytes": form.sent and sum(size for _, size in form.sent.values()),
-            "counted_bytes": None if form.sent is None else sum(s for _, s in counted.values()),
-            "as_predicted": None if form.sent is None else counted == form.sent,
-            "link_seconds": form.sent and shard.comm_seconds(form.sent, link, form.ways),
-            "measured_seconds": statistics.median(times)}, result
+            **({} if form.sent is None else {
+                "predicted_bytes": sum(size for _, size in form.sent.values()),
+                "counted_bytes": sum(size for _, size in counted.values()),
+                "as_predicted": counted == form.sent,
+                "link_seconds": shard.comm_seconds(form.sent, link, form.ways)}),
+            "measured_seconds": statistics.median(times),
+            **({"loss": float(result[0])} if form.name.startswith("loss") else {}),
+            **({"tokens": np.asarray(result).tolist()} if "generate" in form.name else {})}
 
 
 def run_shard(args):
@@ -808,32 +814,35 @@ def run_shard(args):
     else:
         jax.config.update("jax_num_cpu_devices", args.devices)
     name, cfg = args.model or (SHARDED, parse_model(SHARDED))
-    n, first = args.devices if on_cpu() else jax.device_count(), jax.process_index() == 0
-    rows, told = [], {}
-    forms = itertools.chain(*(some(cfg, args, n, lambda name: any(
-        word in name for word in args.form or [""])) for some in (
-            matmul_forms, loss_forms, generate_forms)))
+    n, first = jax.device_count(), jax.process_index() == 0
+    forms, rows = [form for form in all_forms(cfg, args, n)
+                   if any(word in form.args[0] for word in args.form or [""])], []
     if first:
-        print(f"{name}, B={args.batch}, {n} devices in {jax.process_count()} processes; sent: "
+        print(f"{name}, B={args.batch}, {n} device(s) in {jax.process_count()} process(es); sent: "
               f"bytes a device, link: at {args.link / GB:g} GB/s\nCPU devices share this machine's "
               "cores: bytes and steps carry over to other machines, time and overlap do not")
         print(f"{'form':36} {'mesh':>9} {'predicted':>11} {'counted':>11} {'link us':>9} "
               f"{'measured ms':>11}  collectives")
     for form in forms:
-        row, result = measure_form(form, args.link)
+        try:
+            row = measure_form(form(), args.link)
+        except ValueError as error:  # the same in every process
+            if first:
+                print(f"{form.args[0]:36} cannot: {error}")
+            continue
         rows.append(row)
-        told |= {"loss": float(result[0])} if form.name.startswith("loss") else {
-            "tokens": np.asarray(result).tolist()} if form.name.startswith("prefill") else {}
         if first:
             sent, link = ("the compiler's",) * 2, "-"
-            if row["predicted_bytes"] is not None:
+            if "predicted_bytes" in row:
                 sent = row["predicted_bytes"], row["counted_bytes"]
-                link = f"{row['link_seconds'] * 1e6:.1f}"
-            print(f"{form.name:36} {'x'.join(map(str, form.mesh.shape.values())):>9} {sent[0]:>11} "
+                link = f"{row['link_seconds'] * 1e6:.3g}"
+            print(f"{row['form']:36} {'x'.join(map(str, row['mesh'].values())):>9} {sent[0]:>11} "
                   f"{sent[1]:>11} {link:>9} {row['measured_seconds'] * 1e3:>11.2f}  "
                   + ", ".join(f"{number} {kind}" for kind, number in row["collectives"].items()))
+    if not rows:
+        raise ValueError(f"nothing to measure: --form {' --form '.join(args.form or ['any'])}")
     if first:
-        print(json.dumps({"machine": machine(), "ceilings": {}, "rows": rows, **told}), flush=True)
+        print(json.dumps({"machine": machine(), "ceilings": {}, "rows": rows}), flush=True)
 
 
 SHARDED = "L2,E512,H8,K8,D64,F1408,V256"
@@ -850,8 +859,12 @@ def start_processes(args):
     again = [sys.executable, __file__, *args.argv, "--coordinator", address, "--process"]
     started = [subprocess.Popen([*again, str(i)], stdout=None if i == 0 else subprocess.DEVNULL)
                for i in range(args.processes)]
-    try:
-        if any([process.wait() for process in started]):
+    try:  # where one fails, the others would wait for it
+        while any(process.poll() is None for process in started):
+            if any(process.poll() for process in started):
+                break
+            time.sleep(0.1)
+        if any(process.poll() != 0 for process in started):
             raise ValueError("a process failed: its own message stands above")
     finally:
         for process in started:
@@ -878,6 +891,16 @@ def number(text):
     if not (text.isascii() and text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r}: expected one whole number from 1")
     return int(text)
+
+
+def positive(text):
+    """str -> float, above 0 and finite."""
+    try:
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
 
 
 def dtypes(text):
@@ -914,13 +937,14 @@ def add_complete(command):
 def add_shard(command):
     """Parser -> None: what `shard` takes."""
     command.add_argument("--model", type=model, metavar="NAME|SHAPE", help=f"({SHARDED})")
-    command.add_argument("--devices", type=number, default=8, help="on a CPU, so many are made (8)")
+    command.add_argument("--devices", type=number, default=8, help="on a CPU, so many are made: "
+                         "in all, or with --distributed in each process (8)")
     command.add_argument("--batch", type=number, default=8, help="sequences (8)")
     command.add_argument("--prompt", type=number, default=64, help="tokens a sequence (64)")
     command.add_argument("--new", type=number, default=8, help="tokens to generate (8)")
     command.add_argument("--form", action="append", metavar="WORD", help="only forms whose name "
                          "holds the word, such as loss, or ring; more than once for more (all)")
-    command.add_argument("--link", type=float, default=4.5e10, metavar="BYTES_PER_SECOND",
+    command.add_argument("--link", type=positive, default=4.5e10, metavar="BYTES_PER_SECOND",
                          help="that a device sends one way (4.5e10: a TPU v4 link)")
     command.add_argument("--processes", type=number, default=1, help="start so many here (1)")
     command.add_argument("--distributed", action="store_true", help="this is one process of a pod "

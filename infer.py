@@ -565,6 +565,27 @@ def last_token(tokens, length):
     return jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
 
 
+def check_speculation(cache, tokens, n, cfg, state, logp):
+    """Cache, BS, n, cfg, state, BnV -> int: n_draft. ValueError where rows have no room for it all.
+
+    `logp` says what a draft would propose.
+    """
+    (_, n_draft, V), S = logp.shape, tokens.shape[1]
+    if V != cfg.V:
+        raise ValueError(f"a draft of V={V} for a model of V={cfg.V}: they share no vocabulary")
+    for held in (cache, state) if isinstance(state, Cache) else (cache,):
+        check_room(held._replace(length=cache.length), n + n_draft + 1)
+    if concrete(cache.length):
+        known, fewest = int(np.max(cache.length)) + 1, int(np.min(cache.length)) + 1
+        if known + n + n_draft > S:
+            raise ValueError(f"tokens of width {S} hold {known} known + {n} new + {n_draft} "
+                             f"proposed: pad them to {known + n + n_draft}")
+        if fewest < 2:
+            raise ValueError("a row of one known token: speculation starts behind two or more, all "
+                             "but the last in the cache")
+    return n_draft
+
+
 def speculate(params, cache, tokens, key, n, cfg, draft, state, temperature=0.0, top_k=0,
               top_p=1.0, end=None):
     """Params, Cache, BS, key, n, cfg, draft, state -> BS, Cache, state, counts: n tokens or more.
@@ -580,23 +601,12 @@ def speculate(params, cache, tokens, key, n, cfg, draft, state, temperature=0.0,
     temperature 0 they are the same, but for ties within rounding. ValueError where there is no room
     for n + n_draft more.
     """
-    B, S = tokens.shape
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
+    B, S = tokens.shape
     keys = jax.vmap(jax.random.split, out_axes=1)(row_keys(key, B))
-    _, n_draft, V = jax.eval_shape(draft, keys[0], tokens, cache.length, state)[1].shape
-    if V != cfg.V:
-        raise ValueError(f"a draft of V={V} for a model of V={cfg.V}: they share no vocabulary")
-    for held in (cache, state) if isinstance(state, Cache) else (cache,):
-        check_room(held._replace(length=cache.length), n + n_draft + 1)
-    if concrete(cache.length):
-        known, fewest = int(np.max(cache.length)) + 1, int(np.min(cache.length)) + 1
-        if known + n + n_draft > S:
-            raise ValueError(f"tokens of width {S} hold {known} known + {n} new + {n_draft} "
-                             f"proposed: pad them to {known + n + n_draft}")
-        if fewest < 2:
-            raise ValueError("a row of one known token: speculation starts behind two or more, all "
-                             "but the last in the cache")
+    n_draft = check_speculation(cache, tokens, n, cfg, state, jax.eval_shape(
+        draft, keys[0], tokens, cache.length, state)[1])
     row, i, goal = jnp.arange(B)[:, None], jnp.arange(n_draft + 1), cache.length + 1 + n
 
     def goes_on(tokens, length, *_):

@@ -32,6 +32,8 @@ def make_mesh(**axes):
     8)` before anything else makes 8 of them.
     """
     wanted, there = math.prod(axes.values()), jax.device_count()
+    if not axes or min(axes.values()) < 1:
+        raise ValueError(f"a mesh of {axes}: at least one axis, of at least one device")
     if wanted > there:
         raise ValueError(f"a mesh of {axes} takes {wanted} devices, there are {there}: on a CPU, "
                          f'jax.config.update("jax_num_cpu_devices", {wanted}) at the start')
@@ -59,8 +61,13 @@ def specs_of(params, cfg, rules):
 
 def check_rules(cfg, mesh, rules):
     """cfg, Mesh, dict -> None: ValueError unless rules name axes that divide their letters."""
+    for name in set(jax.tree.leaves(dims(cfg))):
+        axes = [rules[letter] for letter in name.replace(" ", "") if letter in rules]
+        if len(set(axes)) < len(axes):
+            raise ValueError(f"rules {rules} split two letters of one array, {name!r}, over the "
+                             "same axis")
     for letter, axis in rules.items():
-        if letter not in "EHKDFV" or axis not in mesh.shape:
+        if letter not in tuple("EHKDFV") or axis not in mesh.shape:
             raise ValueError(f"rule {letter}={axis!r}: expected one of the letters EHKDFV, and one "
                              f"of the mesh's axes {tuple(mesh.shape)}")
         size, n = getattr(cfg, letter), mesh.shape[axis]
@@ -77,7 +84,12 @@ def shardings(cfg, mesh, rules):
 
 
 def place(params, cfg, mesh, rules):
-    """Params, cfg, Mesh, dict -> Params: each array, int8 too, split as the rules say."""
+    """Params, cfg, Mesh, dict -> Params: each array, int8 too, split as the rules say.
+
+    Where activations are quantised (`Q8A8`), each device scales its own part of a row before a
+    scatter, and each part that passes in a ring: off by no more than on one device, but not equal
+    to it. `Q8` is equal.
+    """
     check_rules(cfg, mesh, rules)
     return jax.device_put(params, jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec),
                                                specs_of(params, cfg, rules)))
@@ -142,7 +154,7 @@ def matmul_scatter_ring(x, w, n=1, axis="tensor", both=False):
     """...F, EF -> ...(E/t): partial sums ride the ring and come to rest where they belong.
 
     Each passes every device once, in as many permutes as there are others, and takes up what that
-    device has to add.
+    device has to add: the sum for device d is begun by the one after it, and reaches it last.
     """
     size, here = lax.axis_size(axis), lax.axis_index(axis)
     check_scattered(w, size)
@@ -167,7 +179,7 @@ def pass_on(x, axis, way):
 
 def columns(w, start, width):
     """FE, int, int -> F(width): a slice of the contracted letter; int8 keeps its scales."""
-    if isinstance(w, Q8):
+    if hasattr(w, "scale"):
         return type(w)(columns(w.q, start, width), w.scale)
     return lax.dynamic_slice_in_dim(w, start, width, w.ndim - 1)
 
@@ -241,6 +253,18 @@ def split_nats(logits, targets, axis="tensor"):
 # -------------------------------------------------------------------------------------- training
 
 
+def check_rows(tokens, mesh):
+    """B(T+1), Mesh -> None: ValueError unless rows of two or more tokens can be split over "data".
+    """
+    if "data" not in mesh.shape:
+        raise ValueError(f"a mesh of {tuple(mesh.shape)}: rows are split over an axis 'data'")
+    if len(tokens) % mesh.shape["data"]:
+        raise ValueError(f"{len(tokens)} rows cannot be split over {mesh.shape['data']} devices of "
+                         "axis 'data'")
+    if tokens.shape[1] < 2:
+        raise ValueError(f"tokens of shape {tokens.shape}: a loss takes B(T+1), two or more a row")
+
+
 def fsdp_loss(params, tokens, cfg, mesh):
     """Params, B(T+1), cfg, Mesh -> scalar: `loss`, fully sharded, the compiler's way.
 
@@ -248,6 +272,7 @@ def fsdp_loss(params, tokens, cfg, mesh):
     gathered when is the compiler's choice. To be jitted.
     """
     check_tokens(tokens, cfg)
+    check_rows(tokens, mesh)
 
     def over_data(a):
         return lax.with_sharding_constraint(a, jax.NamedSharding(mesh, P("data")))
@@ -283,9 +308,9 @@ def sharded_loss(params, tokens, cfg, mesh, enter=gather_matmul, leave=matmul_sc
     rules = {**TENSOR, **FSDP}
     check_rules(cfg, mesh, rules)
     check_rules(cfg, mesh, dict(E="tensor"))
-    if len(tokens) % mesh.shape["data"]:
-        raise ValueError(f"{len(tokens)} rows cannot be split over {mesh.shape['data']} devices of "
-                         "axis 'data'")
+    check_rows(tokens, mesh)
+    if not hasattr(params.layers, "wq"):
+        raise ValueError("params hold a tuple of layers: stack(params) makes them one")
     return jax.shard_map(
         partial(local_loss, cfg=cfg, seams=dict(enter=enter, leave=leave, norm=split_norm)),
         mesh=mesh, in_specs=(stacked(specs(cfg, rules)), P("data")), out_specs=P())(params, tokens)
@@ -349,7 +374,8 @@ def fill_slots(q, k, v, old_k, old_v, pos, axis="tensor"):
     heads are split, its slots written where they belong."""
     n, here, heads = lax.axis_size(axis), lax.axis_index(axis), q.shape[2]
     held = as_held(k, old_k), as_held(v, old_v)
-    kv = (here * heads + jnp.arange(heads)) // (n * heads // k.shape[1])  # whose keys each head has
+    group = n * heads // k.shape[1]  # query heads that share a key head; all of k and v is here
+    kv = (here * heads + jnp.arange(heads)) // group
     seen = (as_seen(new, q.dtype)[:, kv] for new in held)
 
     def mine(new, old):
@@ -368,26 +394,34 @@ LAYOUTS = {"heads": (TENSOR, P(None, "tensor"), extend_cache, fill_cache),
            "sequence": (WHOLE_KV, P(None, None, "tensor"), extend_slots, fill_slots)}
 
 
+def check_layout(cache, mesh, layout):
+    """Cache, Mesh, str -> None: ValueError unless the mesh can split what the layout splits."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
+    if "tensor" not in mesh.shape:
+        raise ValueError(f"a mesh of {tuple(mesh.shape)}: a cache is split over an axis 'tensor'")
+    n, (B, K, S, _) = mesh.shape["tensor"], cache.k[0].shape
+    letter, size = dict(heads=("K", K), batch=("B", B), sequence=("S", S))[layout]
+    if size % n:
+        raise ValueError(f"{letter}={size} cannot be split over {n} devices: that is what the "
+                         f"layout {layout!r} does")
+
+
 def tp_specs(params, cache, cfg, mesh, layout):
     """Params, Cache, cfg, Mesh, str -> specs of params, specs of cache: for what runs in `layout`.
 
     ValueError where a letter that is split does not divide.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
+    check_layout(cache, mesh, layout)
     rules, spec, _, _ = LAYOUTS[layout]
     check_rules(cfg, mesh, rules)
     check_rules(cfg, mesh, dict(E="tensor"))
-    n, (B, _, S, _) = mesh.shape["tensor"], cache.k[0].shape
-    for letter, size in dict(batch=dict(B=B), sequence=dict(S=S), heads={})[layout].items():
-        if size % n:
-            raise ValueError(f"{letter}={size} cannot be split over {n} devices: that is what the "
-                             f"layout {layout!r} does")
     return specs_of(params, cfg, rules), Cache(spec, spec, P())
 
 
 def place_cache(cache, mesh, layout):
     """Cache, Mesh, str -> Cache: split over heads, batch or sequence."""
+    check_layout(cache, mesh, layout)
     return jax.device_put(cache, jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), Cache(
         LAYOUTS[layout][1], LAYOUTS[layout][1], P())))
 
@@ -407,10 +441,11 @@ def tp_extend(params, cache, tokens, cfg, mesh, layout="heads", enter=gather_mat
               leave=matmul_scatter):
     """Params, Cache, BT, cfg, Mesh -> BTE, Cache: `extend` over the mesh axis "tensor".
 
-    BT(E/t) -> BT(F/t) -> BT(E/t) -> BT(H/t)D, BT(K/t)D, BT(K/t)D -> attention -> BT(E/t). The cache
-    is split over "heads": attention is local, and K must divide; over "batch": for K smaller than
-    the axis; or over "sequence": for a cache that is too large for a device. ValueError for what
-    does not divide, and those of `extend`.
+    A layer goes BT(E/t) -> BT(H/t)D and k, v -> attention -> BT(E/t) -> BT(F/t) -> BT(E/t). The
+    cache is split over "heads": attention is local, k and v are BT(K/t)D, and K must divide; over
+    "batch": for K smaller than the axis; or over "sequence": for a cache that is too large for a
+    device. What was placed in another way is moved first. ValueError for what does not divide, and
+    those of `extend`.
     """
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
@@ -476,8 +511,9 @@ def tally(events):
 def traced_comm(fn, *args):
     """fn, arrays -> dict: collective -> (number, bytes each device sends). The oracle.
 
-    Counted in the jaxpr, through calls, a scan's body times its length; an all-reduce is taken as
-    a ring's. ValueError for a collective in a `while` or `cond`.
+    Counted in the jaxpr, through calls, a scan's body times its length, of what COLLECTIVES names
+    and none that the compiler adds; an all-reduce is taken as a ring's. ValueError for a collective
+    in a `while` or `cond`.
     """
     def events(jaxpr, axes):
         found = []
@@ -532,6 +568,8 @@ def train_comm(cfg, B, T, data, tensor, ring):
     rows, wide = B // data * T, jnp.dtype(cfg.dtype).itemsize
     gather, scatter = trips(cfg, rows, tensor, ring)
     x, squares, scale = rows * cfg.E * wide, rows * 4, cfg.E * wide
+    # all-reduces of a sum of squares: two norms forwards, again, and backwards; of two scales'
+    # gradients; at the end one norm both ways, and the loss's largest, total and chosen logit
     gather_back = gather if ring else ("reduce_scatter", 1, x, tensor)
     scatter_back = scatter if ring else ("all_gather", 1, rows * cfg.E // tensor * 4, tensor)
     found = repeated(cfg.L, *repeated(4, gather), *repeated(3, scatter), *repeated(2, gather_back),
@@ -573,8 +611,15 @@ def comm_bytes(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0):
 
     `form` is "train" (`sharded_loss` with its gradient, B rows of T + 1 tokens), "extend",
     "prefill" (T tokens) or "generate" (T steps); `ring` is 0 for the reference collectives, 1 or 2
-    for rings of so many ways. ValueError for another form.
+    for rings of so many ways. ValueError for another form, or where it cannot be split so.
     """
+    if ring not in (0, 1, 2) or layout not in LAYOUTS or B % data:
+        raise ValueError(f"ring={ring}, layout={layout!r}, B={B} over {data} devices: expected "
+                         f"0, 1 or 2, one of {', '.join(LAYOUTS)}, and rows that can be split")
+    mesh = jax.sharding.AbstractMesh((data, tensor), ("data", "tensor"))
+    check_rules(cfg, mesh, {**(TENSOR if form == "train" else LAYOUTS[layout][0]), **FSDP})
+    check_rules(cfg, mesh, dict(E="tensor"))
+
     extended = partial(extend_comm, cfg, B, tensor=tensor, layout=layout, ring=ring)
     if form == "train":
         return tally(train_comm(cfg, B, T, data, tensor, ring))
@@ -590,6 +635,7 @@ def comm_bytes(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0):
 
 def comm_seconds(sent, link, ways=1):
     """dict, bytes/s, int -> seconds: of what `comm_bytes` gives, over links of so many bytes a
-    second in each direction, of which rings use `ways`. Latency, a microsecond or so for each of
-    the collective's steps, is not in it."""
-    return sum(size for _, size in sent.values()) / link / ways
+    second each way. Permutes go `ways` ways, all others are taken as rings of one. Latency, a
+    microsecond or so for each step, is not in it."""
+    return sum(size / link / (ways if kind == "permute" else 1)
+               for kind, (_, size) in sent.items())
