@@ -182,7 +182,9 @@ def cached_attention(q, k, v, pos, softmax=jax.nn.softmax):
     """BTHD, BKSD, BKSD, BT -> BTHD: `attention` to a cache, int8 or not.
 
     The jaxpr makes no wide copy of int8 slots; XLA's CPU backend does, a layer at a time (8 times
-    the bytes of one int8 array in temporaries): there an int8 cache is smaller, not faster.
+    the bytes of one int8 array in temporaries). So there an int8 cache is smaller, not surely
+    faster: steps of smollm2-135m took 0.8 to 0.9 of the time with an f32 cache on jax 0.10.2, and
+    0.97 (B = 1) to 1.28 (B = 32) on 0.12.
     """
     if not isinstance(k, Q8):
         return attention(q, k, v, pos, softmax=softmax)
