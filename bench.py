@@ -28,10 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import shard
 from infer import (decode_bytes, decode_flops, generate, init_cache, kv_bytes, load, model_draft,
                    ngram_draft, prefill, prefill_flops, quantize_params, read_json, save, serve,
                    speculate, weight_bytes)
-import shard
 from minillm import (Config, adam_init, cast, check_tokens, init, loss, param_count, train_flops,
                      train_step)
 
@@ -40,6 +40,9 @@ SENTENCE = "So long and thanks for all the fish"
 PROMPT = "So long and thanks for"
 DEFAULT = "L6,E1024,H16,K4,D64,F2816,V256"
 QUICK = "L2,E1024,H16,K4,D64,F2816,V256"
+SHARDED = "L2,E512,H8,K8,D64,F1408,V256"
+REQUESTS = 3  # that `serve` gets for each row, so that it is refilled twice
+STRIDE = 8  # tokens between two looks at what was made
 SMALL = "L4,E256,H8,K2,D32,F704,V256"  # learns a text of some KB in a minute on two cores
 
 gemma = partial(Config, V=256000, act="gelu", embed_scale=True)
@@ -288,9 +291,6 @@ def build_serve(job, params, key):
                           stride=min(8, job.new), cache_dtype=job.cache_dtype))
 
     return run, (params,), lambda out, args: args
-
-
-REQUESTS = 3  # a row, so that each is refilled twice
 
 
 class Phase(NamedTuple):
@@ -572,16 +572,22 @@ def tokenizer(path, cfg):
             end if isinstance(end, list) else [] if end is None else [end])
 
 
+def load_in(path, dtype):
+    """path, dtype or None -> Config, Params, dtype: in the file's own unless one is given."""
+    cfg, params = load(path)
+    dtype = dtype or cfg.dtype
+    cfg = computing_in(cfg, dtype)
+    return cfg, in_dtype(params, cfg, dtype), dtype
+
+
 def load_draft(args, cfg, prompt, S, how):
     """-> draft and its state for `speculate`: a smaller model from a folder, or n-grams."""
     if args.draft == "ngram":
         return ngram_draft(cfg, args.n_draft), None
-    draft_cfg, params = load(args.draft)
+    draft_cfg, params, _ = load_in(args.draft, args.dtype)
     if draft_cfg.V != cfg.V:
         raise ValueError(f"draft {args.draft} has V={draft_cfg.V}, and the model V={cfg.V}: "
                          "they must share a tokenizer")
-    draft_cfg = computing_in(draft_cfg, args.dtype)
-    params = in_dtype(params, draft_cfg, args.dtype)
     _, cache = prefill_jit(params, init_cache(draft_cfg, 1, S, args.cache), prompt,
                            np.array([prompt.shape[1]]), draft_cfg)
     return model_draft(params, draft_cfg, args.n_draft, **how), cache
@@ -612,11 +618,8 @@ def speculating(params, cache, prompt, key, cfg, how, draft, state):
 
 def stream(args):
     """args -> iterator of (str, dict): the prompt and what follows so far, and how fast."""
-    cfg, params = load(args.model)
-    args.dtype = args.dtype or cfg.dtype
+    cfg, params, args.dtype = load_in(args.model, args.dtype)
     args.cache = args.cache or default_cache(args.dtype)
-    cfg = computing_in(cfg, args.dtype)
-    params = in_dtype(params, cfg, args.dtype)
     encode, decode, ends = tokenizer(args.model, cfg)
     prompt = np.asarray(encode(args.prompt), np.int32)[None]
     T, key, least = prompt.shape[1], jax.random.key(args.seed), 2 if args.draft else 1
@@ -641,18 +644,13 @@ def stream(args):
     made, rounds = next(steps)
     start = time.perf_counter()
     while True:
-        told |= {"seconds": time.perf_counter() - start, "rounds": rounds, "tokens": len(made)}
-        if made:
-            told["a_round"] = len(made) / max(1, rounds)
         stop = min([args.new, *(made.index(end) for end in ends if end in made)])
-        told["tokens"] = stop if len(made) >= stop else len(made)
+        told |= {"seconds": time.perf_counter() - start, "rounds": rounds,
+                 "a_round": len(made) / max(1, rounds), "tokens": len(made[:stop])}
         yield decode([*prompt[0], *made[:stop]]), told
         if len(made) >= args.new or stop < len(made):
             return
         made, rounds = next(steps)
-
-
-STRIDE = 8  # tokens between two looks at what was made
 
 
 def complete(args):
@@ -843,9 +841,6 @@ def run_shard(args):
         raise ValueError(f"nothing to measure: --form {' --form '.join(args.form or ['any'])}")
     if first:
         print(json.dumps({"machine": machine(), "ceilings": {}, "rows": rows}), flush=True)
-
-
-SHARDED = "L2,E512,H8,K8,D64,F1408,V256"
 
 
 def start_processes(args):
@@ -1052,8 +1047,7 @@ def run(args):
         check_values(args.seed)
     rows = []
     try:
-        for dtype, group in itertools.groupby(jobs, lambda job: job.dtype):
-            cfg = computing_in(jobs[0].cfg, dtype)
+        for (dtype, cfg), group in itertools.groupby(jobs, lambda job: (job.dtype, job.cfg)):
             params = init(jax.random.key(args.seed), cfg, cfg.dtype)
             params = in_dtype(params, cfg, dtype)
             rows += [measure(job, params, limits, args.seed) for job in group]

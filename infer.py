@@ -255,8 +255,18 @@ def extend(params, cache, tokens, cfg, look=extend_cache, embed=embed, **seams):
     return x, Cache(k, v, cache.length + tokens.shape[1])
 
 
-def prefill(params, cache, tokens, lengths, cfg, look=fill_cache, embed=embed, unembed=unembed,
-            **seams):
+def read_prompts(params, cache, tokens, lengths, cfg, look=fill_cache, embed=embed,
+                 unembed=unembed, **seams):
+    """Params, Cache, BT, B, cfg -> BV, Cache: `prefill`, unchecked, of parts that can be replaced
+    where a model lives on several devices."""
+    (B, T), lengths = tokens.shape, jnp.asarray(lengths, jnp.int32)
+    x, pos = embed(params, tokens, cfg), jnp.broadcast_to(jnp.arange(T), (B, T))
+    x, k, v = through_layers(params, cache, x, pos, cfg, look, **seams)
+    last = x[jnp.arange(B), lengths - 1][:, None]
+    return unembed(params, last, cfg)[:, 0], Cache(k, v, lengths)
+
+
+def prefill(params, cache, tokens, lengths, cfg):
     """Params, Cache, BT, B, cfg -> BV, Cache: read prompts into rows, which start over.
 
     Prompts are padded on the right to T; row b is its first lengths[b] tokens. Attention looks at T
@@ -266,14 +276,8 @@ def prefill(params, cache, tokens, lengths, cfg, look=fill_cache, embed=embed, u
     """
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
-    if look is fill_cache:  # elsewhere another function's caller has looked at them
-        check_prompts(cache, tokens, lengths)
-    B, T = tokens.shape
-    x, pos = embed(params, tokens, cfg), jnp.broadcast_to(jnp.arange(T), (B, T))
-    x, k, v = through_layers(params, cache, x, pos, cfg, look, **seams)
-    lengths = jnp.asarray(lengths, jnp.int32)
-    last = x[jnp.arange(B), lengths - 1][:, None]
-    return unembed(params, last, cfg)[:, 0], Cache(k, v, lengths)
+    check_prompts(cache, tokens, lengths)
+    return read_prompts(params, cache, tokens, lengths, cfg)
 
 
 def one_hot(token, V):
@@ -502,6 +506,11 @@ def propose_by_model(params, key, tokens, length, cache, cfg, n, temperature=0.0
     return *(jnp.moveaxis(jnp.concatenate([a[None], b]), 0, 1) for a, b in zip(first, rest)), cache
 
 
+def last_token(tokens, length):
+    """BS, B -> B: the last of each row's first length[b] tokens."""
+    return jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
+
+
 def propose_by_ngram(key, tokens, length, state, cfg, n, longest=3):
     """key, BS, B, state, cfg, n -> Bn, BnV, state: what followed when the row last said the same.
 
@@ -512,7 +521,7 @@ def propose_by_ngram(key, tokens, length, state, cfg, n, longest=3):
     at = jnp.arange(tokens.shape[1])
     same, run = at < length[:, None] - 1, 0
     for back in range(longest):
-        wanted = jnp.take_along_axis(tokens, length[:, None] - 1 - back, axis=1)
+        wanted = last_token(tokens, length - back)[:, None]
         same = same & (at >= back) & (jnp.roll(tokens, back, axis=1) == wanted)
         run = run + same
     best = jnp.argmax(jnp.where(at < length[:, None] - 1, run * len(at) + at, -1), axis=1)
@@ -560,11 +569,6 @@ def cut_at_end(new, count, end):
     if end is None:
         return count
     return jnp.argmax((new == end) | (jnp.arange(new.shape[1]) == count[:, None]), axis=1)
-
-
-def last_token(tokens, length):
-    """BS, B -> B: the last of each row's first length[b] tokens."""
-    return jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
 
 
 def check_speculation(cache, tokens, n, cfg, state, logp):

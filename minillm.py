@@ -410,6 +410,13 @@ def train_flops(cfg, B, T, remat=False):
     return flops
 
 
+def inner_jaxprs(eqn):
+    """eqn -> list: the programs that one equation calls: of a scan, a jit, a shard_map."""
+    found = [getattr(item, "jaxpr", item) for value in eqn.params.values()
+             for item in (value if isinstance(value, (tuple, list)) else (value,))]
+    return [item for item in found if hasattr(item, "eqns")]
+
+
 def traced_flops(fn, *args):
     """fn, arrays -> int: 2MNK of every dot_general that the program `fn(*args)` holds. The oracle.
 
@@ -425,9 +432,7 @@ def traced_flops(fn, *args):
                 (contracted, _), _ = params["dimension_numbers"]
                 terms = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
                 total += 2 * terms * math.prod(eqn.outvars[0].aval.shape)
-            nested = [getattr(item, "jaxpr", item) for value in params.values()
-                      for item in (value if isinstance(value, (tuple, list)) else (value,))]
-            inside = sum(count(item) for item in nested if hasattr(item, "eqns"))
+            inside = sum(map(count, inner_jaxprs(eqn)))
             if inside and name in ("while", "cond"):
                 raise ValueError(f"a product inside `{name}`: how often it runs is unknown")
             total += inside * (params["length"] if name == "scan" else 1)

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from infer import (Q8, Cache, as_held, as_seen, cached_attention, check_batch, check_prompts,
-                   check_room, extend, extend_cache, fill_cache, generate, insert, prefill, write)
-from minillm import (block, causal, causal_attention, check_tokens, dims, dot, embed, loss,
-                     rotary, sizes)
+from infer import (Cache, Q8, as_held, as_seen, cached_attention, check_batch, check_prompts,
+                   check_room, extend, extend_cache, fill_cache, generate, insert, read_prompts,
+                   write)
+from minillm import (block, causal, causal_attention, check_tokens, dims, dot, embed, inner_jaxprs,
+                     loss, rotary, sizes)
 
 P = jax.P
 TENSOR = dict(H="tensor", K="tensor", F="tensor", V="tensor")  # letters to mesh axes
@@ -74,6 +75,12 @@ def check_rules(cfg, mesh, rules):
         if size % n:
             raise ValueError(f"{letter}={size} cannot be split over {n} devices of axis {axis!r}: "
                              f"choose an axis whose size divides {size}")
+
+
+def check_split(cfg, mesh, rules):
+    """cfg, Mesh, dict -> None: `check_rules`, where x is split over E between layers as well."""
+    check_rules(cfg, mesh, rules)
+    check_rules(cfg, mesh, dict(E="tensor"))
 
 
 def shardings(cfg, mesh, rules):
@@ -306,8 +313,7 @@ def sharded_loss(params, tokens, cfg, mesh, enter=gather_matmul, leave=matmul_sc
     """
     check_tokens(tokens, cfg)
     rules = {**TENSOR, **FSDP}
-    check_rules(cfg, mesh, rules)
-    check_rules(cfg, mesh, dict(E="tensor"))
+    check_split(cfg, mesh, rules)
     check_rows(tokens, mesh)
     if not hasattr(params.layers, "wq"):
         raise ValueError("params hold a tuple of layers: stack(params) makes them one")
@@ -414,8 +420,7 @@ def tp_specs(params, cache, cfg, mesh, layout):
     """
     check_layout(cache, mesh, layout)
     rules, spec, _, _ = LAYOUTS[layout]
-    check_rules(cfg, mesh, rules)
-    check_rules(cfg, mesh, dict(E="tensor"))
+    check_split(cfg, mesh, rules)
     return specs_of(params, cfg, rules), Cache(spec, spec, P())
 
 
@@ -463,7 +468,7 @@ def tp_prefill(params, cache, tokens, lengths, cfg, mesh, layout="heads", enter=
     check_batch(cache, tokens)
     check_prompts(cache, tokens, lengths)
     split, cache_split = tp_specs(params, cache, cfg, mesh, layout)
-    run = partial(prefill, cfg=cfg, look=LAYOUTS[layout][3],
+    run = partial(read_prompts, cfg=cfg, look=LAYOUTS[layout][3],
                   unembed=partial(whole_unembed, enter=enter), **tp_parts(enter, leave))
     return jax.shard_map(run, mesh=mesh, in_specs=(split, cache_split, P(), P()), out_specs=(
         P(), cache_split))(params, cache, tokens, lengths)
@@ -525,10 +530,7 @@ def traced_comm(fn, *args):
                 found += [(COLLECTIVES[name], 1, v.aval.size * v.aval.dtype.itemsize, n)
                           for v in eqn.invars]
             inner = dict(params["mesh"].shape) if name == "shard_map" else axes
-            nested = [getattr(item, "jaxpr", item) for value in params.values()
-                      for item in (value if isinstance(value, (tuple, list)) else (value,))]
-            inside = [event for item in nested if hasattr(item, "eqns")
-                      for event in events(item, inner)]
+            inside = [event for item in inner_jaxprs(eqn) for event in events(item, inner)]
             if inside and name in ("while", "cond"):
                 raise ValueError(f"a collective inside `{name}`: how often it runs is unknown")
             times = params["length"] if name == "scan" else 1
@@ -617,8 +619,7 @@ def comm_bytes(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0):
         raise ValueError(f"ring={ring}, layout={layout!r}, B={B} over {data} devices: expected "
                          f"0, 1 or 2, one of {', '.join(LAYOUTS)}, and rows that can be split")
     mesh = jax.sharding.AbstractMesh((data, tensor), ("data", "tensor"))
-    check_rules(cfg, mesh, {**(TENSOR if form == "train" else LAYOUTS[layout][0]), **FSDP})
-    check_rules(cfg, mesh, dict(E="tensor"))
+    check_split(cfg, mesh, {**(TENSOR if form == "train" else LAYOUTS[layout][0]), **FSDP})
 
     extended = partial(extend_comm, cfg, B, tensor=tensor, layout=layout, ring=ring)
     if form == "train":

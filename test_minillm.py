@@ -446,6 +446,7 @@ def contract_value(term, size, cfg):
         "temperature": 0.5,
         "keys": jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size["n"])), "top_k": 2,
         "top_p": 0.9, "scalar": shaped(dtype="float32"), "attend": minillm.causal, "fn": jnp.sum,
+        "eqn": jax.make_jaxpr(jax.jit(jnp.sin))(1.0).eqns[0],
         "list": [],
         "array": np.ones(3), "arrays": np.ones(3), "bool": True, "dict": {}, "tuple": (),
         "look": lambda q, k, v, *old: (minillm.causal_attention(q, k, v), old[:2]), "state": None}
