@@ -1,16 +1,20 @@
-"""bench: predict each phase from flops and bytes, measure it, and print both side by side.
+"""bench: the napkin, the program, the profile, and why they differ.
 
-    python bench.py [--quick]                             every phase of the default model
-    python bench.py generate|prefill|train|serve ...      one phase alone
-    python bench.py train --text FILE --save DIR          train on a text file
-    python bench.py complete --model DIR "So long"        write on, with a real model
-    python bench.py shard --devices 8                     what several devices send each other
+    python bench.py [--quick]                                every phase of the default model
+    python bench.py plan --model gemma-7b --chip tpu-v4      predict, on chips that are not here
+    python bench.py generate|verify|speculate|prefill|serve|train ...    one phase alone
+    python bench.py scale                                    how time grows with each size
+    python bench.py train --text FILE --save DIR             train on a text file
+    python bench.py train --kv-heads 8,2,1                   the same model with fewer key heads
+    python bench.py complete --model DIR "So long"           write on, with a real model
+    python bench.py shard --devices 8                        what several devices send each other
 
 Tables go to stdout, whose last line is one JSON object; progress goes to stderr.
 """
 import argparse
 import itertools
 import json
+import math
 import os
 import pathlib
 import platform
@@ -19,6 +23,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -29,21 +34,23 @@ import jax.numpy as jnp
 import numpy as np
 
 import shard
-from infer import (decode_bytes, decode_flops, generate, init_cache, kv_bytes, load, model_draft,
-                   ngram_draft, prefill, prefill_flops, quantize_params, read_json, save, serve,
-                   speculate, weight_bytes)
-from minillm import (Config, adam_init, cast, check_tokens, init, loss, param_count, train_flops,
-                     train_step)
+from infer import (decode_bytes, decode_flops, extend, generate, init_cache, kv_bytes, load,
+                   model_draft, ngram_draft, prefill, prefill_flops, quantize_params, read_json,
+                   save, serve, speculate, weight_bytes, wide_bytes)
+from minillm import (Config, adam_init, cast, check_tokens, init, loss, param_count, traced_flops,
+                     train_flops, train_step, unembed)
 
 MB, GB = 1e6, 1e9
-SENTENCE = "So long and thanks for all the fish"
+SENTENCE = "So long and thanks for all the fish; "
 PROMPT = "So long and thanks for"
 DEFAULT = "L6,E1024,H16,K4,D64,F2816,V256"
 QUICK = "L2,E1024,H16,K4,D64,F2816,V256"
 SHARDED = "L2,E512,H8,K8,D64,F1408,V256"
+SMALL = "L4,E256,H8,K2,D32,F704,V256"  # learns a text of some KB in a minute on two cores
 REQUESTS = 3  # that `serve` gets for each row, so that it is refilled twice
 STRIDE = 8  # tokens between two looks at what was made
-SMALL = "L4,E256,H8,K2,D32,F704,V256"  # learns a text of some KB in a minute on two cores
+HELD_BACK = 0.08  # of the memory, for what is neither weights nor cache
+DTYPES = ("float32", "bfloat16", "int8")
 
 gemma = partial(Config, V=256000, act="gelu", embed_scale=True)
 llama2 = partial(Config, D=128, V=32000, eps=1e-5, tied=False)
@@ -70,12 +77,53 @@ MODELS = {  # from each model's own config.json on huggingface.co
 }
 
 
+class Chip(NamedTuple):
+    """What the sheet of one chip says. Products are dense; those of float32 are as JAX makes them
+    by default: rounded to bf16 on a TPU, to TF32 on a GPU."""
+    flops: dict    # dtype -> flops/s
+    read: float    # bytes/s of its memory
+    memory: float  # bytes
+    link: float    # bytes/s that it sends over one axis, both ways around it together
+    axes: int      # of links
+    kind: str      # what `device_kind` looks like, a regular expression
+    source: str
+
+
+def chip(f32, bf16, int8, *rest):
+    """-> Chip."""
+    return Chip({"float32": f32, "bfloat16": bf16, "int8": int8}, *rest)
+
+
+CLOUD, NVIDIA = "docs.cloud.google.com/tpu/docs/", "nvidia.com/en-us/data-center/"
+CHIPS = {
+    "tpu-v4": chip(275e12, 275e12, 275e12, 1.23e12, 32e9, 9e10, 3, "TPU v4$",
+                   CLOUD + "v4; links: jax-ml.github.io/scaling-book/tpus"),
+    "tpu-v5e": chip(197e12, 197e12, 393e12, 8.19e11, 16e9, 1e11, 2, "TPU v5 ?(lite|e)$",
+                    CLOUD + "v5e"),
+    "tpu-v5p": chip(459e12, 459e12, 918e12, 2.765e12, 95e9, 2e11, 3, "TPU v5p?$", CLOUD + "v5p"),
+    "tpu-v6e": chip(918e12, 918e12, 1836e12, 1.638e12, 32e9, 2e11, 2, "TPU v6 ?(lite|e)$",
+                    CLOUD + "v6e"),
+    "a100": chip(156e12, 312e12, 624e12, 2.039e12, 80e9, 3e11, 1, "A100",
+                 NVIDIA + "a100 (SXM, 80 GB)"),
+    "h100": chip(494.5e12, 989e12, 1979e12, 3.35e12, 80e9, 4.5e11, 1, "H100",
+                 NVIDIA + "h100 (SXM)"),
+    "h200": chip(494.5e12, 989e12, 1979e12, 4.8e12, 141e9, 4.5e11, 1, "H200",
+                 NVIDIA + "h200 (SXM)"),
+    "b200": chip(1.125e15, 2.25e15, 4.5e15, 8e12, 180e9, 9e11, 1, "B200",
+                 NVIDIA + "dgx-b200, an eighth"),
+}
+
+
+def recognised(kind):
+    """str -> str or None: the name in CHIPS of a running device, from its `device_kind`."""
+    return next((name for name, chip in CHIPS.items() if re.search(chip.kind, kind)), None)
+
+
 train_jit = jax.jit(train_step, static_argnames="cfg", donate_argnames=("params", "adam"))
 prefill_jit = jax.jit(prefill, static_argnames="cfg", donate_argnames="cache")
 HOW = ("n", "cfg", "temperature", "top_k", "top_p", "end")
 generate_jit = jax.jit(generate, static_argnames=HOW, donate_argnames=("cache", "logits"))
 speculate_jit = jax.jit(speculate, static_argnames=HOW, donate_argnames=("cache", "tokens"))
-DTYPES = ("float32", "bfloat16", "int8")
 
 
 def on_cpu():
@@ -107,6 +155,14 @@ def say(*words, end="\n"):
     print(*words, file=sys.stderr, end=end, flush=True)
 
 
+def finish(args, **result):
+    """The result as one JSON object: into --json FILE where given, and as stdout's last line."""
+    text = json.dumps(result)
+    if args.json:
+        pathlib.Path(args.json).write_text(text + "\n")
+    print(text, flush=True)
+
+
 def parse_model(text):
     """str -> Config: a name in MODELS, or letters such as L8,E512,H8,K8,D64,F1408,V256[,untied]."""
     if text in MODELS:
@@ -119,6 +175,20 @@ def parse_model(text):
         raise ValueError(f"model {text!r} is neither a shape such as {DEFAULT}[,untied] "
                          "nor one of " + ", ".join(MODELS))
     return Config(**{letter: int(size) for letter, size in found.items()}, tied=last != "untied")
+
+
+def parse_chip(text):
+    """str -> Chip: a name in CHIPS, or flops/s, bytes/s, bytes of memory, bytes/s over links."""
+    if text in CHIPS:
+        return CHIPS[text]
+    try:
+        peak, read, memory, link = map(float, text.split(","))
+        if min(peak, read, memory, link) > 0 and max(peak, read, memory, link) < math.inf:
+            return Chip(dict.fromkeys(DTYPES, peak), read, memory, link, 1, "", "given by hand")
+    except ValueError:
+        pass
+    raise ValueError(f"chip {text!r} is neither flops/s,bytes/s,bytes,link bytes/s such as "
+                     "275e12,1.23e12,32e9,9e10 nor one of " + ", ".join(CHIPS))
 
 
 # -------------------------------------------------------------------------- this machine's ceilings
@@ -156,11 +226,12 @@ def measure_read():
                           for program in programs)
 
 
-def ceilings(dtypes):
-    """dtypes -> dict: what this machine can do at best, the denominators of MFU and MBU."""
+def ceilings(jobs):
+    """list of Job -> dict: what this machine can do at best, the denominators of MFU and MBU."""
     say("measuring the machine:", end=" ")
     flops = {}
-    for dtype in dtypes:
+    for dtype in sorted({part.dtype for job in jobs for part in PHASES[job.phase].cost(job).parts}
+                        | {job.dtype for job in jobs}, key=DTYPES.index):
         flops[dtype] = measure_flops(dtype)
         say(f"{dtype} {flops[dtype] / GB:.0f} GFLOP/s,", end=" ")
     read = measure_read()
@@ -168,14 +239,29 @@ def ceilings(dtypes):
     return {"flops_per_second": flops, "read_bytes_per_second": read}
 
 
+def sheet(chip, chips=1):
+    """Chip, int -> dict: what so many chips should do, in the form of `ceilings`."""
+    return {"flops_per_second": {dtype: chips * peak for dtype, peak in chip.flops.items()},
+            "read_bytes_per_second": chips * chip.read}
+
+
 def machine():
     """-> dict: where the figures come from."""
     device = jax.devices()[0]
-    return {"device": device.device_kind, "count": jax.device_count(), "cores": os.cpu_count(),
-            "jax": jax.__version__, "python": platform.python_version()}
+    return {"device": device.device_kind, "chip": recognised(device.device_kind),
+            "count": jax.device_count(), "cores": os.cpu_count(), "jax": jax.__version__,
+            "python": platform.python_version()}
 
 
-# ------------------------------------------------------------------------------------------- phases
+# ------------------------------------------------------------------------------------------ predict
+
+
+class Part(NamedTuple):
+    """A part of a step: bound by its products or by its bytes."""
+    name: str
+    flops: int
+    bytes: int
+    dtype: str  # that its products multiply
 
 
 class Cost(NamedTuple):
@@ -186,15 +272,15 @@ class Cost(NamedTuple):
     flops: dict        # by product, as the program multiplies them
     weight_bytes: int
     cache_bytes: int
-    parts: dict        # name -> (flops, bytes), each bound by one or the other
+    parts: tuple       # of Part
 
 
-def cost(T, S, tokens, flops, weight_bytes, cache_bytes, **parts):
+def cost(job, T, S, tokens, flops, weight_bytes, cache_bytes, attends_in, *parts):
     """-> Cost: attention's flops go with `cache_bytes`, all others with `weight_bytes`."""
     attention = flops["scores"] + flops["values"]
-    return Cost(T, S, tokens, flops, weight_bytes, cache_bytes,
-                {"weights": (sum(flops.values()) - attention, weight_bytes),
-                 "attention": (attention, cache_bytes), **parts})
+    return Cost(T, S, tokens, flops, weight_bytes, cache_bytes, (
+        Part("weights", sum(flops.values()) - attention, weight_bytes, job.dtype),
+        Part("attention", attention, cache_bytes, attends_in), *parts))
 
 
 class Job(NamedTuple):
@@ -207,6 +293,13 @@ class Job(NamedTuple):
     new: int
     dtype: str = "float32"        # of the weights
     cache_dtype: str = "float32"
+    n_draft: int = 4
+
+
+def cached_dtype(job):
+    """Job -> dtype in which a query meets the cache: the wider of both; int8 is widened."""
+    narrow = job.cfg.dtype if job.cache_dtype == "int8" else job.cache_dtype
+    return str(jnp.promote_types(job.cfg.dtype, narrow))
 
 
 def train_cost(job):
@@ -217,37 +310,317 @@ def train_cost(job):
     """
     cfg, B, T = job.cfg, job.B, job.prompt
     wide = jnp.dtype(cfg.dtype).itemsize
-    return cost(T, T, B * T, train_flops(cfg, B, T), 3 * wide * param_count(cfg), 0,
-                optimizer=(0, 28 * param_count(cfg)))
+    return cost(job, T, T, B * T, train_flops(cfg, B, T), 3 * wide * param_count(cfg), 0, cfg.dtype,
+                Part("optimizer", 0, 28 * param_count(cfg), "float32"))
 
 
 def prefill_cost(job):
     """All weights once, and the cache written once."""
     cfg, B, T = job.cfg, job.B, job.prompt
-    return cost(T, T, B * T, prefill_flops(cfg, B, T, job.dtype), weight_bytes(cfg, job.dtype),
-                kv_bytes(cfg, B, T, job.cache_dtype))
+    return cost(job, T, T, B * T, prefill_flops(cfg, B, T, job.dtype), weight_bytes(cfg, job.dtype),
+                kv_bytes(cfg, B, T, job.cache_dtype), cfg.dtype)
+
+
+def extend_cost(job, T, S):
+    """T tokens behind others: all weights, and all slots of the cache whether filled or not."""
+    cfg, B = job.cfg, job.B
+    moved = decode_bytes(cfg, B, S, T, cache_dtype=job.cache_dtype, dtype=job.dtype)
+    return cost(job, T, S, B * T, decode_flops(cfg, B, S, T, dtype=job.dtype), moved["weights"],
+                moved["cache_read"] + moved["cache_write"], cached_dtype(job))
 
 
 def generate_cost(job):
-    """One step: all weights, and all slots of the cache whether filled or not."""
-    cfg, B, S = job.cfg, job.B, job.prompt + job.new
-    moved = decode_bytes(cfg, B, S, cache_dtype=job.cache_dtype, dtype=job.dtype)
-    return cost(1, S, B, decode_flops(cfg, B, S, dtype=job.dtype), moved["weights"],
-                moved["cache_read"] + moved["cache_write"])
+    """One step."""
+    return extend_cost(job, 1, job.prompt + job.new)
+
+
+def verify_cost(job):
+    """A round of speculation: the last token and a draft of n_draft. The n-grams cost nothing."""
+    return extend_cost(job, job.n_draft + 1, job.prompt + job.new + job.n_draft + 1)
 
 
 def serve_cost(job):
     """A prefill for each request, and steps for B at a time."""
     steps, requests = REQUESTS * job.new, REQUESTS * job.B
-    each = [(requests, prefill_cost(job._replace(B=1))), (steps, generate_cost(job))]
-    names = {name for _, c in each for name in c.flops}
-    flops = {name: sum(n * c.flops.get(name, 0) for n, c in each) for name in names}
-    parts = {f"{word}, {name}": (n * part[0], n * part[1])
-             for word, (n, c) in zip(("prefill", "generate"), each)
-             for name, part in c.parts.items()}
-    return Cost(1, job.prompt + job.new, requests * job.new, flops,
-                sum(n * c.weight_bytes for n, c in each), sum(n * c.cache_bytes for n, c in each),
-                parts)
+    each = [("prefill", requests, prefill_cost(job._replace(B=1))),
+            ("generate", steps, generate_cost(job))]
+    names = {name for _, _, c in each for name in c.flops}
+    return Cost(1, job.prompt + job.new, requests * job.new,
+                {name: sum(n * c.flops.get(name, 0) for _, n, c in each) for name in names},
+                sum(n * c.weight_bytes for _, n, c in each),
+                sum(n * c.cache_bytes for _, n, c in each),
+                tuple(Part(f"{word}, {part.name}", n * part.flops, n * part.bytes, part.dtype)
+                      for word, n, c in each for part in c.parts))
+
+
+def timed(part, peak, read):
+    """Part, flops/s, bytes/s -> dict: its flops' time or its bytes' time, whichever is longer."""
+    name, flops, moved, _ = part
+    return {"name": name, "flops": flops, "bytes": moved,
+            "seconds": max(flops / peak, moved / read),
+            "bound": "flops" if flops / peak > moved / read else "bytes"}
+
+
+def predict(cost, ceilings):
+    """Cost, dict -> dict: seconds of a step: its parts follow one another."""
+    parts = [timed(part, ceilings["flops_per_second"][part.dtype],
+                   ceilings["read_bytes_per_second"]) for part in cost.parts]
+    by = {bound: sum(part["seconds"] for part in parts if part["bound"] == bound)
+          for bound in ("flops", "bytes")}
+    return {"predicted_seconds": sum(by.values()), "bound": max(by, key=by.get), "parts": parts}
+
+
+def multiplied(cfg):
+    """cfg -> int: parameters that each token is multiplied with: not norms, nor an untied table of
+    which rows are read."""
+    return param_count(cfg) - (2 * cfg.L + 1) * cfg.E - (not cfg.tied) * cfg.V * cfg.E
+
+
+def crossover(cfg):
+    """cfg -> int, int: T of a causal pass, and S of a generate step, at which attention's flops
+    equal the weights'. Per token: 2 a weight; 4 * L*H*D a slot, of which a query sees T/2."""
+    heads = cfg.L * cfg.H * cfg.D
+    return multiplied(cfg) // heads, multiplied(cfg) // (2 * heads)
+
+
+def critical_batch(cfg, dtype, ceilings):
+    """cfg, dtype, dict -> float: rows at which a step's products with the weights take as long as
+    reading them."""
+    peak, read = ceilings["flops_per_second"][dtype], ceilings["read_bytes_per_second"]
+    return weight_bytes(cfg, dtype) / read * peak / (2 * multiplied(cfg))
+
+
+# ------------------------------------------------------------------------- plan: chips not here
+
+
+def tensor_parallel(cfg, B, T, form, n):
+    """cfg, int, int, form, int -> (bytes that n devices send together, layout of the cache): over
+    heads where it can be, else over rows, else over slots. ValueError where no layout fits."""
+    if n == 1:
+        return 0, "heads"
+    for layout in shard.LAYOUTS:
+        try:
+            if layout == "batch" and B % n:
+                continue
+            sent = shard.comm_bytes(cfg, form, B, T, tensor=n, layout=layout)
+            return n * sum(size for _, size in sent.values()), layout
+        except ValueError as error:
+            why = error
+    raise ValueError(f"over {n} chips: {why}")
+
+
+def step_parts(job, chip, chips, parameters=None):
+    """Job, Chip, int -> list of dict: weights, attention and communication of one step, all chips'
+    flops and bytes together. `parameters` replaces the exact count of what is multiplied."""
+    cost = PHASES[job.phase].cost(job)
+    weights, attention = cost.parts
+    weights = weights._replace(flops=weights.flops - cost.flops.get("padding", 0))
+    if parameters:
+        weights = weights._replace(flops=2 * job.B * cost.T * parameters,
+                                   bytes=parameters * jnp.dtype(job.dtype).itemsize)
+    limits = sheet(chip, chips)
+    found = [timed(part, limits["flops_per_second"][part.dtype], limits["read_bytes_per_second"])
+             for part in (weights, attention)]
+    if chips > 1:
+        sent, _ = tensor_parallel(job.cfg, job.B, cost.T, job.phase, chips)
+        found.append(timed(Part("communication", 0, sent, job.dtype), 1, chips * chip.link))
+    return found
+
+
+def useful_degree(job, chip, parameters):
+    """Job, Chip -> int: the most chips, in powers of two, whose links take no longer than their
+    memory and products do. More would wait for links."""
+    best = 1
+    for n in (2 ** i for i in range(1, 13)):
+        try:
+            *parts, sent = step_parts(job, chip, n, parameters)
+        except ValueError:  # cannot be split so far
+            break
+        if sent["seconds"] > sum(part["seconds"] for part in parts):
+            break
+        best = n
+    return best
+
+
+def napkin(job, chip, chips, parameters=None, batch=None):
+    """Job, Chip, int -> dict: memory, batch and times, from the sheet alone. `parameters` is a
+    rounded count in place of the exact one; job.prompt is the context, job.new is 0."""
+    cfg, dtype, count = job.cfg, job.dtype, parameters or param_count(job.cfg)
+    table = (not cfg.tied) * cfg.V * cfg.E * wide_bytes(cfg, jnp.dtype(dtype))
+    weights = count * jnp.dtype(dtype).itemsize if parameters else weight_bytes(cfg, dtype) + table
+    memory, sequence = chips * chip.memory, kv_bytes(cfg, 1, job.prompt, job.cache_dtype)
+    most, taken = (max(0, int((share * memory - weights) // sequence))
+                   for share in (1, 1 - HELD_BACK))
+    B = batch or max(1, taken)
+    job, peak = job._replace(B=B), chip.flops[dtype]
+    read, step = (step_parts(job._replace(phase=phase), chip, chips, parameters)
+                  for phase in ("prefill", "generate"))
+    alone = step_parts(job._replace(phase="generate", B=1), chip, chips, parameters)
+    first = step_parts(job._replace(phase="prefill", B=1), chip, chips, parameters)
+    total = {name: sum(part["seconds"] for part in parts) for name, parts in (
+        ("prefill", read), ("generate", step), ("alone", alone), ("first", first))}
+    needed = weights + B * sequence
+    return {
+        "parameters": count, "multiplied_parameters": parameters or multiplied(cfg),
+        "weight_bytes": weights, "cache_bytes_per_token": kv_bytes(cfg, 1, 1, job.cache_dtype),
+        "cache_bytes_per_sequence": sequence, "max_batch": most, "batch_with_room": taken,
+        "critical_batch": jnp.dtype(dtype).itemsize / chip.read * peak / 2 if parameters
+        else critical_batch(cfg, dtype, sheet(chip)),
+        "batch": B, "fits": needed <= memory, "chips_needed": math.ceil(needed / chip.memory),
+        "cache_bytes": B * sequence, "step_bytes": sum(part["bytes"] for part in step[:2]),
+        "prefill_seconds": total["prefill"], "prefill_parts": read,
+        "first_token_seconds": total["first"],
+        "generate_seconds": total["generate"], "generate_parts": step,
+        "tokens_per_second": B / total["generate"], "seconds_per_token_alone": total["alone"],
+        "weights_over_memory_seconds": weights / chips / chip.read,
+        "weights_over_links_seconds": weights * (chips - 1) / chips / chip.link,
+        "tensor_parallel_degree": useful_degree(job._replace(phase="generate"), chip, parameters)}
+
+
+def million(job, chip, chips, weights, context=1_000_000):
+    """Job, Chip, int, bytes -> list of dict: what a very long sequence's cache takes, and the ways
+    out of it."""
+    cfg, found = job.cfg, []
+    ways = {"as it is": (cfg, job.cache_dtype),
+            "grouped queries, K=1": (replace(cfg, K=1), job.cache_dtype),
+            "int8": (cfg, "int8"), "both": (replace(cfg, K=1), "int8")}
+    for way, (cfg, dtype) in ways.items():
+        if way != "as it is" and (cfg, dtype) == ways["as it is"]:
+            continue
+        held = kv_bytes(cfg, 1, context, dtype)
+        found.append({"way": way, "cache_bytes": held, "bytes_per_chip": held / chips,
+                      "chips_needed": math.ceil((held + weights) / chip.memory),
+                      "generate_seconds": (held + weights) / chips / chip.read})
+    return found
+
+
+def training(job, chip, chips, tokens, mfu, parameters=None):
+    """Job, Chip, int, float, float -> dict: a step of AdamW and a whole training, with weights
+    sharded over all chips (FSDP)."""
+    cfg, B, T = job.cfg, job.B, job.prompt
+    if B % chips:
+        raise ValueError(f"a training batch of {B} sequences cannot be split over {chips} chips: "
+                         f"--batch {-(-B // chips) * chips}")
+    count, flops = parameters or param_count(cfg), train_flops(cfg, B, T)
+    attention = flops["scores"] + flops["values"]
+    weights = 6 * B * T * parameters if parameters else sum(flops.values()) - attention
+    wide, peak = jnp.dtype(cfg.dtype).itemsize, chips * chip.flops[job.dtype]
+    sent = 3 * wide * count * (chips - 1) / chips  # gathered twice, gradients scattered once
+    compute, links = (weights + attention) / peak, sent / chip.link
+    return {"batch": B, "tokens_per_step": B * T, "step_flops": weights + attention,
+            "weight_flops": weights, "attention_flops": attention, "mfu": mfu, "tokens": tokens,
+            "step_seconds": compute / mfu, "days": tokens / (B * T) * compute / mfu / 86400,
+            "optimizer_bytes": 12 * count, "gradient_bytes": 4 * count,
+            "bytes_per_chip": 16 * count / chips, "fits": 16 * count <= chips * chip.memory,
+            "fsdp_bytes_per_chip": sent, "fsdp_seconds": links, "compute_seconds": compute,
+            "communication_bound": links > compute}
+
+
+def si(x, unit):
+    """number, unit -> str: three digits and a prefix."""
+    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"),
+                         (1, ""), (1e-3, "m"), (1e-6, "u"), (1e-9, "n")):
+        if abs(x) >= 0.9995 * size:
+            return f"{x / size:.{max(0, 2 - int(math.log10(max(1, x / size * 1.0005))))}f} " \
+                   f"{prefix}{unit}"
+    return f"0 {unit}"
+
+
+PLAN = (  # a line of the napkin: what it says, and the figure
+    ("parameters", lambda n: f"{n['parameters']:,.0f}"),
+    ("of them multiplied for each token", lambda n: f"{n['multiplied_parameters']:,.0f}"),
+    ("weights", lambda n: si(n["weight_bytes"], "B")),
+    ("cache of a token", lambda n: si(n["cache_bytes_per_token"], "B")),
+    ("cache of a sequence", lambda n: si(n["cache_bytes_per_sequence"], "B")),
+    ("sequences that fit, in theory", lambda n: f"{n['max_batch']}"),
+    (f"with {HELD_BACK:.0%} of memory held back", lambda n: f"{n['batch_with_room']}"),
+    ("critical batch", lambda n: f"{n['critical_batch']:.0f}"),
+    ("batch taken", lambda n: f"{n['batch']}"),
+    ("its cache", lambda n: si(n["cache_bytes"], "B")),
+    ("a generate step reads", lambda n: si(n["step_bytes"], "B")),
+    ("and takes", lambda n: si(n["generate_seconds"], "s")),
+    ("which makes", lambda n: f"{n['tokens_per_second']:,.0f} tokens/s"),
+    ("a token at batch 1 takes", lambda n: si(n["seconds_per_token_alone"], "s")),
+    ("prefill of one sequence", lambda n: si(n["first_token_seconds"], "s")),
+    ("prefill of the batch", lambda n: si(n["prefill_seconds"], "s")),
+    ("useful tensor-parallel degree", lambda n: f"{n['tensor_parallel_degree']}"),
+    ("weights over memory, a part each", lambda n: si(n["weights_over_memory_seconds"], "s")),
+    ("weights over links (FSDP), all each",
+     lambda n: si(n["weights_over_links_seconds"], "s")))
+
+
+def print_plan(columns, chips):
+    """dict of heading -> napkin, int -> the table, and what the first one's parts are bound by."""
+    print(f"{'':42}" + "".join(f"{heading:>20}" for heading in columns))
+    for label, text in PLAN:
+        print(f"{label:42}" + "".join(f"{text(n):>20}" for n in columns.values()))
+    for heading, n in columns.items():
+        if not n["fits"]:
+            print(f"DOES NOT FIT ({heading}): batch {n['batch']} takes {n['chips_needed']} chips "
+                  f"or more: --chips {n['chips_needed']}, or a smaller --batch, --weights or "
+                  "--cache")
+    for word, key in (("prefill", "prefill_parts"), ("generate", "generate_parts")):
+        for part in next(iter(columns.values()))[key]:
+            print(f"{word:8}  {part['name']:13}  {si(part['flops'], 'FLOP'):>11}  "
+                  f"{si(part['bytes'], 'B'):>8}  {si(part['seconds'], 's'):>8}  bound by "
+                  + ("links" if part["name"] == "communication" else part["bound"]))
+    if chips > 1:
+        print("FSDP is for training: a step that makes one token a row has nothing to hide the "
+              "weights' trip behind")
+
+
+def plan(args):
+    """Prints the napkin of a model on chips that need not be here."""
+    name, cfg = args.model
+    if args.kv_heads:
+        cfg = replace(cfg, K=args.kv_heads)
+    cfg = replace(cfg, dtype="float32" if args.weights == "float32" else "bfloat16")
+    (chip_name, chip), B = args.chip, args.batch
+    job = Job("generate", name, cfg, B or 1, args.context, 0, args.weights, args.cache)
+    numbers = {"exact": napkin(job, chip, args.chips, None, B)}
+    if args.parameters:
+        numbers = {f"{args.parameters:g} parameters":
+                   napkin(job, chip, args.chips, args.parameters, B), **numbers}
+    first = next(iter(numbers.values()))
+    print(f"{name} on {args.chips} x {chip_name} ({chip.source}): "
+          f"{si(chip.flops[args.weights], 'FLOP/s')} in {args.weights}, {si(chip.read, 'B/s')}, "
+          f"{si(chip.memory, 'B')}, links {si(chip.link, 'B/s')} an axis ({chip.axes})\n"
+          f"weights {args.weights}, cache {args.cache}, context {args.context}")
+    print_plan(numbers, args.chips)
+    ways = million(job, chip, args.chips, first["weight_bytes"])
+    times = 1_000_000 / args.context
+    print(f"at 1,000,000 tokens the cache is {times:.0f} times as large:")
+    for way in ways:
+        print(f"  {way['way']:22}{si(way['cache_bytes'], 'B'):>8} a sequence, "
+              f"{si(way['bytes_per_chip'], 'B'):>8} a chip with slots over {args.chips}; "
+              f"{way['chips_needed']} chip(s) hold it and the weights; "
+              f"a step {si(way['generate_seconds'], 's')}")
+    trained = None
+    if args.train:
+        trained = training(job._replace(B=B or 4 * args.chips, dtype=cfg.dtype), chip, args.chips,
+                           args.tokens, args.mfu, args.parameters)
+        print_training(trained)
+    exact = {"exact": numbers["exact"]} if args.parameters else {}
+    finish(args, model=name, chip=chip_name, chips=args.chips, context=args.context,
+           weights=args.weights, cache=args.cache, **first, million=ways, training=trained, **exact)
+
+
+def print_training(t):
+    """dict of `training` -> its lines."""
+    bound = "communication bound" if t["communication_bound"] else "hidden behind the products"
+    print(f"training on {t['tokens']:.3g} tokens, {t['batch']} sequences a step "
+          f"({t['tokens_per_step']:,} tokens):\n"
+          f"  a step multiplies {si(t['step_flops'], 'FLOP')} (6BP: "
+          f"{si(t['weight_flops'], 'FLOP')}, attention: {si(t['attention_flops'], 'FLOP')}), at "
+          f"{t['mfu']:.0%} MFU {si(t['step_seconds'], 's')}; all of it {t['days']:,.1f} days\n"
+          f"  f32 masters and Adam's two means: {si(t['optimizer_bytes'], 'B')}, gradients "
+          f"{si(t['gradient_bytes'], 'B')}: {si(t['bytes_per_chip'], 'B')} a chip"
+          + ("" if t["fits"] else ", WHICH DOES NOT FIT: more --chips") + "\n"
+          f"  FSDP sends {si(t['fsdp_bytes_per_chip'], 'B')} a chip, {si(t['fsdp_seconds'], 's')}, "
+          f"beside {si(t['compute_seconds'], 's')} of products at full speed: {bound}")
+
+
+# ------------------------------------------------------------------------------------------ program
 
 
 def build_train(job, params, key):
@@ -281,6 +654,39 @@ def build_generate(job, params, key):
     return jax.jit(run, donate_argnums=1), args, lambda out, args: (args[0], out[2], out[1])
 
 
+def build_verify(job, params, key):
+    """-> the last token and n_draft more are read behind a prompt, and all make logits."""
+    cfg, B = job.cfg, job.B
+
+    def run(params, cache, tokens):
+        cache = cache._replace(length=jnp.full((B,), job.prompt, jnp.int32))
+        x, cache = extend(params, cache, tokens, cfg)
+        return unembed(params, x, cfg), cache
+
+    cache = init_cache(cfg, B, verify_cost(job).S, job.cache_dtype)
+    tokens = jax.random.randint(key, (B, job.n_draft + 1), 0, cfg.V)
+    return jax.jit(run, donate_argnums=1), (params, cache, tokens), \
+        lambda out, args: (params, out[1], tokens)
+
+
+def build_speculate(job, params, key):
+    """-> `new` tokens behind a prompt of one sentence again and again, drafted by n-grams. Worth
+    looking at with parameters that know the sentence: see `learn`."""
+    cfg, B, T = job.cfg, job.B, job.prompt
+    text = np.zeros((B, verify_cost(job).S), np.int32)
+    text[:, :T] = np.resize(encode(SENTENCE), T) % cfg.V
+    cache = init_cache(cfg, B, text.shape[1], job.cache_dtype)
+    _, cache = prefill_jit(params, cache, text[:, :T], np.full(B, T), cfg)
+    draft = ngram_draft(cfg, job.n_draft)
+
+    def run(params, cache, text):  # every run starts behind the prompt, the last token not yet read
+        cache = cache._replace(length=jnp.full((B,), T - 1, jnp.int32))
+        return speculate(params, cache, text, key, job.new, cfg, draft, None)
+
+    return jax.jit(run, donate_argnums=1), (params, cache, text), \
+        lambda out, args: (params, out[1], text)
+
+
 def build_serve(job, params, key):
     """-> REQUESTS * B random prompts through B rows. Runs on the host: it compiles itself."""
     cfg, S = job.cfg, job.prompt + job.new
@@ -293,34 +699,281 @@ def build_serve(job, params, key):
     return run, (params,), lambda out, args: args
 
 
+def speculated(job, out):
+    """Job, result -> dict: a row's rounds, and what came of them. A step is a round of all rows:
+    the rows that are done wait for the others."""
+    counts = np.asarray(out[3])  # of rounds in which 0, 1, .. n_draft were accepted
+    rounds, accepted = counts.sum(1), counts @ np.arange(job.n_draft + 1)
+    return {"steps": int(rounds.max()), "tokens": float((rounds + accepted).sum() / rounds.max()),
+            "acceptance": float(accepted.sum() / rounds.sum() / job.n_draft),
+            "tokens_per_round": float(1 + accepted.sum() / rounds.sum())}
+
+
 class Phase(NamedTuple):
-    """cost(job) predicts; build(job, params, key) gives what to run: a function, jitted where it is
-    to be compiled, its first arguments, and the next call's from (result, arguments)."""
+    """cost(job) predicts a step; build(job, params, key) gives what to run: a function, jitted
+    where it is to be compiled, its first arguments, and the next call's from (result, arguments);
+    tell(job, result) says how many steps that was, and what else the row should hold."""
+    mark: str  # in the picture
     cost: Callable
     build: Callable
-    steps: Callable = lambda new: 1  # in one call
+    tell: Callable = lambda job, out: {"steps": 1}
 
 
-PHASES = {"train": Phase(train_cost, build_train),
-          "prefill": Phase(prefill_cost, build_prefill),
-          "generate": Phase(generate_cost, build_generate, lambda new: new),
-          "serve": Phase(serve_cost, build_serve)}
+PHASES = {"train": Phase("T", train_cost, build_train),
+          "prefill": Phase("P", prefill_cost, build_prefill),
+          "generate": Phase("G", generate_cost, build_generate,
+                            lambda job, out: {"steps": job.new}),
+          "verify": Phase("V", verify_cost, build_verify),
+          "speculate": Phase("D", verify_cost, build_speculate, speculated),
+          "serve": Phase("S", serve_cost, build_serve)}
 
 
-# ------------------------------------------------------------------------------ predict and measure
+def compiled_collectives(text):
+    """str -> dict: how many of each the compiled program holds."""
+    found = re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
+                       r"(?:-start)?\(", text)
+    return {kind: (found.count(kind), 0) for kind in dict.fromkeys(found)}
 
 
-def predict(cost, dtype, ceilings):
-    """Cost, dtype, dict -> dict: seconds of a step: every part takes its flops' time or its bytes'
-    time, whichever is longer, and parts follow one another."""
-    peak, read = ceilings["flops_per_second"][dtype], ceilings["read_bytes_per_second"]
-    parts = [{"name": name, "flops": flops, "bytes": moved,
-              "seconds": max(flops / peak, moved / read),
-              "bound": "flops" if flops / peak > moved / read else "bytes"}
-             for name, (flops, moved) in cost.parts.items()]
-    by = {bound: sum(part["seconds"] for part in parts if part["bound"] == bound)
-          for bound in ("flops", "bytes")}
-    return {"predicted_seconds": sum(by.values()), "bound": max(by, key=by.get), "parts": parts}
+def program(step, args, compiled):
+    """-> dict: flops of the jaxpr's products (None where a loop's length is unknown), and what the
+    compiled program holds at once: its arguments, its results but for those that take an argument's
+    place (alias), and temporaries."""
+    try:
+        flops = traced_flops(step, *args)
+    except ValueError:
+        flops = None
+    held = compiled.memory_analysis()
+    sizes = {name: getattr(held, f"{name}_size_in_bytes")
+             for name in ("argument", "output", "alias", "temp")}
+    return {"program_flops": flops, **{f"{name}_bytes": size for name, size in sizes.items()},
+            "peak_bytes": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"],
+            "collectives": {kind: number for kind, (number, _) in
+                            compiled_collectives(compiled.as_text()).items()}}
+
+
+class Prepared(NamedTuple):
+    """A phase that is ready to run."""
+    call: Callable  # -> result, of one run after another
+    row: dict       # what the program says
+    text: str       # of the compiled program; None where it runs on the host
+
+
+def prepare(job, params, seed):
+    """Job, Params, int -> Prepared."""
+    step, args, feed = PHASES[job.phase].build(job, params, jax.random.key(seed))
+    start, row, text = time.perf_counter(), {}, None
+    if hasattr(step, "lower"):
+        compiled = step.lower(*args).compile()
+        seconds = time.perf_counter() - start
+        row, text = program(step, args, compiled), compiled.as_text()
+        step, row["compile_seconds"] = compiled, seconds
+
+    def call():
+        nonlocal args
+        out = jax.block_until_ready(step(*args))
+        args = feed(out, args)
+        return out
+
+    return Prepared(call, row, text)
+
+
+# ------------------------------------------------------------------------------------------ profile
+
+
+REGIONS = ("embed", "qkv", "attention", "out", "mlp", "unembed", "sample", "loss", "cast",
+           "optimizer")  # that the model's functions name: jax.named_scope
+WRAPPERS = ("tuple", "while", "conditional", "call", "get-tuple-element", "parameter", "constant")
+MOVES = {"copy", "transpose", "bitcast", "slice", "concatenate", "reshape", "broadcast", "pad",
+         "dynamic-slice", "dynamic-update-slice", "copy-start", "copy-done", *WRAPPERS}
+
+
+class Op(NamedTuple):
+    """An operation of a compiled program, from its text."""
+    opcode: str
+    operands: list
+    calls: str     # the computation that a fusion holds
+    path: str      # of named regions
+    frame: str     # of the source line
+    line: str
+
+
+def parse_program(text):
+    """str -> dict of Op by name, dict of names by computation."""
+    ops, inside, computation = {}, {}, None
+    for line in text.splitlines():
+        found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = .*?\s([a-z][\w\-]*)\((.*)", line)
+        if found:
+            name, opcode, rest = found.groups()
+            arguments = rest if opcode == "parameter" else rest.split("), ")[0]
+            calls, path, frame = (re.search(pattern, rest) for pattern in (
+                r"calls=%?([\w.\-]+)", r'op_name="([^"]*)"', r"stack_frame_id=(\d+)"))
+            ops[name] = Op(opcode, re.findall(r"%([\w.\-]+)", arguments),
+                           *(match[1] if match else "" for match in (calls, path, frame)), line)
+            inside.setdefault(computation, []).append(name)
+        elif line.endswith("{"):
+            computation = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line)[1]
+    return ops, inside
+
+
+def source_lines(text):
+    """str -> dict: "file.py:line function" by frame, from the tables at the program's head."""
+    def table(name):
+        found = re.search(rf"^{name}\n((?:\d+ .*\n)+)", text, re.M)
+        return dict(line.split(" ", 1) for line in found[1].splitlines()) if found else {}
+
+    def field(entry, name):
+        found = re.search(rf"{name}=(\d+)", entry)
+        return found[1] if found else ""
+
+    files, functions, places = map(table, ("FileNames", "FunctionNames", "FileLocations"))
+    lines = {}
+    for frame, entry in table("StackFrames").items():
+        place = places.get(field(entry, "file_location_id"), "")
+        file = files.get(field(place, "file_name_id"), "").strip('"')
+        function = functions.get(field(place, "function_name_id"), "").strip('"')
+        lines[frame] = f"{pathlib.Path(file).name}:{field(place, 'line')} " \
+                       f"{function.replace('.<locals>', '')}"
+    return lines
+
+
+def named_region(path):
+    """str -> the innermost of REGIONS in it, or None."""
+    return next((word for word in reversed(re.split(r"[/()]", path)) if word in REGIONS), None)
+
+
+def attributed(text):
+    """str of a compiled program -> dict by operation: (region, kind, source line).
+
+    The compiler drops the name of some operations that it makes, such as a product of one row.
+    Those belong where their result is used, inside a fusion as outside, or where it came from.
+    """
+    (ops, inside), lines = parse_program(text), source_lines(text)
+    users = {}
+    for name, op in ops.items():
+        for place, operand in enumerate(op.operands):
+            users.setdefault(operand, []).append((name, place))
+
+    def known(name, seen):
+        """-> an operation that has a region, `name` itself or the nearest that uses or makes it."""
+        if name in seen or name not in ops:
+            return None
+        seen.add(name)
+        op = ops[name]
+        if named_region(op.path):
+            return op
+        for user, place in users.get(name, ()):
+            within = [p for p in inside.get(ops[user].calls, ())
+                      if ops[p].opcode == "parameter" and f"parameter({place})" in ops[p].line]
+            for candidate in (*within, user):
+                if ops[candidate].opcode not in WRAPPERS or candidate in within:
+                    found = known(candidate, seen)
+                    if found:
+                        return found
+        for operand in op.operands:
+            if operand in ops and ops[operand].opcode not in WRAPPERS:
+                found = known(operand, seen)
+                if found:
+                    return found
+        return None
+
+    def contents(name):
+        op = ops[name]
+        return {op.opcode} if not op.calls else set().union(*map(contents, inside[op.calls]))
+
+    def kind(name):
+        held = contents(name)
+        if held & {"dot", "convolution"} or re.search(r'target="[^"]*(gemm|matmul|dot)',
+                                                      ops[name].line):
+            return "product"
+        return "copy" if held <= MOVES else "elementwise"
+
+    found = {}
+    for name, op in ops.items():
+        if op.opcode not in WRAPPERS:
+            origin = known(name, set())
+            found[name] = (named_region(origin.path) if origin else None, kind(name),
+                           lines.get(origin.frame, "") if origin else "")
+    return found
+
+
+def trace(call, folder):
+    """call, path -> (wall seconds, list of (start, end, operation)). Leaves a trace in the folder
+    that Perfetto and XProf show."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with jax.profiler.trace(str(folder), create_perfetto_trace=True, profiler_options=options):
+        start = time.perf_counter()
+        call()
+        wall = time.perf_counter() - start
+    file = max(pathlib.Path(folder).glob("**/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    spans = []
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+        for row in plane.lines:
+            for event in row.events:
+                name = next((value for key, value in event.stats if key == "hlo_op"), None)
+                if name is None and row.name == "XLA Ops":  # a TPU's
+                    name = event.name.split(" = ")[0].lstrip("%")
+                if name is not None:
+                    spans.append((event.start_ns / 1e9, event.end_ns / 1e9, name))
+    return wall, spans
+
+
+def profile(prepared, folder=None):
+    """Prepared -> dict: operations by time, shares of kinds and regions.
+
+    Shares are of the time that operations took: on a CPU they overlap, so that their sum may be
+    more than the wall time. "between" is the share of the wall time in which none ran.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        wall, spans = trace(prepared.call, folder or temporary)
+    where, took = attributed(prepared.text), {}
+    spans = sorted(span for span in spans if span[2] in where)
+    busy = until = 0
+    for start, end, name in spans:
+        region, kind, source = where[name]
+        group = took.setdefault((region, kind, source), [0, 0])
+        group[0] += end - start
+        group[1] += 1
+        busy += max(0, end - max(start, until))
+        until = max(until, end)
+    total = sum(seconds for seconds, _ in took.values()) or 1
+    kinds = dict.fromkeys(("weights", "attention", "elementwise", "copies"), 0)
+    regions = dict.fromkeys((*REGIONS, None), 0)
+    for (region, kind, _), (seconds, _) in took.items():
+        kinds["attention" if region == "attention" else
+              {"product": "weights", "copy": "copies"}.get(kind, kind)] += seconds / total
+        regions[region] += seconds / total
+    return {"operations": [
+        {"share": seconds / total, "times": times, "region": region, "kind": kind, "source": source}
+        for (region, kind, source), (seconds, times) in
+        sorted(took.items(), key=lambda item: -item[1][0])],
+        "kinds": kinds, "regions": {name or "?": share for name, share in regions.items() if share},
+        "wall_seconds": wall, "between": max(0, 1 - busy / wall)}
+
+
+def print_profile(row, found, most=8):
+    """A row, its profile -> the top operations, and one sentence made from them."""
+    name, shares = f"{row['phase']} {row['dtype']} B={row['B']}", found["kinds"]
+    print(f"\n{name}: share of the operations' time, times, region, kind, source")
+    for op in found["operations"][:most]:
+        print(f"  {op['share']:6.1%}  x{op['times']:<5} {op['region'] or '?':10} {op['kind']:12} "
+              f"{op['source']}")
+    print("  regions: " + ", ".join(f"{region} {share:.1%}"
+                                    for region, share in found["regions"].items()))
+    print(f"{name} takes {row['ratio']:.2f} times what was predicted: of the operations' time "
+          f"{shares['weights']:.0%} is the weights' products, {shares['attention']:.0%} attention, "
+          f"{shares['elementwise']:.0%} elementwise work, {shares['copies']:.0%} copies; for "
+          f"{found['between']:.0%} of the wall time none ran (dispatch)")
+    parts = {part["name"]: part["seconds"] for part in row["parts"]}
+    if {"weights", "attention"} <= set(parts):
+        print("  " + ", ".join(
+            f"{word}: predicted {parts[part] * 1e3:.1f} ms, took about "
+            f"{shares[part] * row['measured_seconds'] * 1e3:.1f}" for word, part in (
+                ("the weights' products", "weights"), ("attention", "attention"))))
+
+
+# ------------------------------------------------------------------------------ measure and compare
 
 
 def utilisation(done, seconds, ceiling, what, row):
@@ -343,61 +996,78 @@ def predicted_row(job, ceilings):
             "tokens": cost.tokens,
             "flops": sum(cost.flops.values()) - padding, "padding_flops": padding,
             "weight_bytes": cost.weight_bytes, "cache_bytes": cost.cache_bytes,
-            **predict(cost, job.dtype, ceilings)}
+            **predict(cost, ceilings)}
 
 
-def measured_row(row, times, compile_seconds, ceilings):
-    """dict, list of seconds, float, dict -> dict: the whole row."""
-    seconds, row = statistics.median(times), dict(row, compile_seconds=compile_seconds, errors=[])
-    row |= {"measured_seconds": seconds, "p10_seconds": float(np.quantile(times, 0.1)),
-            "p90_seconds": float(np.quantile(times, 0.9)), "runs": len(times),
-            "ratio": seconds / row["predicted_seconds"],
+def measured_row(row, times, ceilings):
+    """dict, list of seconds, dict -> dict: the whole row."""
+    seconds, row = statistics.median(times), dict(row, errors=[], notes=[])
+    low, high = np.quantile(times, (0.1, 0.9)).tolist()
+    row |= {"measured_seconds": seconds, "p10_seconds": low, "p90_seconds": high,
+            "runs": len(times), "ratio": seconds / row["predicted_seconds"],
             "tokens_per_second": row["tokens"] / seconds,
             "tokens_per_second_per_sequence": row["tokens"] / seconds / row["B"]}
     peak, read = ceilings["flops_per_second"][row["dtype"]], ceilings["read_bytes_per_second"]
     row["mfu"] = utilisation(row["flops"], seconds, peak, "MFU", row)
     moved = row["weight_bytes"] + row["cache_bytes"]
     row["mbu"] = utilisation(moved, seconds, read, "MBU", row)
+    if high - low > 0.25 * seconds:
+        row["notes"].append(f"runs spread by {(high - low) / seconds:.0%} of their median "
+                            f"({len(times)} runs, p10 to p90): measure again on a calm machine")
     return row
 
 
-def measure(job, params, ceilings, seed):
+def measure(job, params, ceilings, seed, folder=None):
     """Job, Params, dict, int -> dict: one row, predicted first, then compiled, then measured."""
     row = predicted_row(job, ceilings)
     say(f"{job.phase} {job.dtype} B={job.B}: predicted {row['predicted_seconds'] * 1e3:.1f} ms",
         end="")
-    step, args, feed = PHASES[job.phase].build(job, params, jax.random.key(seed))
-    start = time.perf_counter()
-    if hasattr(step, "lower"):
-        step = step.lower(*args).compile()
-    compile_seconds = time.perf_counter() - start
-
-    def call():
-        nonlocal args
-        out = jax.block_until_ready(step(*args))
-        args = feed(out, args)
-
-    times = [seconds / PHASES[job.phase].steps(job.new) for seconds in seconds_of(call)]
-    row = measured_row(row, times, compile_seconds, ceilings)
+    prepared = prepare(job, params, seed)
+    told = PHASES[job.phase].tell(job, prepared.call())
+    times = [seconds / told["steps"] for seconds in seconds_of(prepared.call)]
+    row = measured_row(row | prepared.row | told, times, ceilings)
     say(f", measured {row['measured_seconds'] * 1e3:.1f} ms")
+    if folder:
+        folder = pathlib.Path(folder) / f"{job.phase}-{job.dtype}-{job.cache_dtype}-{job.B}"
+        if prepared.text:
+            row["profile"] = profile(prepared, folder)
+        else:
+            trace(prepared.call, folder)
     return row
 
 
+def megabytes(key):
+    """str -> what shows that figure of a row, in MB."""
+    return lambda row: f"{row[key] / MB:.1f}" if key in row else "-"
+
+
+def milliseconds(key):
+    """str -> what shows that figure of a row, in ms."""
+    return lambda row: f"{row[key] * 1e3:.1f}"
+
+
 COLUMNS = (  # heading, width, text of a row
-    ("phase", -9, lambda r: r["phase"]), ("dtype", -9, lambda r: r["dtype"]),
-    ("cache", -9, lambda r: r["cache_dtype"] if r["phase"] != "train" else "-"),
+    ("phase", -9, lambda r: r["phase"]), ("dtype", -8, lambda r: r["dtype"]),
+    ("cache", -8, lambda r: r["cache_dtype"] if r["phase"] != "train" else "-"),
     ("B", 3, lambda r: r["B"]), ("T", 4, lambda r: r["T"]), ("S", 5, lambda r: r["S"]),
-    ("weights MB", 10, lambda r: f"{r['weight_bytes'] / MB:.1f}"),
-    ("cache MB", 8, lambda r: f"{r['cache_bytes'] / MB:.1f}"),
-    ("predict ms", 10, lambda r: f"{r['predicted_seconds'] * 1e3:.1f}"),
-    ("measured ms", 11, lambda r: f"{r['measured_seconds'] * 1e3:.1f}"),
+    ("|", 1, lambda r: "|"),
+    ("GFLOP", 7, lambda r: f"{(r['flops'] + r['padding_flops']) / GB:.2f}"),
+    ("weights MB", 10, megabytes("weight_bytes")), ("cache MB", 8, megabytes("cache_bytes")),
+    ("predict ms", 10, milliseconds("predicted_seconds")), ("bound", 5, lambda r: r["bound"]),
+    ("|", 1, lambda r: "|"),
+    ("GFLOP", 7, lambda r: f"{r['program_flops'] / r['steps'] / GB:.2f}" if r.get("program_flops") else "-"),
+    ("args MB", 7, megabytes("argument_bytes")), ("alias MB", 8, megabytes("alias_bytes")),
+    ("temp MB", 7, megabytes("temp_bytes")), ("peak MB", 7, megabytes("peak_bytes")),
+    ("coll.", 5, lambda r: sum(r["collectives"].values()) if "collectives" in r else "-"),
+    ("compile s", 9, lambda r: f"{r['compile_seconds']:.1f}" if "compile_seconds" in r else "-"),
+    ("|", 1, lambda r: "|"),
+    ("measured ms", 11, milliseconds("measured_seconds")),
     ("p10 to p90", 15, lambda r: f"{r['p10_seconds'] * 1e3:.1f}-{r['p90_seconds'] * 1e3:.1f}"),
-    ("ratio", 5, lambda r: f"{r['ratio']:.2f}"), ("bound", 5, lambda r: r["bound"]),
     ("MFU", 5, lambda r: "error" if r["mfu"] is None else f"{r['mfu']:.0%}"),
     ("MBU", 5, lambda r: "error" if r["mbu"] is None else f"{r['mbu']:.0%}"),
     ("tok/s/seq", 9, lambda r: f"{r['tokens_per_second_per_sequence']:.1f}"),
     ("tok/s", 8, lambda r: f"{r['tokens_per_second']:.1f}"),
-    ("compile s", 9, lambda r: f"{r['compile_seconds']:.1f}"))
+    ("ratio", 5, lambda r: f"{r['ratio']:.2f}"))
 
 
 def line(texts):
@@ -406,29 +1076,69 @@ def line(texts):
                      for text, (_, width, _) in zip(texts, COLUMNS)).rstrip()
 
 
-def report(rows, ceilings, **more):
-    """Prints the table, its errors, and the JSON object: the last line of stdout."""
-    print("ceilings: " + ", ".join(f"{dtype} {peak / GB:.0f} GFLOP/s" for dtype, peak in
-                                   ceilings["flops_per_second"].items())
-          + f", reading {ceilings['read_bytes_per_second'] / GB:.1f} GB/s")
-    if rows:
-        print("predict: sum over parts of max(flops / peak, bytes / bandwidth); ratio: measured "
-              "over predicted; a step of generate makes one token a row")
-        print(line([heading for heading, _, _ in COLUMNS]))
+def print_limits(limits):
+    """What the machine can do, and what its sheet says where it is a chip that we know."""
+    for word, found in (("ceilings", limits), ("its sheet", limits.get("sheet"))):
+        if found:
+            print(f"{word}: " + ", ".join(f"{dtype} {peak / GB:.0f} GFLOP/s" for dtype, peak in
+                                          found["flops_per_second"].items())
+                  + f", reading {found['read_bytes_per_second'] / GB:.1f} GB/s")
+
+
+def print_rows(rows, limits):
+    """The table, its notes and errors, and the roofline."""
+    print_limits(limits)
+    if not rows:
+        return
+    print("predict: from the shapes; program: what the jaxpr multiplies and the compiled program "
+          "holds; profile: measured\na step of generate makes one token a row, one of speculate is "
+          "a round; ratio: measured over predicted")
+    heads = [heading for heading, _, _ in COLUMNS]
+    groups = {7: "predict", 13: "program", 21: "profile"}
+    print(line([groups.get(i, heads[i] if heads[i] == "|" else "") for i in range(len(heads))]))
+    print(line(heads))
     for row in rows:
         print(line([text(row) for _, _, text in COLUMNS]))
     for row in rows:
-        for error in row["errors"]:
-            print(f"error: {row['phase']} {row['dtype']} B={row['B']}: {error}")
-    result = {"machine": machine(), "ceilings": ceilings, "rows": rows, **more}
-    print(json.dumps(result), flush=True)
+        for word, texts in (("error", row["errors"]), ("noise", row["notes"])):
+            for text in texts:
+                print(f"{word}: {row['phase']} {row['dtype']} B={row['B']}: {text}")
+    print()
+    print(picture(rows, limits))
 
 
-def crossover(cfg):
-    """cfg -> int, int: T of a causal pass, and S of a generate step, at which attention's flops
-    equal the weights'. Per token: 2 a weight; 4 * L*H*D a slot, of which a query sees T/2."""
-    multiplied = param_count(cfg) - (2 * cfg.L + 1) * cfg.E - (not cfg.tied) * cfg.V * cfg.E
-    return multiplied // (cfg.L * cfg.H * cfg.D), multiplied // (2 * cfg.L * cfg.H * cfg.D)
+def speedups(rows):
+    """list of rows -> list of dict: each speculation beside the generating that it replaces."""
+    found = []
+    for row in rows:
+        plain = [r for r in rows if r["phase"] == "generate" and all(
+            r[key] == row[key] for key in ("model", "dtype", "cache_dtype", "B"))]
+        if row["phase"] == "speculate" and plain:
+            a_round, step = row["tokens_per_round"], plain[0]
+            found.append({
+                "dtype": row["dtype"], "B": row["B"], "n_draft": row["T"] - 1,
+                "acceptance": row["acceptance"], "tokens_per_round": a_round,
+                "predicted_speedup": a_round * step["predicted_seconds"] / row["predicted_seconds"],
+                "measured_speedup": row["tokens_per_second"] / step["tokens_per_second"]})
+    return found
+
+
+def report(args, rows, limits, **more):
+    """Prints the table, the roofline, what speculation gave, and the JSON object."""
+    print_rows(rows, limits)
+    gained = speedups(rows)
+    for s in gained:
+        print(f"speculation {s['dtype']} B={s['B']}: of {s['n_draft']} proposals "
+              f"{s['acceptance']:.0%} accepted, {s['tokens_per_round']:.2f} tokens a round; "
+              f"speed-up {s['predicted_speedup']:.2f} predicted, {s['measured_speedup']:.2f} "
+              "measured")
+    for row in rows:
+        if "profile" in row:
+            print_profile(row, row["profile"])
+    if args.plot and rows:
+        plot(rows, limits, args.plot)
+        print(f"roofline: {args.plot}")
+    finish(args, machine=machine(), ceilings=limits, rows=rows, speculation=gained, **more)
 
 
 def print_attention(job):
@@ -442,6 +1152,191 @@ def print_attention(job):
         share = (flops["scores"] + flops["values"]) / useful
         print(f"attention is {share:.1%} of the flops of {name} at {size}, "
               f"and as much as the weights' at {size[0]} = {equal}")
+
+
+def split_counts(job, ways):
+    """Job, int -> list of dict: what tensor parallelism over so many devices would send, by formula
+    and counted in the jaxpr, which needs no device."""
+    cfg, B, T = job.cfg, job.B, job.prompt
+    mesh = jax.sharding.AbstractMesh((ways,), ("tensor",))
+    params = jax.eval_shape(lambda: init(jax.random.key(0), cfg, cfg.dtype))
+    cache = jax.eval_shape(lambda: init_cache(cfg, B, T + 1, job.cache_dtype))
+    tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    logits = jax.ShapeDtypeStruct((B, cfg.V), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    programs = {
+        "prefill": (lambda p, c, t: shard.tp_prefill(p, c, t, jnp.full((B,), T), cfg, mesh),
+                    params, cache, tokens),
+        "generate": (lambda p, c, lg, k: shard.tp_generate(p, c, lg, k, 1, cfg, mesh),
+                     params, cache, logits, key)}
+    found = []
+    for form, (fn, *given) in programs.items():
+        formula = shard.comm_bytes(cfg, form, B, T if form == "prefill" else 1, tensor=ways)
+        counted = shard.traced_comm(fn, *given)
+        found.append({"form": form, "devices": ways, "B": B, "T": T if form == "prefill" else 1,
+                      **{f"{name}_{what}": sum(pair[i] for pair in sent.values())
+                         for name, sent in (("predicted", formula), ("counted", counted))
+                         for i, what in enumerate(("collectives", "bytes"))}})
+    return found
+
+
+def print_split(job, ways=4):
+    """Prints `split_counts` -> them; nothing where the model cannot be split so."""
+    try:
+        found = split_counts(job, ways)
+    except ValueError as error:
+        print(f"tensor parallel over {ways}: {error}")
+        return []
+    for f in found:
+        print(f"tensor parallel over {ways} devices, {f['form']} of B={f['B']} T={f['T']}: each "
+              f"sends {f['predicted_bytes']:,} bytes in {f['predicted_collectives']} collectives "
+              f"by formula, {f['counted_bytes']:,} in {f['counted_collectives']} in the program")
+    return found
+
+
+# ------------------------------------------------------------------------------------ the picture
+
+
+def points(rows):
+    """list of rows -> list of (mark, dtype, flops a byte, flops a second)."""
+    return [(PHASES[row["phase"]].mark, row["dtype"],
+             row["flops"] / (row["weight_bytes"] + row["cache_bytes"]),
+             row["flops"] / row["measured_seconds"]) for row in rows]
+
+
+def frame(rows, limits):
+    """list of rows, dict -> (x from, x to), (y from, y to): whole decades around points and
+    corners."""
+    peaks, read = limits["flops_per_second"].values(), limits["read_bytes_per_second"]
+    xs = [x for _, _, x, _ in points(rows)] + [peak / read for peak in peaks]
+    ys = [y for _, _, _, y in points(rows)] + list(peaks)
+    return tuple((math.floor(math.log10(min(v))), math.ceil(math.log10(max(v)))) for v in (xs, ys))
+
+
+def picture(rows, limits, width=72, height=18):
+    """list of rows, dict -> str: the roofline in plain characters, both axes logarithmic."""
+    (x0, x1), (y0, y1) = frame(rows, limits)
+    grid = [[" "] * width for _ in range(height)]
+
+    def put(x, y, mark):
+        column = round((math.log10(x) - x0) / (x1 - x0) * (width - 1))
+        line = round((math.log10(y) - y0) / (y1 - y0) * (height - 1))
+        if 0 <= line < height:
+            grid[height - 1 - line][column] = mark
+
+    for mark, (dtype, peak) in zip("-=~", limits["flops_per_second"].items()):
+        for column in range(width):
+            x = 10 ** (x0 + column / (width - 1) * (x1 - x0))
+            slope = limits["read_bytes_per_second"] * x
+            put(x, min(peak, slope), "/" if slope < peak else mark)
+    for mark, _, x, y in points(rows):
+        put(x, y, mark)
+    labels = {0: f"1e{y1}", height - 1: f"1e{y0}"}
+    lines = [f"{labels.get(i, ''):>5} |" + "".join(row).rstrip() for i, row in enumerate(grid)]
+    marks = dict.fromkeys((PHASES[row["phase"]].mark, row["phase"]) for row in rows)
+    return "\n".join([
+        "flops/s over flops/byte; " + ", ".join(f"{mark} {name}" for mark, name in marks)
+        + "; / memory, " + ", ".join(f"{mark} {dtype}" for mark, dtype in
+                                     zip("-=~", limits["flops_per_second"])),
+        *lines, "      +" + "-" * width,
+        f"       1e{x0}" + f"1e{x1}".rjust(width - len(f"1e{x0}"))])
+
+
+def plot(rows, limits, path):
+    """list of rows, dict, path -> None: the roofline as a PNG or SVG. Needs the extra `plot`."""
+    figure, axes = pyplot().subplots(figsize=(9, 5.5), layout="constrained")
+    read, (xs, _) = limits["read_bytes_per_second"], frame(rows, limits)
+    for color, (dtype, peak) in zip(("C0", "C1", "C2"), limits["flops_per_second"].items()):
+        x = np.logspace(*xs, 200)
+        axes.loglog(x, np.minimum(peak, read * x), color=color, label=f"{dtype} limit")
+        for name, phase in PHASES.items():
+            own = [row for row in rows if (row["phase"], row["dtype"]) == (name, dtype)]
+            if own:
+                _, _, x, y = zip(*points(own))
+                axes.scatter(x, y, marker=f"${phase.mark}$", s=70, color=color)
+                axes.scatter([], [], marker=f"${phase.mark}$", color="black",
+                             label=name if dtype == rows[0]["dtype"] else None)
+    axes.set(xlabel="flops per byte of weights and cache", ylabel="flops per second",
+             title=f"{rows[0]['model']} on {machine()['device']}, {os.cpu_count()} cores, "
+             f"jax {jax.__version__}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def pyplot():
+    """-> matplotlib.pyplot, drawing into files."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError('--plot needs the extra plot: pip install ".[plot]"') from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+# ------------------------------------------------------------------------------------------ growth
+
+
+GROWTH = "L2,E512,H8,K8,D64,F1408,V256"
+
+
+def wider(cfg, E):
+    """Config, int -> Config: the same proportions at another width."""
+    return replace(cfg, E=E, H=max(1, cfg.H * E // cfg.E), K=max(1, cfg.K * E // cfg.E),
+                   F=cfg.F * E // cfg.E)
+
+
+def sweeps(job):
+    """Job -> dict: what grows -> list of (size, Job), all else as in the job."""
+    cfg, S = job.cfg, job.prompt + job.new
+    read = job._replace(phase="prefill", B=1)
+    return {
+        "batch": [(B, job._replace(B=B)) for B in (1, 4, 16, 64)],
+        "slots": [(S * n, job._replace(B=8, prompt=S * n - job.new)) for n in (1, 4, 16, 32)],
+        "layers": [(L, job._replace(cfg=replace(cfg, L=L))) for L in (1, 2, 4, 8)],
+        "tokens": [(T, read._replace(prompt=T)) for T in (64, 256, 1024, 2048)],
+        "width": [(E, job._replace(cfg=wider(cfg, E))) for E in
+                  (cfg.E // 2, cfg.E, 2 * cfg.E, 4 * cfg.E)]}
+
+
+def exponent(sizes, values):
+    """sizes, values -> k of the best size ** k: the slope of a line through their logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def scale(args):
+    """Prints how time grows with each size, beside how it should."""
+    name, cfg = args.model or (GROWTH, parse_model(GROWTH))
+    dtype, found, rows = args.dtype[0], [], []
+    base = Job("generate", name, computing_in(cfg, dtype), 1, 240, 16, dtype, default_cache(dtype))
+    grown = sweeps(base)
+    for job in (job for jobs in grown.values() for _, job in jobs):
+        check_memory(job)
+    limits = ceilings([base])
+    try:
+        for what, jobs in grown.items():
+            own = []
+            for size, job in jobs:
+                params = in_dtype(init(jax.random.key(args.seed), job.cfg, job.cfg.dtype), job.cfg,
+                                  dtype)
+                own.append(measure(job, params, limits, args.seed) | {"size": size, "grows": what})
+                rows.append(own[-1])
+            sizes = [row["size"] for row in own]
+            found.append({"grows": what, "phase": own[0]["phase"], "sizes": sizes, **{
+                f"{word}_exponent": exponent(sizes, [row[f"{word}_seconds"] for row in own])
+                for word in ("predicted", "measured")}})
+    except KeyboardInterrupt:
+        say("\ninterrupted: what was measured so far")
+    print_limits(limits)
+    print(f"{name} in {dtype}: milliseconds of a step at each size, and k where time grows as "
+          "size ** k")
+    for f in found:
+        own = [row for row in rows if row["grows"] == f["grows"]]
+        print(f"{f['phase']:8} {f['grows']:6} " + "  ".join(
+            f"{row['size']}: {row['measured_seconds'] * 1e3:.2f}" for row in own)
+            + f"   k {f['measured_exponent']:.2f}, predicted {f['predicted_exponent']:.2f}")
+    finish(args, machine=machine(), ceilings=limits, rows=rows, growth=found)
 
 
 # --------------------------------------------------------------------------------------- real input
@@ -465,22 +1360,26 @@ def recite(params, cfg, prompt, new, key, temperature=0.0):
     return decode(generate_jit(params, cache, logits, key, new, cfg, temperature)[0][0])
 
 
-def check_values(seed, steps=400):
-    """Trains on one sentence until the model recites it; SystemExit where it does not."""
-    cfg = parse_model("L2,E64,H4,K2,D16,F192,V256")
-    say(f"checking values: {PROMPT!r} ...", end=" ")
-    params = init(jax.random.key(seed), cfg)
-    adam, tokens = adam_init(params), encode(SENTENCE)
-    for trained in range(steps):
-        params, adam, value = train_jit(params, adam, tokens, cfg, 3e-3)
-        if value < 0.02:
+def learn(cfg, seed, steps=300):
+    """cfg, int -> Params: f32, trained until the model knows SENTENCE, again and again; SystemExit
+    where it does not recite it. A wrong program's figures are void."""
+    if cfg.V < 256:
+        raise ValueError(f"V={cfg.V}: a model that learns a sentence in bytes has V=256 or more")
+    cfg, key = replace(cfg, dtype="float32"), jax.random.key(seed)
+    say(f"learning {SENTENCE!r} ...", end=" ")
+    params, tokens = init(key, cfg), encode(4 * SENTENCE)
+    adam = adam_init(params)
+    for trained in range(1, steps + 1):
+        params, adam, value = train_jit(params, adam, tokens, cfg, 0.3 / cfg.E)
+        if value < 0.01:
             break
     rest = SENTENCE[len(PROMPT):]
-    said = recite(params, cfg, encode(PROMPT), len(rest), jax.random.key(seed))
-    say(f"{said!r} after {trained + 1} steps")
+    said = recite(params, cfg, encode(PROMPT), len(rest), key)
+    say(f"{PROMPT!r} goes on {said!r} after {trained} steps")
     if said != rest:
-        sys.exit(f"bench.py: error: trained {trained + 1} steps on {SENTENCE!r} to a loss of "
+        sys.exit(f"bench.py: error: trained {trained} steps on {SENTENCE!r} to a loss of "
                  f"{value:.3f}, the model goes on {said!r}: a wrong program's figures are void")
+    return params
 
 
 def read_text(path, T):
@@ -506,50 +1405,78 @@ def held_out_loss(params, held, T, nats):
     return total / count
 
 
-def train_on_text(args, job):
-    """Trains on args.text and prints held-out loss before and after, and a continuation."""
+def train_text(args, job, limits, text, held):
+    """args, Job, dict, bytes, bytes -> row, Params: trains, and measures each step as it goes."""
     cfg, B, T, key = job.cfg, job.B, job.prompt, jax.random.key(args.seed)
-    if cfg.V != 256:
-        raise ValueError(f"V={cfg.V}: a model of bytes has V=256")
+    row, params, draw = predicted_row(job, limits), init(key, cfg), np.random.default_rng(args.seed)
+    adam = adam_init(params)
+    nats = jax.jit(lambda params, tokens: loss(cast(params, cfg.dtype), tokens, cfg))
+    row |= {"K": cfg.K, "parameters": param_count(cfg),
+            "cache_bytes_per_token": kv_bytes(cfg, 1, 1, job.cache_dtype),
+            "loss_before": held_out_loss(params, held, T, nats)}
+    say(f"{args.text}: {len(text)} bytes to train on, {len(held)} held out, K={cfg.K}, "
+        f"{param_count(cfg)} parameters; held-out loss {row['loss_before']:.3f} nats/byte")
+    start = time.perf_counter()
+    step = train_jit.lower(params, adam, jnp.zeros((B, T + 1), jnp.int32), cfg, args.lr).compile()
+    row["compile_seconds"], times = time.perf_counter() - start, []
+    live = sys.stderr.isatty()
+    try:
+        for i in range(args.steps):
+            starts = draw.integers(0, len(text) - T, B)
+            tokens = np.stack([text[start:start + T + 1] for start in starts])
+            start = time.perf_counter()
+            params, adam, value = step(params, adam, tokens, args.lr * min(1, (i + 1) / 20))
+            value = float(value)
+            times.append(time.perf_counter() - start)
+            if live or i % 10 == 0 or i == args.steps - 1:
+                now = measured_row(row, times[-9:], limits)
+                mfu = "error, above 100%" if now["mfu"] is None else f"{now['mfu']:.0%}"
+                say(f"\rstep {i + 1}/{args.steps}  loss {value:.3f} nats/byte  "
+                    f"{now['tokens_per_second']:.0f} tokens/s  MFU {mfu} ",
+                    end="" if live else "\n")
+    except KeyboardInterrupt:
+        if not times:
+            raise
+        say(f"\ninterrupted after {len(times)} steps")
+    say()
+    row |= {"loss_after": held_out_loss(params, held, T, nats), "steps": len(times)}
+    return measured_row(row, times, limits), params
+
+
+def train_on_text(args, jobs):
+    """Trains on args.text, once for each job, and prints held-out loss before and after."""
+    T, V = jobs[0].prompt, jobs[0].cfg.V
+    if V != 256:
+        raise ValueError(f"V={V}: a model of bytes has V=256")
     if args.save:
         try:
             pathlib.Path(args.save).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--save {args.save}: {error.strerror}") from None
     text, held = read_text(args.text, T)
-    limits = ceilings([cfg.dtype])
-    row, params, draw = predicted_row(job, limits), init(key, cfg), np.random.default_rng(args.seed)
-    adam = adam_init(params)
-    nats = jax.jit(lambda params, tokens: loss(cast(params, cfg.dtype), tokens, cfg))
-    before = held_out_loss(params, held, T, nats)
-    say(f"{args.text}: {len(text)} bytes to train on, {len(held)} held out, "
-        f"{param_count(cfg)} parameters; held-out loss {before:.3f} nats/byte")
-    start = time.perf_counter()
-    step = train_jit.lower(params, adam, jnp.zeros((B, T + 1), jnp.int32), cfg, args.lr).compile()
-    compile_seconds, times, live = time.perf_counter() - start, [], sys.stderr.isatty()
-    for i in range(args.steps):
-        starts = draw.integers(0, len(text) - T, B)
-        tokens = np.stack([text[start:start + T + 1] for start in starts])
-        start = time.perf_counter()
-        params, adam, value = step(params, adam, tokens, args.lr * min(1, (i + 1) / 20))
-        value = float(value)
-        times.append(time.perf_counter() - start)
-        if live or i % 10 == 0 or i == args.steps - 1:
-            now = measured_row(row, times[-9:], compile_seconds, limits)
-            mfu = "error, above 100%" if now["mfu"] is None else f"{now['mfu']:.0%}"
-            say(f"\rstep {i + 1}/{args.steps}  loss {value:.3f} nats/byte  "
-                f"{now['tokens_per_second']:.0f} tokens/s  MFU {mfu} ", end="" if live else "\n")
-    say()
-    after = held_out_loss(params, held, T, nats)
-    prompt = held[None, :min(T, len(held), 64)]
-    if args.save:
-        save(args.save, cfg, params)
-        say(f"saved to {args.save}")
-    said = recite(cast(params, cfg.dtype), cfg, prompt, args.new, key, 0.5)
-    print(f"held-out loss: {before:.3f} nats a byte before, {after:.3f} after {args.steps} steps")
-    print(f"{decode(prompt[0])!r} goes on {said!r}")
-    report([measured_row(row, times, compile_seconds, limits)], limits, text=str(args.text),
-           steps=args.steps, loss_before=before, loss_after=after, continuation=said)
+    limits, rows = ceilings(jobs), []
+    try:
+        for job in jobs:
+            row, params = train_text(args, job, limits, text, held)
+            rows.append(row)
+    except KeyboardInterrupt:
+        say("\ninterrupted: what was trained so far")
+    for row in rows:
+        print(f"K={row['K']}: held-out loss: {row['loss_before']:.3f} nats a byte before, "
+              f"{row['loss_after']:.3f} after {row['steps']} steps of "
+              f"{row['measured_seconds'] * 1e3:.1f} ms; {row['parameters']} parameters, cache "
+              f"{row['cache_bytes_per_token']} bytes a token")
+    more = {}
+    if rows:
+        cfg, prompt = job.cfg, held[None, :min(T, len(held), 64)]
+        if args.save:
+            save(args.save, cfg, params)
+            say(f"saved to {args.save}")
+        said = recite(cast(params, cfg.dtype), cfg, prompt, args.new, jax.random.key(args.seed), .5)
+        print(f"{decode(prompt[0])!r} goes on {said!r}")
+        more = {"continuation": said, "loss_before": rows[-1]["loss_before"],
+                "loss_after": rows[-1]["loss_after"], "steps": rows[-1]["steps"]}
+    report(args, rows, limits, text=str(args.text), **more)
 
 
 def tokenizer(path, cfg):
@@ -773,13 +1700,6 @@ def all_forms(cfg, args, n):
         yield partial(generate_form, name, cfg, args, n, layout, ring)
 
 
-def compiled_collectives(text):
-    """str -> dict: how many of each the compiled program holds."""
-    found = re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
-                       r"(?:-start)?\(", text)
-    return {kind: (found.count(kind), 0) for kind in dict.fromkeys(found)}
-
-
 def measure_form(form, link):
     """Form, bytes/s -> dict: predicted, counted in the jaxpr, measured, and what it gave."""
     counted = shard.traced_comm(form.run, *form.args)
@@ -824,6 +1744,9 @@ def run_shard(args):
     for form in forms:
         try:
             row = measure_form(form(), args.link)
+        except KeyboardInterrupt:
+            say("\ninterrupted: what was measured so far")
+            break
         except ValueError as error:  # the same in every process
             if first:
                 print(f"{form.args[0]:36} cannot: {error}")
@@ -840,7 +1763,7 @@ def run_shard(args):
     if not rows:
         raise ValueError(f"nothing to measure: --form {' --form '.join(args.form or ['any'])}")
     if first:
-        print(json.dumps({"machine": machine(), "ceilings": {}, "rows": rows}), flush=True)
+        finish(args, machine=machine(), ceilings={}, rows=rows)
 
 
 def start_processes(args):
@@ -874,43 +1797,84 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def numbers(text):
-    """str -> list of int, each at least 1."""
-    if not all(part.isascii() and part.isdigit() and int(part) for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers from 1, as 1,8,32")
-    return [int(part) for part in text.split(",")]
+def checked(parse, known):
+    """fn, str -> an argument's type: where `parse` refuses a text, one line says what is known."""
+    def read(text):
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(
+                str(error) if known is None else f"{text!r}: expected {known}") from None
+    return read
 
 
-def number(text):
-    """str -> int, at least 1."""
+def whole(text):
+    """str -> int, at least 1; ValueError otherwise."""
     if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one whole number from 1")
+        raise ValueError
     return int(text)
 
 
-def positive(text):
-    """str -> float, above 0 and finite."""
-    try:
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
+def above_zero(text):
+    """str -> float, above 0 and finite; ValueError otherwise."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 
-def dtypes(text):
-    """str -> list of str."""
+def some_dtypes(text):
+    """str -> list of str; ValueError otherwise."""
     if not set(text.split(",")) <= set(DTYPES):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {', '.join(DTYPES)}")
+        raise ValueError
     return text.split(",")
 
 
-def model(text):
-    """str -> the text itself, and its Config."""
+number = checked(whole, "one whole number from 1")
+numbers = checked(lambda text: [whole(part) for part in text.split(",")],
+                  "whole numbers from 1, as 1,8,32")
+positive = checked(above_zero, "a number above 0")
+dtypes = checked(some_dtypes, f"some of {', '.join(DTYPES)}")
+model = checked(lambda text: (text, parse_model(text)), None)
+chip_name = checked(lambda text: (text, parse_chip(text)), None)
+
+
+def writable(text):
+    """str -> the path; refused before any work where nothing can be written there."""
     try:
-        return text, parse_model(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        with open(text, "a"):
+            return text
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error.strerror}") from None
+
+
+def picture_path(text):
+    """str -> the path of a picture, for which there is what draws it."""
+    if not text.endswith((".png", ".svg")):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a name that ends in .png or .svg")
+    checked(lambda _: pyplot(), None)(text)
+    return writable(text)
+
+
+def add_plan(command):
+    """Parser -> None: what `plan` takes."""
+    command.add_argument("--model", type=model, metavar="NAME|SHAPE", default="gemma-7b",
+                         help="letters, or one of " + ", ".join(MODELS) + " (gemma-7b)")
+    command.add_argument("--chip", type=chip_name, default="tpu-v4", metavar="NAME|NUMBERS",
+                         help="one of " + ", ".join(CHIPS) + ", or flops/s,bytes/s,bytes,link "
+                         "bytes/s (tpu-v4)")
+    command.add_argument("--chips", type=number, default=1, help="tensor parallel over them (1)")
+    command.add_argument("--context", type=number, default=2048, help="tokens a sequence (2048)")
+    command.add_argument("--batch", type=number, help="sequences (as many as fit with "
+                         f"{HELD_BACK:.0%} of memory held back; --train: 4 a chip)")
+    command.add_argument("--weights", choices=DTYPES, default="bfloat16", help="(bfloat16)")
+    command.add_argument("--cache", choices=DTYPES, default="bfloat16", help="(bfloat16)")
+    command.add_argument("--kv-heads", type=number, metavar="K", help="in place of the model's")
+    command.add_argument("--parameters", type=positive, metavar="N", help="a rounded count, as "
+                         "7e9; the exact one stands beside it")
+    command.add_argument("--train", action="store_true", help="training, too")
+    command.add_argument("--tokens", type=positive, default=1e12, help="to train on (1e12)")
+    command.add_argument("--mfu", type=positive, default=0.5, help="model flops utilisation of "
+                         "training (0.5)")
 
 
 def add_complete(command):
@@ -948,6 +1912,13 @@ def add_shard(command):
     command.add_argument("--process", type=int, help=argparse.SUPPRESS)
 
 
+def add_scale(command):
+    """Parser -> None: what `scale` takes."""
+    command.add_argument("--model", type=model, metavar="NAME|SHAPE", help=f"({GROWTH})")
+    command.add_argument("--dtype", type=dtypes, default=["float32"], help="of the weights "
+                         "(float32)")
+
+
 def add_phase(command, name):
     """Parser, str -> None: what the phases take."""
     command.add_argument("--model", type=model, metavar="NAME|SHAPE",
@@ -957,6 +1928,8 @@ def add_phase(command, name):
                          "float32 (default), bfloat16, int8 (not for train), or several")
     command.add_argument("--prompt", type=number, help="tokens a sequence (256)", default=256)
     command.add_argument("--new", type=number, default=32, help="tokens to generate (32)")
+    command.add_argument("--kv-heads", type=numbers, metavar="K", help="in place of the model's, "
+                         "as 8,2,1" + ": trains each on a text" * (name == "train"))
     if name == "train":
         command.add_argument("--text", help="a file to train on (README.md)")
         command.add_argument("--steps", type=number, help="train on --text so often (100)")
@@ -965,6 +1938,20 @@ def add_phase(command, name):
     else:
         command.add_argument("--cache", choices=DTYPES, help="dtype of the cache (the fastest here:"
                              " float32 on a CPU, elsewhere bfloat16 for narrow weights)")
+    if name in ("verify", "speculate"):
+        command.add_argument("--n-draft", type=number, default=4, help="tokens proposed (4)")
+
+
+def add_everywhere(parser, **how):
+    """Parser -> None: what every command takes, before its name or after it."""
+    def add(*names, default, **more):
+        parser.add_argument(*names, **more, **({"default": default} | how))
+
+    add("--seed", type=int, default=0, help="of weights, tokens and draws (0)")
+    add("--json", type=writable, metavar="FILE", default=None, help="write the result there too")
+    add("--profile", metavar="DIR", default=None, help="write traces for Perfetto or XProf there, "
+        "and print where each row's time goes")
+    add("--plot", type=picture_path, metavar="FILE.png|svg", default=None, help="draw the roofline")
 
 
 def parse(argv):
@@ -972,44 +1959,82 @@ def parse(argv):
     parser = Parser(prog="bench.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model, under a minute")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and draws (0)")
-    commands = parser.add_subparsers(dest="phase", metavar="|".join([*PHASES, "complete", "shard"]))
-    others = {"complete": ("write on from a prompt", add_complete),
+    add_everywhere(parser)
+    others = {"plan": ("predict, without running", add_plan),
+              "scale": ("how time grows with each size", add_scale),
+              "complete": ("write on from a prompt", add_complete),
               "shard": ("what several devices send each other", add_shard)}
+    commands = parser.add_subparsers(dest="phase", metavar="|".join([*PHASES, *others]))
     for name in [*PHASES, *others]:
         text, add = others.get(name, (f"measure {name} alone", partial(add_phase, name=name)))
         command = commands.add_parser(name, help=text)
-        command.add_argument("--seed", type=int, default=argparse.SUPPRESS)
+        add_everywhere(command, default=argparse.SUPPRESS)
         add(command)
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     if args.quick and args.phase:
         parser.error(f"--quick is for all phases: leave out --quick or {args.phase}")
+    if args.phase == "plan" and args.mfu > 1:
+        parser.error(f"--mfu {args.mfu:g}: a share of 1 at most, as 0.5")
     if args.phase == "train":
         if "int8" in args.dtype:
             parser.error("train takes --dtype float32 or bfloat16: int8 has no gradient")
-        if args.text or args.steps or args.save:
+        if args.text or args.steps or args.save or args.kv_heads:
             args.text = args.text or pathlib.Path(__file__).with_name("README.md")
             args.steps = args.steps or 100
             if len(args.dtype) > 1 or len(args.batch or [8]) > 1:
                 parser.error("training on a text takes one --batch and one --dtype")
+            if args.save and len(args.kv_heads or [1]) > 1:
+                parser.error("--save keeps one model: give one of --kv-heads")
     return args
 
 
-def check_memory(job):
-    """ValueError where weights and cache alone are more than this machine has free."""
+def memory():
+    """-> bytes that are free here: of the device where it tells, else of this machine; None where
+    neither does."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if on_cpu() else None
     except (AttributeError, ValueError, OSError):
-        return
+        return None
+
+
+def needed_bytes(job):
+    """Job -> int: weights and cache, and in training f32 masters, two means and a gradient."""
     cfg, train = job.cfg, job.phase == "train"
     wide = jnp.dtype(cfg.dtype).itemsize  # int8 weights are made from wide ones
     needed = param_count(cfg) * (wide + (job.dtype == "int8") + 16 * train)
-    needed += 0 if train else kv_bytes(cfg, job.B, job.prompt + job.new, job.cache_dtype)
-    if on_cpu() and needed > free:
+    return needed + (0 if train else kv_bytes(cfg, job.B, job.prompt + job.new, job.cache_dtype))
+
+
+def check_memory(job):
+    """ValueError where weights and cache alone are more than there is."""
+    free, needed = memory(), needed_bytes(job)
+    if free is not None and needed > free:
         raise ValueError(f"{job.phase} of {job.model} in {job.dtype} at B={job.B} holds "
                          f"{needed / GB:.1f} GB and {free / GB:.1f} GB are free: "
                          "a smaller --model, --batch or --dtype")
+
+
+def grown_batches(job, free, critical):
+    """Job, bytes, float -> list of int: 1, 8, 64 and so on until four fifths of the memory are full
+    or the critical batch is passed."""
+    batches = [1]
+    while batches[-1] < critical and needed_bytes(job._replace(B=8 * batches[-1])) <= 0.8 * free:
+        batches.append(8 * batches[-1])
+    return batches
+
+
+def default_batches(job):
+    """Job -> list of int: of the default run's generating. On a CPU they are fixed, so that its
+    time is; elsewhere as many as its memory and its sheet suggest."""
+    free, known = memory(), recognised(jax.devices()[0].device_kind)
+    if on_cpu() or free is None:
+        return [1, 8, 32]
+    limits = sheet(CHIPS[known]) if known else None
+    return grown_batches(job, free, critical_batch(job.cfg, job.dtype, limits) if limits else 256)
 
 
 def jobs_of(args):
@@ -1017,44 +2042,69 @@ def jobs_of(args):
     if args.phase:
         size = SMALL if args.phase == "train" and args.text else DEFAULT
         name, cfg = args.model or (size, parse_model(size))
-        batches = args.batch or ([8] if args.phase == "train" else [1, 8, 32])
-        shapes, dtypes = {args.phase: (batches, args.prompt, args.new)}, args.dtype
-    elif args.quick:
-        name, cfg, dtypes = QUICK, parse_model(QUICK), ["float32"]
-        shapes = {"train": ([2], 128, 0), "prefill": ([1], 128, 0),
-                  "generate": ([1, 8, 32], 240, 16)}
+        usual = {"train": [8], "verify": [1], "speculate": [1]}
+        batches = args.batch or usual.get(args.phase, [1, 8, 32])
+        shapes = {args.phase: (batches, args.prompt, args.new)}
+        if args.phase == "speculate":  # and what it replaces
+            shapes = {"generate": shapes["speculate"], **shapes}
+        kinds = [(dtype, args.cache if args.phase != "train" and args.cache
+                  else default_cache(dtype)) for dtype in args.dtype]
     else:
-        name, cfg, dtypes = DEFAULT, parse_model(DEFAULT), DTYPES
-        shapes = {"train": ([4], 128, 0), "prefill": ([1, 8, 32], 64, 0),
-                  "generate": ([1, 8, 32], 240, 16), "serve": ([8], 64, 32)}
-    return [Job(phase, name, computing_in(cfg, dtype), B, prompt, new, dtype,
-                getattr(args, "cache", None) or default_cache(dtype)) for dtype in dtypes
+        name, kinds = DEFAULT if on_cpu() else "smollm2-360m", [
+            (dtype, default_cache(dtype)) for dtype in DTYPES] + [("int8", "int8")]
+        if args.quick:
+            name, kinds = QUICK, [("float32", "float32")]
+        cfg = parse_model(name)
+        many = default_batches(Job("generate", name, computing_in(cfg, "bfloat16"), 1, 240, 16,
+                                   "bfloat16", default_cache("bfloat16")))
+        shapes = {"train": ([2 if args.quick else 4], 128, 0),
+                  "prefill": ([1] if args.quick else [1, 8], 128 if args.quick else 64, 0),
+                  "generate": (many, 240, 16), "verify": ([1], 240, 16),
+                  "speculate": ([1], 96, 32), **({} if args.quick else {"serve": ([8], 64, 32)})}
+    heads = getattr(args, "kv_heads", None) or [cfg.K]
+    extra = {"n_draft": args.n_draft} if hasattr(args, "n_draft") else {}
+    return [Job(phase, name, computing_in(replace(cfg, K=K), dtype), B, prompt, new, dtype, cache,
+                **extra) for dtype, cache in kinds for K in heads
             for phase, (batches, prompt, new) in shapes.items() for B in batches
+            if args.phase or cache != "int8" or phase == "generate"
             if (phase, dtype) != ("train", "int8")]
 
 
 def run(args):
     """Measures what the command line asks for, and prints it."""
-    if args.phase in ("complete", "shard"):
-        return complete(args) if args.phase == "complete" else run_shard(args)
+    others = {"plan": plan, "scale": scale, "complete": complete, "shard": run_shard}
+    if args.phase in others:
+        return others[args.phase](args)
     jobs = jobs_of(args)
     for job in jobs:
         check_memory(job)
     if args.phase == "train" and args.text:
-        return train_on_text(args, *jobs)
-    limits = ceilings(list(dict.fromkeys(job.dtype for job in jobs)))
-    if not args.phase:
-        check_values(args.seed)
-    rows = []
+        return train_on_text(args, jobs)
+    limits, rows, split, learned = ceilings(jobs), [], [], None
+    known = recognised(jax.devices()[0].device_kind)
+    limits |= {"sheet": sheet(CHIPS[known])} if known else {}
     try:
+        if not args.phase or args.phase == "speculate":
+            learned = learn(jobs[0].cfg, args.seed)
         for (dtype, cfg), group in itertools.groupby(jobs, lambda job: (job.dtype, job.cfg)):
-            params = init(jax.random.key(args.seed), cfg, cfg.dtype)
-            params = in_dtype(params, cfg, dtype)
-            rows += [measure(job, params, limits, args.seed) for job in group]
+            params = in_dtype(init(jax.random.key(args.seed), cfg, cfg.dtype), cfg, dtype)
+            for job in group:
+                own = in_dtype(learned, cfg, dtype) if job.phase == "speculate" else params
+                rows.append(measure(job, own, limits, args.seed, args.profile))
+        if not args.phase and not args.profile:  # for those with the largest gap, why
+            for row in sorted((row for row in rows if "temp_bytes" in row),
+                              key=lambda row: -row["ratio"])[:1 if args.quick else 3]:
+                job = jobs[rows.index(row)]
+                say(f"profiling {job.phase} {job.dtype} B={job.B}")
+                own = learned if job.phase == "speculate" else init(
+                    jax.random.key(args.seed), job.cfg, job.cfg.dtype)
+                row["profile"] = profile(prepare(job, in_dtype(own, job.cfg, job.dtype), args.seed))
     except KeyboardInterrupt:
         say("\ninterrupted: what was measured so far")
     print_attention(jobs[-1])
-    report(rows, limits)
+    if not args.phase:
+        split = print_split(next(job for job in jobs if job.phase == "generate" and job.B > 1))
+    report(args, rows, limits, tensor_parallel=split)
 
 
 def main(argv=None):

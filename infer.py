@@ -322,6 +322,7 @@ def row_keys(key, B):
     return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
 
 
+@jax.named_scope("sample")
 def sample(key, logits, pos, temperature, top_k, top_p):
     """key, BV, B, temperature, top_k, top_p -> B: a token a row.
 

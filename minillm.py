@@ -110,6 +110,7 @@ def init(key, cfg, dtype="float32"):
     return tree.unflatten(map(leaf, names, jax.random.split(key, len(names))))
 
 
+@jax.named_scope("cast")
 def cast(params, dtype):
     """Params, dtype -> Params: what `forward` computes in is the dtype of the parameters."""
     return jax.tree.map(lambda w: w.astype(dtype), params)
@@ -173,6 +174,7 @@ def rms_norm(x, scale, eps):
     return (unit * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+@jax.named_scope("embed")
 def rotary(pos, cfg):
     """BT, cfg -> table: cosines and sines of every position's angles, both BT(D/2), f32.
 
@@ -254,12 +256,15 @@ def block(x, w, table, cfg, attend, enter=dots, leave=dot, norm=rms_norm):
     attention, or a cache that is written first. `enter` (one input, several weights), `leave` and
     `norm` are replaced where the weights live on several devices.
     """
-    h = norm(x, w.attn_norm, cfg.eps)
-    q, k, v = enter(h, (w.wq, w.wk, w.wv))
-    q, k = rope(q, table), rope(k, table)
-    out, state = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
-    x = x + leave(out, w.wo, 2)
-    return x + mlp(norm(x, w.mlp_norm, cfg.eps), w, cfg, enter, leave), state
+    with jax.named_scope("qkv"):
+        q, k, v = enter(norm(x, w.attn_norm, cfg.eps), (w.wq, w.wk, w.wv))
+        q, k = rope(q, table), rope(k, table)
+    with jax.named_scope("attention"):
+        out, state = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
+    with jax.named_scope("out"):
+        x = x + leave(out, w.wo, 2)
+    with jax.named_scope("mlp"):
+        return x + mlp(norm(x, w.mlp_norm, cfg.eps), w, cfg, enter, leave), state
 
 
 # ----------------------------------------------------------------------- the model and its training
@@ -288,6 +293,7 @@ lookup.defvjp(lambda table, tokens: (table[tokens], (table, tokens)), lambda sav
     jnp.zeros(saved[0].shape).at[saved[1]].add(dy).astype(saved[0].dtype), None))
 
 
+@jax.named_scope("embed")
 def embed(params, tokens, cfg):
     """Params, BT, cfg -> BTE: what enters the first layer. An int8 table's rows are widened."""
     table = params.embed
@@ -295,6 +301,7 @@ def embed(params, tokens, cfg):
     return x * jnp.asarray(cfg.E ** 0.5, x.dtype) if cfg.embed_scale else x
 
 
+@jax.named_scope("unembed")
 def unembed(params, x, cfg):
     """Params, BTE, cfg -> BTV: the final norm, then f32 logits."""
     table = params.embed if cfg.tied else params.unembed
@@ -320,6 +327,7 @@ def forward(params, tokens, cfg, block=block):
     return unembed(params, x, cfg)
 
 
+@jax.named_scope("loss")
 def loss(params, tokens, cfg, block=block):
     """Params, B(T+1), cfg -> scalar: mean cross-entropy of the next token, in nats a token."""
     check_tokens(tokens, cfg)
@@ -339,6 +347,7 @@ def adam_init(params):
     return Adam(jnp.zeros((), jnp.int32), *(jax.tree.map(jnp.zeros_like, params) for _ in "mv"))
 
 
+@jax.named_scope("optimizer")
 def adamw(params, adam, grads, lr, b1=0.9, b2=0.95, eps=1e-8, decay=0.1):
     """Params, Adam, Params, lr -> Params, Adam: one update. arXiv:1711.05101.
 
