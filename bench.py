@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any, Callable, NamedTuple
@@ -393,20 +394,21 @@ def critical_batch(cfg, dtype, ceilings):
 # ------------------------------------------------------------------------- plan: chips not here
 
 
-def tensor_parallel(cfg, B, T, form, n):
-    """cfg, int, int, form, int -> (bytes that n devices send together, layout of the cache): over
-    heads where it can be, else over rows, else over slots. ValueError where no layout fits."""
-    if n == 1:
-        return 0, "heads"
-    for layout in shard.LAYOUTS:
-        try:
-            if layout == "batch" and B % n:
-                continue
-            sent = shard.comm_bytes(cfg, form, B, T, tensor=n, layout=layout)
-            return n * sum(size for _, size in sent.values()), layout
-        except ValueError as error:
-            why = error
-    raise ValueError(f"over {n} chips: {why}")
+def degree(cfg, chips):
+    """cfg, int -> int: how many of the chips can share one copy by tensor parallelism: a divisor of
+    their number and of E, F, H and V. The others hold further copies."""
+    return max(n for n in range(1, chips + 1)
+               if not any(size % n for size in (chips, cfg.E, cfg.F, cfg.H, cfg.V)))
+
+
+def sent_bytes(job, T, n):
+    """Job, int, int -> bytes that n devices send together, with the cache over heads where it can
+    be, else over rows, else over slots."""
+    layout = "sequence" if job.B % n else "batch"
+    if not job.cfg.K % n:
+        layout = "heads"
+    sent = shard.comm_bytes(job.cfg, job.phase, job.B, T, tensor=n, layout=layout)
+    return n * sum(size for _, size in sent.values())
 
 
 def step_parts(job, chip, chips, parameters=None):
@@ -422,8 +424,8 @@ def step_parts(job, chip, chips, parameters=None):
     found = [timed(part, limits["flops_per_second"][part.dtype], limits["read_bytes_per_second"])
              for part in (weights, attention)]
     if chips > 1:
-        sent, _ = tensor_parallel(job.cfg, job.B, cost.T, job.phase, chips)
-        found.append(timed(Part("communication", 0, sent, job.dtype), 1, chips * chip.link))
+        sent = Part("communication", 0, sent_bytes(job, cost.T, chips), job.dtype)
+        found.append(timed(sent, 1, chips * chip.link))
     return found
 
 
@@ -431,50 +433,53 @@ def useful_degree(job, chip, parameters):
     """Job, Chip -> int: the most chips, in powers of two, whose links take no longer than their
     memory and products do. More would wait for links."""
     best = 1
-    for n in (2 ** i for i in range(1, 13)):
-        try:
-            *parts, sent = step_parts(job, chip, n, parameters)
-        except ValueError:  # cannot be split so far
-            break
+    while degree(job.cfg, 2 * best) == 2 * best:
+        *parts, sent = step_parts(job, chip, 2 * best, parameters)
         if sent["seconds"] > sum(part["seconds"] for part in parts):
             break
-        best = n
+        best *= 2
     return best
 
 
 def napkin(job, chip, chips, parameters=None, batch=None):
     """Job, Chip, int -> dict: memory, batch and times, from the sheet alone. `parameters` is a
-    rounded count in place of the exact one; job.prompt is the context, job.new is 0."""
+    rounded count in place of the exact one; job.prompt is the context, job.new is 0. Copies of the
+    model that share no chips share the batch."""
     cfg, dtype, count = job.cfg, job.dtype, parameters or param_count(job.cfg)
     table = (not cfg.tied) * cfg.V * cfg.E * wide_bytes(cfg, jnp.dtype(dtype))
     weights = count * jnp.dtype(dtype).itemsize if parameters else weight_bytes(cfg, dtype) + table
-    memory, sequence = chips * chip.memory, kv_bytes(cfg, 1, job.prompt, job.cache_dtype)
+    n = degree(cfg, chips)
+    copies, memory = chips // n, n * chip.memory
+    sequence = kv_bytes(cfg, 1, job.prompt, job.cache_dtype)
     most, taken = (max(0, int((share * memory - weights) // sequence))
                    for share in (1, 1 - HELD_BACK))
-    B = batch or max(1, taken)
-    job, peak = job._replace(B=B), chip.flops[dtype]
-    read, step = (step_parts(job._replace(phase=phase), chip, chips, parameters)
-                  for phase in ("prefill", "generate"))
-    alone = step_parts(job._replace(phase="generate", B=1), chip, chips, parameters)
-    first = step_parts(job._replace(phase="prefill", B=1), chip, chips, parameters)
-    total = {name: sum(part["seconds"] for part in parts) for name, parts in (
-        ("prefill", read), ("generate", step), ("alone", alone), ("first", first))}
-    needed = weights + B * sequence
+    B = -(-batch // copies) if batch else max(1, taken)  # of each copy
+    parts = {word: step_parts(job._replace(phase=phase, B=rows), chip, n, parameters)
+             for word, phase, rows in (("prefill", "prefill", B), ("generate", "generate", B),
+                                       ("alone", "generate", 1), ("first", "prefill", 1))}
+    total = {word: sum(part["seconds"] for part in found) for word, found in parts.items()}
+    for part in parts["prefill"] + parts["generate"]:
+        part["flops"], part["bytes"] = part["flops"] * copies, part["bytes"] * copies
+    needed, limits = weights + B * sequence, sheet(chip)
     return {
         "parameters": count, "multiplied_parameters": parameters or multiplied(cfg),
         "weight_bytes": weights, "cache_bytes_per_token": kv_bytes(cfg, 1, 1, job.cache_dtype),
-        "cache_bytes_per_sequence": sequence, "max_batch": most, "batch_with_room": taken,
-        "critical_batch": jnp.dtype(dtype).itemsize / chip.read * peak / 2 if parameters
-        else critical_batch(cfg, dtype, sheet(chip)),
-        "batch": B, "fits": needed <= memory, "chips_needed": math.ceil(needed / chip.memory),
-        "cache_bytes": B * sequence, "step_bytes": sum(part["bytes"] for part in step[:2]),
-        "prefill_seconds": total["prefill"], "prefill_parts": read,
+        "cache_bytes_per_sequence": sequence, "chips_per_copy": n, "copies": copies,
+        "max_batch": most * copies, "batch_with_room": taken * copies,
+        "critical_batch": parameters * jnp.dtype(dtype).itemsize / chip.read * chip.flops[dtype]
+        / (2 * parameters) if parameters else critical_batch(cfg, dtype, limits),
+        "batch": batch or B * copies, "fits": needed <= memory,
+        "chips_needed": 2 ** math.ceil(math.log2(needed / chip.memory)),
+        "cache_bytes": copies * B * sequence,
+        "step_bytes": sum(part["bytes"] for part in parts["generate"][:2]),
+        "prefill_seconds": total["prefill"], "prefill_parts": parts["prefill"],
         "first_token_seconds": total["first"],
-        "generate_seconds": total["generate"], "generate_parts": step,
-        "tokens_per_second": B / total["generate"], "seconds_per_token_alone": total["alone"],
-        "weights_over_memory_seconds": weights / chips / chip.read,
+        "generate_seconds": total["generate"], "generate_parts": parts["generate"],
+        "tokens_per_second": (batch or B * copies) / total["generate"],
+        "seconds_per_token_alone": total["alone"],
+        "weights_over_memory_seconds": weights / n / chip.read,
         "weights_over_links_seconds": weights * (chips - 1) / chips / chip.link,
-        "tensor_parallel_degree": useful_degree(job._replace(phase="generate"), chip, parameters)}
+        "tensor_parallel_degree": useful_degree(job._replace(B=B), chip, parameters)}
 
 
 def million(job, chip, chips, weights, context=1_000_000):
@@ -532,6 +537,7 @@ PLAN = (  # a line of the napkin: what it says, and the figure
     ("weights", lambda n: si(n["weight_bytes"], "B")),
     ("cache of a token", lambda n: si(n["cache_bytes_per_token"], "B")),
     ("cache of a sequence", lambda n: si(n["cache_bytes_per_sequence"], "B")),
+    ("chips that share a copy, copies", lambda n: f"{n['chips_per_copy']}, {n['copies']}"),
     ("sequences that fit, in theory", lambda n: f"{n['max_batch']}"),
     (f"with {HELD_BACK:.0%} of memory held back", lambda n: f"{n['batch_with_room']}"),
     ("critical batch", lambda n: f"{n['critical_batch']:.0f}"),
@@ -556,9 +562,8 @@ def print_plan(columns, chips):
         print(f"{label:42}" + "".join(f"{text(n):>20}" for n in columns.values()))
     for heading, n in columns.items():
         if not n["fits"]:
-            print(f"DOES NOT FIT ({heading}): batch {n['batch']} takes {n['chips_needed']} chips "
-                  f"or more: --chips {n['chips_needed']}, or a smaller --batch, --weights or "
-                  "--cache")
+            print(f"DOES NOT FIT ({heading}): batch {n['batch']} takes more memory: --chips "
+                  f"{n['chips_needed']}, or a smaller --batch, --weights or --cache")
     for word, key in (("prefill", "prefill_parts"), ("generate", "generate_parts")):
         for part in next(iter(columns.values()))[key]:
             print(f"{word:8}  {part['name']:13}  {si(part['flops'], 'FLOP'):>11}  "
@@ -762,12 +767,12 @@ class Prepared(NamedTuple):
 def prepare(job, params, seed):
     """Job, Params, int -> Prepared."""
     step, args, feed = PHASES[job.phase].build(job, params, jax.random.key(seed))
-    start, row, text = time.perf_counter(), {}, None
+    start, row, text = time.perf_counter(), {"compile_seconds": 0.0}, None
     if hasattr(step, "lower"):
         compiled = step.lower(*args).compile()
         seconds = time.perf_counter() - start
         row, text = program(step, args, compiled), compiled.as_text()
-        step, row["compile_seconds"] = compiled, seconds
+        row["compile_seconds"], step = seconds, compiled
 
     def call():
         nonlocal args
@@ -907,15 +912,17 @@ def trace(call, folder):
         call()
         wall = time.perf_counter() - start
     file = max(pathlib.Path(folder).glob("**/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    events = [(row.name, event) for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+              for row in plane.lines for event in row.events]
     spans = []
-    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-        for row in plane.lines:
-            for event in row.events:
-                name = next((value for key, value in event.stats if key == "hlo_op"), None)
-                if name is None and row.name == "XLA Ops":  # a TPU's
-                    name = event.name.split(" = ")[0].lstrip("%")
-                if name is not None:
-                    spans.append((event.start_ns / 1e9, event.end_ns / 1e9, name))
+    with warnings.catch_warnings():  # newer Pythons: builtin type event_stats has no __module__
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for row, event in events:
+            name = next((value for key, value in event.stats if key == "hlo_op"), None)
+            if name is None and row == "XLA Ops":  # a TPU's
+                name = event.name.split(" = ")[0].lstrip("%")
+            if name is not None:
+                spans.append((event.start_ns / 1e9, event.end_ns / 1e9, name))
     return wall, spans
 
 
@@ -1055,11 +1062,12 @@ COLUMNS = (  # heading, width, text of a row
     ("weights MB", 10, megabytes("weight_bytes")), ("cache MB", 8, megabytes("cache_bytes")),
     ("predict ms", 10, milliseconds("predicted_seconds")), ("bound", 5, lambda r: r["bound"]),
     ("|", 1, lambda r: "|"),
-    ("GFLOP", 7, lambda r: f"{r['program_flops'] / r['steps'] / GB:.2f}" if r.get("program_flops") else "-"),
+    ("GFLOP", 7, lambda r: f"{r['program_flops'] / r['steps'] / GB:.2f}"
+     if r.get("program_flops") else "-"),
     ("args MB", 7, megabytes("argument_bytes")), ("alias MB", 8, megabytes("alias_bytes")),
     ("temp MB", 7, megabytes("temp_bytes")), ("peak MB", 7, megabytes("peak_bytes")),
     ("coll.", 5, lambda r: sum(r["collectives"].values()) if "collectives" in r else "-"),
-    ("compile s", 9, lambda r: f"{r['compile_seconds']:.1f}" if "compile_seconds" in r else "-"),
+    ("compile s", 9, lambda r: f"{r['compile_seconds']:.1f}"),
     ("|", 1, lambda r: "|"),
     ("measured ms", 11, milliseconds("measured_seconds")),
     ("p10 to p90", 15, lambda r: f"{r['p10_seconds'] * 1e3:.1f}-{r['p90_seconds'] * 1e3:.1f}"),
@@ -1158,7 +1166,8 @@ def split_counts(job, ways):
     """Job, int -> list of dict: what tensor parallelism over so many devices would send, by formula
     and counted in the jaxpr, which needs no device."""
     cfg, B, T = job.cfg, job.B, job.prompt
-    mesh = jax.sharding.AbstractMesh((ways,), ("tensor",))
+    mesh = jax.sharding.AbstractMesh((ways,), ("tensor",),
+                                     axis_types=(jax.sharding.AxisType.Auto,))
     params = jax.eval_shape(lambda: init(jax.random.key(0), cfg, cfg.dtype))
     cache = jax.eval_shape(lambda: init_cache(cfg, B, T + 1, job.cache_dtype))
     tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
@@ -1361,25 +1370,29 @@ def recite(params, cfg, prompt, new, key, temperature=0.0):
 
 
 def learn(cfg, seed, steps=300):
-    """cfg, int -> Params: f32, trained until the model knows SENTENCE, again and again; SystemExit
-    where it does not recite it. A wrong program's figures are void."""
+    """cfg, int -> Params: f32, trained on SENTENCE again and again until the model knows it."""
     if cfg.V < 256:
         raise ValueError(f"V={cfg.V}: a model that learns a sentence in bytes has V=256 or more")
-    cfg, key = replace(cfg, dtype="float32"), jax.random.key(seed)
     say(f"learning {SENTENCE!r} ...", end=" ")
-    params, tokens = init(key, cfg), encode(4 * SENTENCE)
+    cfg = replace(cfg, dtype="float32")
+    params, tokens = init(jax.random.key(seed), cfg), encode(4 * SENTENCE)
     adam = adam_init(params)
     for trained in range(1, steps + 1):
         params, adam, value = train_jit(params, adam, tokens, cfg, 0.3 / cfg.E)
         if value < 0.01:
             break
-    rest = SENTENCE[len(PROMPT):]
-    said = recite(params, cfg, encode(PROMPT), len(rest), key)
-    say(f"{PROMPT!r} goes on {said!r} after {trained} steps")
-    if said != rest:
-        sys.exit(f"bench.py: error: trained {trained} steps on {SENTENCE!r} to a loss of "
-                 f"{value:.3f}, the model goes on {said!r}: a wrong program's figures are void")
+    say(f"{trained} steps, {value:.3f} nats a byte")
     return params
+
+
+def check_recital(params, cfg):
+    """Params, cfg -> None: SystemExit where a model that should know SENTENCE goes on otherwise."""
+    cfg, rest = replace(cfg, dtype="float32"), SENTENCE[len(PROMPT):]
+    said = recite(params, cfg, encode(PROMPT), len(rest), jax.random.key(0))
+    say(f"{PROMPT!r} goes on {said!r}")
+    if said != rest:
+        sys.exit(f"bench.py: error: trained on {SENTENCE!r}, the model goes on {said!r}: a wrong "
+                 "program's figures are void")
 
 
 def read_text(path, T):
@@ -2070,6 +2083,17 @@ def jobs_of(args):
             if (phase, dtype) != ("train", "int8")]
 
 
+def worst(jobs, rows):
+    """list of Job, list of rows -> list of (Job, row): of each phase that is compiled the one with
+    the largest gap, the largest first."""
+    down = sorted(zip(jobs, rows), key=lambda pair: -pair[1]["ratio"])
+    found = {}
+    for job, row in down:
+        if "temp_bytes" in row:
+            found.setdefault(job.phase, (job, row))
+    return list(found.values())
+
+
 def run(args):
     """Measures what the command line asks for, and prints it."""
     others = {"plan": plan, "scale": scale, "complete": complete, "shard": run_shard}
@@ -2086,15 +2110,15 @@ def run(args):
     try:
         if not args.phase or args.phase == "speculate":
             learned = learn(jobs[0].cfg, args.seed)
+        if not args.phase:
+            check_recital(learned, jobs[0].cfg)
         for (dtype, cfg), group in itertools.groupby(jobs, lambda job: (job.dtype, job.cfg)):
             params = in_dtype(init(jax.random.key(args.seed), cfg, cfg.dtype), cfg, dtype)
             for job in group:
                 own = in_dtype(learned, cfg, dtype) if job.phase == "speculate" else params
                 rows.append(measure(job, own, limits, args.seed, args.profile))
         if not args.phase and not args.profile:  # for those with the largest gap, why
-            for row in sorted((row for row in rows if "temp_bytes" in row),
-                              key=lambda row: -row["ratio"])[:1 if args.quick else 3]:
-                job = jobs[rows.index(row)]
+            for job, row in worst(jobs, rows)[:1 if args.quick else 3]:
                 say(f"profiling {job.phase} {job.dtype} B={job.B}")
                 own = learned if job.phase == "speculate" else init(
                     jax.random.key(args.seed), job.cfg, job.cfg.dtype)

@@ -1624,9 +1624,12 @@ LIMITS = {"flops_per_second": {"float32": 1e12, "bfloat16": 2e12}, "read_bytes_p
 
 @pytest.fixture
 def calm(monkeypatch):
-    """Fixed ceilings that no machine reaches at toy sizes, so that nothing depends on timing."""
+    """Fixed ceilings that no machine reaches at toy sizes, so that nothing depends on timing; and
+    few runs, of a model that knows nothing."""
     monkeypatch.setattr(bench, "measure_flops", lambda dtype: 1e15)
     monkeypatch.setattr(bench, "measure_read", lambda: 1e15)
+    monkeypatch.setattr(bench, "seconds_of", partial(bench.seconds_of, for_seconds=0))
+    monkeypatch.setattr(bench, "learn", lambda cfg, seed: weights(cfg))
 
 
 KEYS = {"phase", "model", "dtype", "cache_dtype", "B", "T", "S", "flops", "padding_flops",
@@ -1634,27 +1637,76 @@ KEYS = {"phase", "model", "dtype", "cache_dtype", "B", "T", "S", "flops", "paddi
         "p90_seconds", "runs", "compile_seconds", "bound", "mfu", "mbu", "tokens_per_second"}
 
 
+def result_of(capsys, *argv):
+    """The JSON object that ends a command's output, and all of the output."""
+    capsys.readouterr()
+    bench.main([*map(str, argv)])
+    out = capsys.readouterr().out
+    return json.loads(out.splitlines()[-1]), out
+
+
 @pytest.mark.parametrize("phase", list(bench.PHASES))
 def test_a_phase_alone_ends_in_one_json_line_whose_flops_are_the_programs(phase, calm, capsys):
     batches = [2] if phase == "train" else [1, 2]
-    bench.main([phase, "--model", TINY, "--batch", ",".join(map(str, batches)), "--dtype",
-                "float32,bfloat16", "--prompt", "6", "--new", "3"])
-    lines = capsys.readouterr().out.splitlines()
-    result = json.loads(lines[-1])
+    result, _ = result_of(capsys, phase, "--model", TINY, "--batch", ",".join(map(str, batches)),
+                          "--dtype", "float32,bfloat16", "--prompt", 6, "--new", 3)
     assert result["machine"].keys() >= {"device", "count", "cores", "jax", "python"}
-    assert [(r["B"], r["dtype"]) for r in result["rows"]] == [
+    rows = [row for row in result["rows"] if row["phase"] == phase]
+    assert [(r["B"], r["dtype"]) for r in rows] == [
         (B, dtype) for dtype in ("float32", "bfloat16") for B in batches]
-    for row in result["rows"]:
+    for row in rows:
         assert row.keys() >= KEYS and row["runs"] >= 5 and not row["errors"]
         assert row["p10_seconds"] <= row["measured_seconds"] <= row["p90_seconds"]
-        cfg = replace(bench.parse_model(TINY), dtype=row["dtype"])
-        if phase != "serve":  # it runs on the host, of programs that the other rows hold
-            job = bench.Job(phase, TINY, cfg, row["B"], 6, 3, row["dtype"])
-            step, args, _ = bench.PHASES[phase].build(job, init(jax.random.key(0), cfg, cfg.dtype),
-                                                      jax.random.key(0))
-            assert traced_flops(step, *args) \
-                == (row["flops"] + row["padding_flops"]) * bench.PHASES[phase].steps(3)
         assert sum(part["seconds"] for part in row["parts"]) == row["predicted_seconds"]
+        if phase == "serve":  # it runs on the host, of programs that the other rows hold
+            continue
+        cfg = replace(bench.parse_model(TINY), dtype=row["dtype"])
+        job = bench.Job(phase, TINY, cfg, row["B"], 6, 3, row["dtype"])
+        step, args, _ = bench.PHASES[phase].build(job, init(jax.random.key(0), cfg, cfg.dtype),
+                                                  jax.random.key(0))
+        assert row["alias_bytes"] <= row["argument_bytes"] <= row["peak_bytes"]
+        assert row["argument_bytes"] >= sum(a.nbytes for a in jax.tree.leaves(args[0]))
+        if phase == "speculate":  # in a loop of unknown length; a round is what verify is
+            assert row["program_flops"] is None and 1 <= row["tokens_per_round"] <= 5
+            assert 0 <= row["acceptance"] <= 1 and row["flops"] == rows[0]["flops"] * row["B"]
+            continue
+        assert row["program_flops"] == traced_flops(step, *args) \
+            == (row["flops"] + row["padding_flops"]) * row["steps"]
+        if phase != "train":  # whose bytes come and go three times
+            slots = sum(a.nbytes for a in jax.tree.leaves(args[1][:2]))
+            written = 0 if phase == "prefill" else kv_bytes(cfg, row["B"], row["T"])
+            assert row["cache_bytes"] == slots + written
+            assert row["weight_bytes"] == sum(w.nbytes for w in jax.tree.leaves(args[0]))
+
+
+def test_the_same_command_predicts_the_same_and_writes_what_it_prints(calm, capsys, tmp_path):
+    first, again = (result_of(
+        capsys, "--json", tmp_path / "result", "verify", "--model", TINY, "--prompt", 6, "--seed",
+        3, "--batch", 2)[0]["rows"][0] for _ in "12")
+    for key in ("flops", "program_flops", "temp_bytes", "predicted_seconds", "parts"):
+        assert first[key] == again[key]
+    assert json.loads((tmp_path / "result").read_text())["rows"] == [again]
+
+
+def test_interrupted_it_prints_what_it_has(calm, capsys, monkeypatch):
+    measure, rows = bench.measure, []
+
+    def interrupted(*args):
+        if rows:
+            raise KeyboardInterrupt
+        rows.append(measure(*args))
+        return rows[0]
+
+    monkeypatch.setattr(bench, "measure", interrupted)
+    result, _ = result_of(capsys, "prefill", "--model", TINY, "--batch", "1,2", "--prompt", 6)
+    assert result["rows"] == rows
+
+
+def test_a_wide_spread_is_said():
+    row = bench.predicted_row(bench.Job("prefill", "", CONFIGS[0], 1, 4, 0), LIMITS)
+    calm, wild = ([1.0] * 9 + [1.2], [1.0] * 7 + [1.4] * 3)
+    assert not bench.measured_row(row, calm, LIMITS)["notes"]
+    assert "spread by 40%" in bench.measured_row(row, wild, LIMITS)["notes"][0]
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.sampled_from(list(bench.PHASES)),
@@ -1664,9 +1716,9 @@ def test_predictions_grow_with_batch_and_tokens_and_no_part_beats_either_limit(B
 
     def seconds(B, T):
         cost = bench.PHASES[phase].cost(bench.Job(phase, "", cfg, B, T, 8, dtype))
-        result = bench.predict(cost, dtype, LIMITS)
-        for part in result["parts"]:
-            times = {"flops": part["flops"] / LIMITS["flops_per_second"][dtype],
+        result = bench.predict(cost, LIMITS)
+        for part, own in zip(result["parts"], cost.parts):
+            times = {"flops": part["flops"] / LIMITS["flops_per_second"][own.dtype],
                      "bytes": part["bytes"] / LIMITS["read_bytes_per_second"]}
             assert part["seconds"] == max(times.values()) == times[part["bound"]]
         assert result["predicted_seconds"] == pytest.approx(sum(
@@ -1757,11 +1809,22 @@ def test_completing_needs_a_tokenizer_and_a_draft_of_the_same_vocabulary(tmp_pat
     assert 'pip install ".[hf]"' in refused("--model", small, "a")
 
 
-def test_the_sentence_is_recited_and_a_program_that_does_not_stops_the_bench(monkeypatch):
-    bench.check_values(seed=0)
+def test_the_sentence_is_learned_and_a_program_that_does_not_recite_it_stops_the_bench(monkeypatch):
+    cfg = bench.parse_model("L1,E64,H4,K2,D16,F192,V256")
+    bench.check_recital(bench.learn(cfg, seed=0), cfg)
     monkeypatch.setattr(bench, "recite", lambda *_: " all the cats")
     with pytest.raises(SystemExit, match="all the cats"):
-        bench.check_values(seed=0, steps=1)
+        bench.check_recital(None, cfg)
+
+
+def test_fewer_key_heads_are_trained_beside_each_other(calm, capsys, tmp_path):
+    (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog. " * 30)
+    result, out = result_of(capsys, "train", "--text", tmp_path / "text", "--model", TINY,
+                            "--kv-heads", "2,1", "--steps", 3, "--prompt", 8, "--new", 4)
+    two, one = result["rows"]
+    assert (two["K"], one["K"]) == (2, 1) and "K=2: held-out loss" in out and "K=1" in out
+    assert two["cache_bytes_per_token"] == 2 * one["cache_bytes_per_token"]
+    assert two["parameters"] == one["parameters"] + 2 * 8 * 16 and one["loss_after"] < 7
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -1776,7 +1839,12 @@ def test_the_sentence_is_recited_and_a_program_that_does_not_stops_the_bench(mon
     (["train", "--steps", "0"], ["'0'"]), (["train", "--dtype", "int8"], ["int8", "bfloat16"]),
     (["generate", "--cache", "int4"], ["int4", "int8"]), (["complete", "x"], ["--model"]),
     (["complete", "--model", "no-such-folder", "x"], ["no-such-folder", "config.json"]),
-    (["fly"], ["fly", "generate"]),
+    (["fly"], ["fly", "generate", "plan"]),
+    (["plan", "--chip", "tpu-v9"], ["tpu-v9", "tpu-v4", "h100"]),
+    (["plan", "--chip", "1,2,3"], ["1,2,3"]), (["plan", "--mfu", "2"], ["2"]),
+    (["plan", "--chips", "0"], ["'0'"]), (["plan", "--kv-heads", "5"], ["K=5", "H=16"]),
+    (["plan", "--train", "--chips", "4", "--batch", "6"], ["6", "4 chips", "--batch 8"]),
+    (["--json", "no-such-folder/x"], ["no-such-folder"]), (["--plot", "x.gif"], [".png", ".svg"]),
     (["generate", "--model", "llama-3.1-405b"], ["GB", "free", "--model"]),
 ])
 def test_a_bad_command_line_gets_one_line_that_names_the_remedy(argv, words, capsys):
@@ -1793,6 +1861,230 @@ def test_a_text_too_short_to_train_on_is_refused_with_its_size(content, tmp_path
     path.write_bytes(content)
     with pytest.raises(SystemExit, match=f"{len(content)} bytes"):
         bench.main(["train", "--text", str(path)])
+
+
+# ------------------------------------------------------------------- bench: plan, profile, picture
+
+
+def test_the_lectures_napkin_line_by_line(capsys):
+    command = "plan --model gemma-7b --chip tpu-v4 --chips 4 --context 2048 --parameters 7e9"
+    n, out = result_of(capsys, *command.split())
+    assert n["weight_bytes"] == 14e9 and n["cache_bytes_per_sequence"] == 939_524_096
+    assert n["cache_bytes_per_token"] == 458_752 and round(n["critical_batch"]) == 224
+    assert (n["max_batch"], n["batch"]) == (121, 110)
+    assert int(n["cache_bytes"] / 1e9) == 103 and int(n["step_bytes"] / 1e9) == 117
+    exact = n["exact"]
+    assert exact["parameters"] == 8_537_680_896 and exact["max_batch"] == 118
+    assert exact["weight_bytes"] == 17_075_361_792
+    assert all(word in out for word in ("8,537,680,896", "17.1 GB", "14.0 GB", "103 GB", "117 GB"))
+    as_is, grouped, small, both = n["million"]
+    assert as_is["cache_bytes"] == 458_752e6 and "488 times" in out  # the lecture: 500
+    assert grouped["cache_bytes"] * 16 == as_is["cache_bytes"]
+    assert small["cache_bytes"] < 0.51 * as_is["cache_bytes"] and both["chips_needed"] == 1
+    by_hand, _ = result_of(capsys, *command.replace("tpu-v4", "275e12,1.23e12,32e9,9e10").split())
+    assert by_hand | {"chip": "tpu-v4"} == n
+
+
+MODEL_CHIP = st.tuples(st.sampled_from(sorted(bench.MODELS)), st.sampled_from(sorted(bench.CHIPS)))
+
+
+def napkin(name, chip, n, context, batch, dtype="bfloat16", cache="bfloat16"):
+    cfg = replace(bench.MODELS[name], dtype="float32" if dtype == "float32" else "bfloat16")
+    job = bench.Job("generate", name, cfg, 1, context, 0, dtype, cache)
+    return bench.napkin(job, bench.CHIPS[chip], n, None, batch)
+
+
+@settings(max_examples=40)
+@given(MODEL_CHIP, st.sampled_from([1, 2]), st.integers(1, 5000), st.integers(1, 999))
+def test_a_plan_grows_with_batch_and_context_and_fewer_bytes_never_slow_it(of, n, context, batch):
+    name, chip = of
+    if bench.degree(bench.MODELS[name], n) < n:
+        n = 1
+    plan = napkin(name, chip, n, context, batch)
+    for phase in ("prefill", "generate"):
+        parts, seconds = plan[f"{phase}_parts"], plan[f"{phase}_seconds"]
+        assert sum(part["seconds"] for part in parts) == seconds
+        assert {part["name"] for part in parts} == {"weights", "attention"} | (
+            {"communication"} if n > 1 else set())
+        assert napkin(name, chip, n, context, batch + n)[f"{phase}_seconds"] >= seconds
+        assert napkin(name, chip, n, context + 1, batch)[f"{phase}_seconds"] >= seconds
+        for small in (dict(dtype="int8"), dict(cache="int8"), dict(dtype="int8", cache="int8")):
+            assert napkin(name, chip, n, context, batch, **small)[f"{phase}_seconds"] <= seconds
+    assert plan["max_batch"] >= plan["batch_with_room"]
+    assert plan["fits"] == (batch <= plan["max_batch"])
+
+
+@given(MODEL_CHIP, st.sampled_from(bench.DTYPES))
+def test_at_the_critical_batch_flops_take_as_long_as_bytes(of, dtype):
+    name, chip = of
+    cfg = replace(bench.MODELS[name], dtype="float32" if dtype == "float32" else "bfloat16")
+    limits = bench.sheet(bench.CHIPS[chip])
+    peak, read = limits["flops_per_second"][dtype], limits["read_bytes_per_second"]
+    B = bench.critical_batch(cfg, dtype, limits)
+    weights = bench.generate_cost(bench.Job("", "", cfg, 10 ** 6, 1, 0, dtype)).parts[0]
+    assert weights.flops / 10 ** 6 * B / peak == pytest.approx(weights.bytes / read)
+
+
+def test_chips_that_cannot_share_a_copy_hold_further_ones():
+    one, six = (napkin("llama-3.2-3b", "h100", n, 2048, None) for n in (2, 6))
+    assert (one["chips_per_copy"], one["copies"]) == (2, 1) and six["copies"] == 3  # V: by 2 alone
+    assert six["max_batch"] == 3 * one["max_batch"] and six["fits"]
+    assert six["generate_seconds"] == one["generate_seconds"]
+    assert six["tokens_per_second"] == pytest.approx(3 * one["tokens_per_second"])
+
+
+def test_training_is_planned_from_6BP_and_whether_links_hide(capsys):
+    command = "plan --model llama-2-7b --chip tpu-v5p --chips 64 --train --context 4096"
+    t = result_of(capsys, *command.split(), "--mfu", 0.5, "--tokens", "2e12")[0]["training"]
+    N = 6_738_415_616
+    assert t["optimizer_bytes"] == 12 * N and t["gradient_bytes"] == 4 * N
+    assert t["weight_flops"] == 6 * t["tokens_per_step"] * bench.multiplied(
+        bench.MODELS["llama-2-7b"])
+    steps = t["tokens"] / t["tokens_per_step"]
+    assert t["days"] == pytest.approx(
+        steps * t["step_flops"] / (64 * 459e12 * 0.5) / 86400)
+    assert not t["communication_bound"]
+    few = result_of(capsys, *command.split(), "--batch", 64, "--context", 16)[0]["training"]
+    assert few["communication_bound"]  # 16 tokens a chip cannot hide all weights
+
+
+@pytest.mark.parametrize("kind, name", [
+    ("TPU v4", "tpu-v4"), ("TPU v5 lite", "tpu-v5e"), ("TPU v5", "tpu-v5p"), ("cpu", None),
+    ("TPU v6 lite", "tpu-v6e"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA H200", "h200"),
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA B200", "b200"), ("TPU v4 lite", None)])
+def test_a_running_chip_is_recognised(kind, name):
+    assert bench.recognised(kind) == name
+
+
+@given(st.integers(1, 4096), st.sampled_from([1e9, 16e9, 80e9]), st.floats(1, 1000))
+def test_batches_grow_until_memory_or_the_critical_batch(S, free, critical):
+    job = bench.Job("generate", "", CONFIGS[0], 1, S, 0)
+    batches = bench.grown_batches(job, free, critical)
+    assert all(bench.needed_bytes(job._replace(B=B)) <= 0.8 * free for B in batches[1:])
+    assert batches[-1] >= critical \
+        or bench.needed_bytes(job._replace(B=8 * batches[-1])) > 0.8 * free
+    assert all(B < critical for B in batches[:-1])
+
+
+@given(st.floats(-3, 3), st.floats(0.1, 10), st.integers(0, 99))
+def test_a_planted_exponent_is_recovered(k, factor, seed):
+    sizes = np.array([1, 4, 16, 64])
+    assert bench.exponent(sizes, factor * sizes ** k) == pytest.approx(k, abs=1e-9)
+    noise = np.exp(np.random.default_rng(seed).normal(size=4) * 0.01)
+    assert abs(bench.exponent(sizes, factor * sizes ** k * noise) - k) < 0.02
+
+
+def test_growth_is_predicted_with_the_lectures_exponents_and_measured(calm, capsys, monkeypatch):
+    cfg = bench.parse_model(bench.GROWTH)
+    grown = bench.sweeps(bench.Job("generate", "", cfg, 1, 240, 16))
+    k = {what: bench.exponent([size for size, _ in jobs], [
+        bench.predict(bench.PHASES[job.phase].cost(job), LIMITS)["predicted_seconds"]
+        for _, job in jobs]) for what, jobs in grown.items()}
+    assert 0.9 < k["layers"] <= 1 <= k["tokens"] < 1.2 and 1.7 < k["width"] < 2.1
+    assert 0 < k["batch"] < 0.5 and 0 < k["slots"] < 1  # rows share the weights, slots do not
+    monkeypatch.setattr(bench, "sweeps", lambda job: {
+        "batch": [(B, job._replace(B=B, prompt=4, new=2)) for B in (1, 2)]})
+    result, out = result_of(capsys, "scale", "--model", TINY)
+    assert len(result["rows"]) == 2 and result["growth"][0]["sizes"] == [1, 2]
+    assert f"predicted {result['growth'][0]['predicted_exponent']:.2f}" in out
+
+
+def products(jaxpr, path=""):
+    """Of every product: the named scopes that it stands in."""
+    for eqn in jaxpr.eqns:
+        own = f"{path}/{eqn.source_info.name_stack}"
+        if eqn.primitive.name == "dot_general":
+            yield own
+        for inner in minillm.inner_jaxprs(eqn):
+            yield from products(inner, own)
+
+
+@pytest.mark.parametrize("phase", [name for name in bench.PHASES if name != "serve"])
+def test_every_product_stands_in_a_named_region(phase):
+    cfg = CONFIGS[1] if phase != "speculate" else bench.parse_model(TINY)
+    step, args, _ = bench.PHASES[phase].build(
+        bench.Job(phase, "", cfg, 2, 5, 2), weights(cfg), jax.random.key(0))
+    paths = list(products(jax.make_jaxpr(step)(*args).jaxpr))
+    found = {bench.named_region(path) for path in paths}
+    assert found == {"qkv", "attention", "out", "mlp", "unembed"}
+
+
+@pytest.fixture
+def optimised():
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.parametrize("phase, B", [("train", 2), ("generate", 1)])
+def test_a_profile_attributes_the_operations_time_to_named_regions(phase, B, optimised, tmp_path):
+    cfg = bench.parse_model("L2,E128,H4,K2,D32,F384,V256")
+    job = bench.Job(phase, "", cfg, B, 64, 4)
+    prepared = bench.prepare(job, init(jax.random.key(0), cfg), 0)
+    prepared.call()
+    found = bench.profile(prepared, tmp_path)
+    assert sum(op["share"] for op in found["operations"]) == pytest.approx(1)
+    assert sum(found["kinds"].values()) == pytest.approx(1)
+    named = {name: share for name, share in found["regions"].items() if name != "?"}
+    assert sum(named.values()) >= 0.95  # of a single row's products the compiler drops the names
+    assert named.keys() >= {"qkv", "attention", "out", "mlp", "unembed"} | (
+        {"loss", "optimizer"} if phase == "train" else set())
+    assert any(op["kind"] == "product" and op["region"] == "mlp" and "matmul" in op["source"]
+               for op in found["operations"])
+    assert list(tmp_path.glob("**/perfetto_trace.json.gz"))
+
+
+def test_what_has_lost_its_name_belongs_where_it_is_used():
+    text = """HloModule jit_run
+
+%fused (p.0: f32[4], p.1: f32[4]) -> f32[4] {
+  %p.0 = f32[4]{0} parameter(0)
+  %p.1 = f32[4]{0} parameter(1)
+  %add.1 = f32[4]{0} add(%p.0, %p.1), metadata={op_name="jit(run)/out/add" stack_frame_id=1}
+  ROOT %mul.1 = f32[4]{0} multiply(%add.1, %add.1), metadata={op_name="jit(run)/mlp/mul"}
+}
+
+ENTRY %main (a: f32[4]) -> (f32[4]) {
+  %a = f32[4]{0} parameter(0)
+  %dot.1 = f32[4]{0} dot(%a, %a), lhs_contracting_dims={0}
+  %fusion.1 = f32[4]{0} fusion(%dot.1, %a), kind=kLoop, calls=%fused, metadata={op_name="jit(run)/mlp/mul"}
+  %copy.1 = f32[4]{0} copy(%fusion.1)
+  ROOT %tuple.1 = (f32[4]{0}) tuple(%copy.1)
+}
+"""  # noqa: E501
+    found = bench.attributed(text)
+    assert found["dot.1"][:2] == ("out", "product")  # inside the fusion, where its result goes
+    assert found["fusion.1"][:2] == ("mlp", "elementwise")
+    assert found["copy.1"][:2] == ("mlp", "copy")  # where it came from
+
+
+def test_a_step_as_fast_as_predicted_stands_on_the_roof():
+    jobs = [bench.Job(phase, "", CONFIGS[0], B, 64, 8) for phase in ("train", "prefill", "generate")
+            for B in (1, 64)]
+    peak, read = LIMITS["flops_per_second"]["float32"], LIMITS["read_bytes_per_second"]
+    limits = LIMITS | {"flops_per_second": {"float32": peak}}
+    rows = [bench.predicted_row(job, LIMITS) for job in jobs]
+    for row in rows:
+        row["measured_seconds"] = max(row["flops"] / peak,
+                                      (row["weight_bytes"] + row["cache_bytes"]) / read)
+    grid = [line[7:] for line in bench.picture(rows, limits).splitlines() if line[5:7] == " |"]
+    marks = set("".join(grid)) & set("TPG")
+    assert marks == set("TPG")
+    for column in itertools.zip_longest(*grid, fillvalue=" "):  # on it, and one cell a column
+        assert sum(mark != " " for mark in column) == 1
+    for row in rows:
+        row["measured_seconds"] *= 10  # a decade below it
+    below = [line[7:] for line in bench.picture(rows, limits).splitlines() if line[5:7] == " |"]
+    for column in itertools.zip_longest(*below, fillvalue=" "):
+        roof = [i for i, mark in enumerate(column) if mark in "/-"]
+        assert all(i > roof[0] for i, mark in enumerate(column) if mark in "TPG")
+
+
+def test_a_picture_needs_its_extra(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        bench.main(["--plot", str(tmp_path / "x.png")])
+    assert 'pip install ".[plot]"' in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------- README
