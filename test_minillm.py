@@ -37,7 +37,7 @@ from minillm import (Config, adam_init, adamw, attention, block, cast, causal_at
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiles faster, computes the same
 jax.config.update("jax_num_cpu_devices", 8)  # for shard.py; the others use the first
-settings.register_profile("minillm", deadline=None, derandomize=True, max_examples=8)
+settings.register_profile("minillm", deadline=None, derandomize=True, max_examples=5)
 settings.load_profile("minillm")
 TOLERANCE = 2e-5
 SLOTS = 24
@@ -1080,7 +1080,7 @@ rounded_forward_jit = jax.jit(lambda params, tokens, cfg, dtype: forward(
     params, tokens, cfg, rounding(cfg, dtype)), static_argnames=("cfg", "dtype"))
 
 
-@settings(max_examples=7)
+@settings(max_examples=4)
 @given(st.sampled_from([(None, "float32"), (None, "int8"), (Q8, "float32"), (Q8, "int8")]),
        st.lists(st.sampled_from(["extend", "generate", "speculate", "rollback", "refill"]),
                 min_size=4, max_size=9), st.integers(0, 999))
@@ -1647,7 +1647,7 @@ def result_of(capsys, *argv):
 
 @pytest.mark.parametrize("phase", list(bench.PHASES))
 def test_a_phase_alone_ends_in_one_json_line_whose_flops_are_the_programs(phase, calm, capsys):
-    batches = [2] if phase == "train" else [1, 2]
+    batches = [1, 2] if phase in ("generate", "prefill") else [2]
     result, _ = result_of(capsys, phase, "--model", TINY, "--batch", ",".join(map(str, batches)),
                           "--dtype", "float32,bfloat16", "--prompt", 6, "--new", 3)
     assert result["machine"].keys() >= {"device", "count", "cores", "jax", "python"}
@@ -1894,7 +1894,7 @@ def napkin(name, chip, n, context, batch, dtype="bfloat16", cache="bfloat16"):
     return bench.napkin(job, bench.CHIPS[chip], n, None, batch)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(MODEL_CHIP, st.sampled_from([1, 2]), st.integers(1, 5000), st.integers(1, 999))
 def test_a_plan_grows_with_batch_and_context_and_fewer_bytes_never_slow_it(of, n, context, batch):
     name, chip = of
