@@ -2137,6 +2137,8 @@ def main(argv=None):
         run(parse(argv))
     except ValueError as error:
         sys.exit(f"bench.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nbench.py: interrupted before there was anything to print")
 
 
 if __name__ == "__main__":
