@@ -2137,6 +2137,23 @@ def test_the_readmes_plans_are_what_the_command_prints(capsys):
         assert expected in result_of(capsys, *shlex.split(command))[1]
 
 
+def test_freed_memory_is_kept():
+    """A second 64 MB is had without asking the kernel for a page."""
+    source = """
+import resource, bench, numpy as np
+kept = bench.keep_freed_memory()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.full(64 << 20, 1, np.int8)
+print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", source], text=True, capture_output=True,
+                          cwd=pathlib.Path(bench.__file__).parent)
+    assert done.returncode == 0, done.stderr
+    kept, faults = map(int, done.stdout.split())
+    assert kept == (bench.platform.libc_ver()[0] == "glibc") and (faults < 8 or not kept)
+
+
 def test_the_readmes_table_is_predicted_from_its_ceilings():
     told = re.search(r"^ceilings: (.*), reading (.*) GB/s$", README, re.M)
     limits = {"flops_per_second": {
