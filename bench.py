@@ -470,7 +470,7 @@ def napkin(job, chip, chips, parameters=None, batch=None):
         "critical_batch": parameters * jnp.dtype(dtype).itemsize / chip.read * chip.flops[dtype]
         / (2 * parameters) if parameters else critical_batch(cfg, dtype, limits),
         "batch": batch or B * copies, "fits": needed <= memory,
-        "chips_needed": 2 ** math.ceil(math.log2(needed / chip.memory)),
+        "chips_needed": 2 ** max(0, math.ceil(math.log2(needed / chip.memory))),
         "cache_bytes": copies * B * sequence,
         "step_bytes": sum(part["bytes"] for part in parts["generate"][:2]),
         "prefill_seconds": total["prefill"], "prefill_parts": parts["prefill"],
@@ -1000,7 +1000,7 @@ def predicted_row(job, ceilings):
     """Job, dict -> dict: the half of a row that is known before anything runs."""
     cost = PHASES[job.phase].cost(job)
     padding = cost.flops.get("padding", 0)
-    return {"phase": job.phase, "model": job.model, "dtype": job.dtype,
+    return {"phase": job.phase, "model": job.model, "K": job.cfg.K, "dtype": job.dtype,
             "cache_dtype": job.cache_dtype, "B": job.B, "T": cost.T, "S": cost.S,
             "tokens": cost.tokens,
             "flops": sum(cost.flops.values()) - padding, "padding_flops": padding,
@@ -1122,7 +1122,7 @@ def speedups(rows):
     found = []
     for row in rows:
         plain = [r for r in rows if r["phase"] == "generate" and all(
-            r[key] == row[key] for key in ("model", "dtype", "cache_dtype", "B"))]
+            r[key] == row[key] for key in ("model", "K", "dtype", "cache_dtype", "B"))]
         if row["phase"] == "speculate" and plain:
             a_round, step = row["tokens_per_round"], plain[0]
             found.append({
@@ -1319,7 +1319,7 @@ def exponent(sizes, values):
 def scale(args):
     """Prints how time grows with each size, beside how it should."""
     name, cfg = args.model or (GROWTH, parse_model(GROWTH))
-    dtype, found, rows = args.dtype[0], [], []
+    dtype, found, rows = args.dtype, [], []
     base = Job("generate", name, computing_in(cfg, dtype), 1, 240, 16, dtype, default_cache(dtype))
     grown = sweeps(base)
     for job in (job for jobs in grown.values() for _, job in jobs):
@@ -1426,7 +1426,7 @@ def train_text(args, job, limits, text, held):
     row, params, draw = predicted_row(job, limits), init(key, cfg), np.random.default_rng(args.seed)
     adam = adam_init(params)
     nats = jax.jit(lambda params, tokens: loss(cast(params, cfg.dtype), tokens, cfg))
-    row |= {"K": cfg.K, "parameters": param_count(cfg),
+    row |= {"parameters": param_count(cfg),
             "cache_bytes_per_token": kv_bytes(cfg, 1, 1, job.cache_dtype),
             "loss_before": held_out_loss(params, held, T, nats)}
     say(f"{args.text}: {len(text)} bytes to train on, {len(held)} held out, K={cfg.K}, "
@@ -1455,7 +1455,7 @@ def train_text(args, job, limits, text, held):
         say(f"\ninterrupted after {len(times)} steps")
     say()
     row |= {"loss_after": held_out_loss(params, held, T, nats), "steps": len(times)}
-    return measured_row(row, times, limits), params
+    return measured_row(row, times[1:] or times, limits), params  # the first fetches all memory
 
 
 def train_on_text(args, jobs):
@@ -1607,6 +1607,8 @@ def complete(args):
     print(f"prefill of {told['prompt']} tokens {told['prefill_seconds'] * 1e3:.1f} ms, then "
           f"{told['tokens'] / told['seconds']:.1f} tokens/s{rounds}: weights {args.dtype}, "
           f"cache {args.cache}")
+    if args.json:  # stdout is the text
+        pathlib.Path(args.json).write_text(json.dumps(told | {"text": text}) + "\n")
 
 
 # ------------------------------------------------------------------------------- several devices
@@ -1930,7 +1932,7 @@ def add_shard(command):
 def add_scale(command):
     """Parser -> None: what `scale` takes."""
     command.add_argument("--model", type=model, metavar="NAME|SHAPE", help=f"({GROWTH})")
-    command.add_argument("--dtype", type=dtypes, default=["float32"], help="of the weights "
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights "
                          "(float32)")
 
 
@@ -1948,7 +1950,7 @@ def add_phase(command, name):
     if name == "train":
         command.add_argument("--text", help="a file to train on (README.md)")
         command.add_argument("--steps", type=number, help="train on --text so often (100)")
-        command.add_argument("--lr", type=float, default=1e-3, help="learning rate (0.001)")
+        command.add_argument("--lr", type=positive, default=1e-3, help="learning rate (0.001)")
         command.add_argument("--save", metavar="DIR", help="write what was trained there")
     else:
         command.add_argument("--cache", choices=DTYPES, help="dtype of the cache (the fastest here:"
@@ -2111,25 +2113,28 @@ def run(args):
     limits |= {"sheet": sheet(CHIPS[known])} if known else {}
     try:
         if not args.phase or args.phase == "speculate":
-            learned = learn(jobs[0].cfg, args.seed)
+            learned = {K: learn(cfg, args.seed) for K, cfg in
+                       {job.cfg.K: job.cfg for job in jobs}.items()}
         if not args.phase:
-            check_recital(learned, jobs[0].cfg)
+            check_recital(learned[jobs[0].cfg.K], jobs[0].cfg)
         for (dtype, cfg), group in itertools.groupby(jobs, lambda job: (job.dtype, job.cfg)):
             params = in_dtype(init(jax.random.key(args.seed), cfg, cfg.dtype), cfg, dtype)
             for job in group:
-                own = in_dtype(learned, cfg, dtype) if job.phase == "speculate" else params
+                own = in_dtype(learned[cfg.K], cfg, dtype) if job.phase == "speculate" \
+                    else params
                 rows.append(measure(job, own, limits, args.seed, args.profile))
         if not args.phase and not args.profile:  # for those with the largest gap, why
             for job, row in worst(jobs, rows)[:1 if args.quick else 3]:
                 say(f"profiling {job.phase} {job.dtype} B={job.B}")
-                own = learned if job.phase == "speculate" else init(
+                own = learned[job.cfg.K] if job.phase == "speculate" else init(
                     jax.random.key(args.seed), job.cfg, job.cfg.dtype)
                 row["profile"] = profile(prepare(job, in_dtype(own, job.cfg, job.dtype), args.seed))
     except KeyboardInterrupt:
         say("\ninterrupted: what was measured so far")
     print_attention(jobs[-1])
     if not args.phase:
-        split = print_split(next(job for job in jobs if job.phase == "generate" and job.B > 1))
+        split = print_split(max((job for job in jobs if job.phase == "generate" and job.B < 10),
+                                key=lambda job: job.B))
     report(args, rows, limits, tensor_parallel=split)
 
 

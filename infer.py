@@ -106,6 +106,9 @@ def init_cache(cfg, B, S, dtype="float32"):
     """
     if B < 1 or S < 1:
         raise ValueError(f"a cache of {B} rows and {S} slots: at least one of each")
+    if jnp.dtype(dtype).name not in ("float32", "bfloat16", "float16", "int8"):
+        raise ValueError(f"a cache of {jnp.dtype(dtype).name}: expected float32, bfloat16, float16 "
+                         "or int8")
 
     def empty():
         slots = jnp.zeros((B, cfg.K, S, cfg.D), dtype)
@@ -135,8 +138,11 @@ def concrete(x):
 def check_room(cache, new, S=None):
     """Cache, int -> None: ValueError unless every row has room for `new` more tokens in S slots.
 
-    Unchecked, a write past the end is dropped, and later queries miss that token.
+    Under jit lengths are unknown, and only `new` > S is refused: a write past the end is then
+    dropped, and later queries miss that token.
     """
+    if new < 0:
+        raise ValueError(f"{new} new tokens: 0 or more")
     S = cache.k[0].shape[2] if S is None else S
     held = int(np.max(cache.length)) if concrete(cache.length) else 0
     if held + new > S:
@@ -148,7 +154,8 @@ def check_batch(cache, tokens):
     """Cache, BT -> None: ValueError unless there is one row of tokens for each of the cache."""
     rows = len(cache.length)
     if len(tokens) != rows:
-        raise ValueError(f"{len(tokens)} rows of tokens for a cache of {rows}: init_cache(B=...)")
+        raise ValueError(f"{len(tokens)} rows of tokens for a cache of {rows}: "
+                         f"init_cache(B={len(tokens)})")
 
 
 def as_held(new, slots):
@@ -238,21 +245,26 @@ def through_layers(params, cache, x, pos, cfg, look, **seams):
     return x, *zip(*written)
 
 
-def extend(params, cache, tokens, cfg, look=extend_cache, embed=embed, **seams):
-    """Params, Cache, BT, cfg -> BTE, Cache: append T tokens to every row, each at its own length.
-
-    T = 1 generates, T = n_draft + 1 verifies a draft, more are a chunk of a prompt. The result is
-    what stands before the final norm: `unembed` makes logits of it. Parts are replaced where a
-    model lives on several devices. ValueError for tokens outside the vocabulary, another number of
-    rows than the cache's, or more tokens than slots are left.
-    """
-    check_tokens(tokens, cfg)
-    check_batch(cache, tokens)
-    check_room(cache, tokens.shape[1])
+def append(params, cache, tokens, cfg, look=extend_cache, embed=embed, **seams):
+    """Params, Cache, BT, cfg -> BTE, Cache: `extend`, unchecked, of parts that can be replaced
+    where a model lives on several devices."""
     pos = cache.length[:, None] + jnp.arange(tokens.shape[1])
     x = embed(params, tokens, cfg)
     x, k, v = through_layers(params, cache, x, pos, cfg, look, **seams)
     return x, Cache(k, v, cache.length + tokens.shape[1])
+
+
+def extend(params, cache, tokens, cfg):
+    """Params, Cache, BT, cfg -> BTE, Cache: append T tokens to every row, each at its own length.
+
+    T = 1 generates, T = n_draft + 1 verifies a draft, more are a chunk of a prompt. The result is
+    what stands before the final norm: `unembed` makes logits of it. ValueError for tokens outside
+    the vocabulary, another number of rows than the cache's, or more tokens than slots are left.
+    """
+    check_tokens(tokens, cfg)
+    check_batch(cache, tokens)
+    check_room(cache, tokens.shape[1])
+    return append(params, cache, tokens, cfg)
 
 
 def read_prompts(params, cache, tokens, lengths, cfg, look=fill_cache, embed=embed,
@@ -337,8 +349,7 @@ def sample(key, logits, pos, temperature, top_k, top_p):
     return jax.vmap(jax.random.categorical)(keys, logp).astype(jnp.int32)
 
 
-def generate(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p=1.0, end=None,
-             extend=extend, unembed=unembed):
+def generate(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p=1.0, end=None):
     """Params, Cache, BV, key, n, cfg -> Bn, BV, Cache: n tokens a row, in one scan on the device.
 
     `logits` are those of the next token, from `prefill` or an earlier `generate`, and the new ones
@@ -347,11 +358,17 @@ def generate(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p
     where the cache has no room for n tokens.
     """
     check_room(cache, n)
+    return draw(params, cache, logits, key, n, cfg, temperature, top_k, top_p, end)
 
+
+def draw(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p=1.0, end=None,
+         append=append, unembed=unembed):
+    """Params, Cache, BV, key, n, cfg -> Bn, BV, Cache: `generate`, unchecked, of parts that can be
+    replaced where a model lives on several devices."""
     def step(state, _):
         cache, logits = state
         token = sample(key, logits, cache.length, temperature, top_k, top_p)
-        x, new = extend(params, cache, token[:, None], cfg)
+        x, new = append(params, cache, token[:, None], cfg)
         new_logits = unembed(params, x, cfg)[:, 0]
         if end is not None:
             goes_on = token != end

@@ -126,7 +126,7 @@ def param_count(cfg):
 
 @jax.custom_vjp
 def matmul(x, w):
-    """MC, OC -> MO: every product with a weight, summed in f32: 2BP flops, B = M and P = OC."""
+    """MC, OC -> MO: every product with a weight, an f32 sum: 2BP flops, B = M and P = OC."""
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())),
                                preferred_element_type=jnp.float32)
 
@@ -220,7 +220,8 @@ def attention(q, k, v, pos, k_scale=1.0, v_scale=1.0, softmax=jax.nn.softmax):
 
 
 def query_blocks(T):
-    """int -> list: (start, stop) of causal_attention's at most 8 blocks of at least 64 queries."""
+    """int -> list: (start, stop) of causal_attention's at most 8 blocks of 64 queries or
+    more; the last may be shorter."""
     size = max(64, -(-T // 8))
     return [(start, min(start + size, T)) for start in range(0, T, size)]
 
@@ -284,8 +285,8 @@ def check_tokens(tokens, cfg):
 
 @jax.custom_vjp
 def lookup(table, tokens):
-    """VE, BT -> BTE: a row a token. The gradient of a row is summed in f32: in bf16 that of a byte
-    which occurs 400 times is off by 7%, with f32 sums by as much as any other, 1%."""
+    """VE, BT -> BTE: a row a token. The gradient of a row is summed in f32: summed in bf16,
+    that of a token which occurs 400 times is off by 7%; in f32 by 1%, like any other."""
     return table[tokens]
 
 
@@ -338,8 +339,8 @@ def loss(params, tokens, cfg, block=block):
 
 class Adam(NamedTuple):
     step: Any  # int32 scalar
-    m: Params  # running mean of the gradient
-    v: Params  # running mean of its square
+    m: Any     # Params: running mean of the gradient
+    v: Any     # Params: running mean of its square
 
 
 def adam_init(params):
@@ -384,8 +385,8 @@ def product_flops(cfg, tokens, unembedded, pairs, dtype=None):
 
     Each weight costs 2 flops a token: 2BP. `unembedded` tokens make logits. Each of `pairs` of a
     query and a slot costs 2D flops a head and layer in the scores, and again in the values.
-    "padding" is there only where `dot` doubles a single row, and is never useful work: so it does
-    for weights narrower than f32, whose `dtype` is cfg.dtype unless given.
+    "padding", never useful work, is there where `dot` doubles a single row: with weights narrower
+    than f32. Their `dtype` is cfg.dtype unless given.
     """
     each, one = 2 * tokens * cfg.L * cfg.E, 2 * pairs * cfg.L * cfg.H * cfg.D
     flops = {"qkv": each * (cfg.H + 2 * cfg.K) * cfg.D, "scores": one, "values": one,
@@ -427,7 +428,7 @@ def inner_jaxprs(eqn):
 
 
 def traced_flops(fn, *args):
-    """fn, arrays -> int: 2MNK of every dot_general that the program `fn(*args)` holds. The oracle.
+    """fn, arrays -> int: 2MCO of every dot_general that the program `fn(*args)` holds. The oracle.
 
     Counted in the jaxpr, through calls, a scan's body times its length; arguments may be
     `jax.ShapeDtypeStruct`. ValueError for a product in a `while` or `cond`: it may run any number

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from infer import (Cache, Q8, as_held, as_seen, cached_attention, check_batch, check_prompts,
-                   check_room, extend, extend_cache, fill_cache, generate, insert, read_prompts,
+from infer import (Cache, Q8, append, as_held, as_seen, cached_attention, check_batch,
+                   check_prompts, check_room, draw, extend_cache, fill_cache, insert, read_prompts,
                    write)
 from minillm import (block, causal, causal_attention, check_tokens, dims, dot, embed, inner_jaxprs,
                      loss, rotary, sizes)
@@ -456,7 +456,7 @@ def tp_extend(params, cache, tokens, cfg, mesh, layout="heads", enter=gather_mat
     check_batch(cache, tokens)
     check_room(cache, tokens.shape[1])
     split, cache_split = tp_specs(params, cache, cfg, mesh, layout)
-    run = partial(extend, cfg=cfg, look=LAYOUTS[layout][2], **tp_parts(enter, leave))
+    run = partial(append, cfg=cfg, look=LAYOUTS[layout][2], **tp_parts(enter, leave))
     return jax.shard_map(run, mesh=mesh, in_specs=(split, cache_split, P()), out_specs=(
         P(None, None, "tensor"), cache_split))(params, cache, tokens)
 
@@ -482,8 +482,8 @@ def tp_generate(params, cache, logits, key, n, cfg, mesh, layout="heads", enter=
     """
     check_room(cache, n)
     split, cache_split = tp_specs(params, cache, cfg, mesh, layout)
-    run = partial(generate, n=n, cfg=cfg, **how, unembed=partial(whole_unembed, enter=enter),
-                  extend=partial(extend, look=LAYOUTS[layout][2], **tp_parts(enter, leave)))
+    run = partial(draw, n=n, cfg=cfg, **how, unembed=partial(whole_unembed, enter=enter),
+                  append=partial(append, look=LAYOUTS[layout][2], **tp_parts(enter, leave)))
     return jax.shard_map(run, mesh=mesh, in_specs=(split, cache_split, P(), P()), out_specs=(
         P(), P(), cache_split))(params, cache, logits, key)
 
