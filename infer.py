@@ -293,7 +293,7 @@ def prefill(params, cache, tokens, lengths, cfg):
 
 
 def one_hot(token, V):
-    """B, V -> BV: log-probabilities that are all on one token a row."""
+    """..., V -> ...V: log-probabilities of one token that is certain."""
     return jnp.where(jnp.arange(V) == token[..., None], 0.0, -jnp.inf)
 
 
@@ -487,7 +487,7 @@ def acceptance(proposals, logp_draft, logp_target):
 def accept(key, proposals, logp_draft, logp_target):
     """key, Bn, BnV, B(n+1)V -> B, B: how many proposals a row keeps, and the token after them.
 
-    Only draws; `acceptance` says from what. `key` may also be B keys.
+    Draws, no more: `acceptance` says from what. `key` may also be B keys.
     """
     def draw(key, probability, residual):
         key, other = jax.random.split(key)
@@ -690,7 +690,7 @@ def wide_bytes(cfg, dtype):
 
 
 def weight_bytes(cfg, dtype=None):
-    """cfg -> int: all that a step reads of the parameters; of an untied table only rows are read.
+    """cfg, dtype -> int: all that a step reads of the parameters; of an untied table, only rows.
 
     In int8 each output of a matrix has an f32 scale, and norm scales stay in cfg.dtype.
     """

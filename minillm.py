@@ -227,8 +227,8 @@ def query_blocks(T):
 
 
 def causal_pairs(T):
-    """int -> int: pairs of query and key that causal_attention multiplies in a row: the triangle at
-    and below the diagonal, T(T+1)/2, and half a block for each query above it."""
+    """int -> int: pairs of query and key that causal_attention multiplies in a row: T(T+1)/2 at and
+    below the diagonal, and above it about half a block for each query."""
     return sum((stop - start) * stop for start, stop in query_blocks(T))
 
 

@@ -116,10 +116,10 @@ def stacked(tree):
 
 
 def gather_matmul(x, ws, axis="tensor", dtype=None):
-    """...(E/t), (FE, ...) -> (...F, ...): gather the contracted letter, then multiply.
+    """...(E/t), ((F/t)E, ...) -> (...(F/t), ...): gather the contracted letter, then multiply.
 
-    Each w is this device's part of the outputs, F/t of them: the result is split as w is. One trip
-    of x serves all. The reference of `gather_matmul_ring`.
+    Each w is this device's part of the outputs: the result is split as w is. One trip of x serves
+    all. The reference of `gather_matmul_ring`.
     """
     check_contracted(x, ws, lax.axis_size(axis))
     x = lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True)
@@ -127,7 +127,7 @@ def gather_matmul(x, ws, axis="tensor", dtype=None):
 
 
 def gather_matmul_ring(x, ws, axis="tensor", dtype=None, both=False):
-    """...(E/t), (FE, ...) -> (...F, ...): multiply what is here while the next part travels.
+    """...(E/t), ((F/t)E, ...) -> (...(F/t), ...): multiply what is here while the rest travels.
 
     Each part of x goes once around the ring, in n - 1 permutes, and meets the columns of w that
     stand for it; sums are f32. `both`: half of each part goes either way, over both links of a
@@ -148,9 +148,9 @@ def gather_matmul_ring(x, ws, axis="tensor", dtype=None, both=False):
 
 
 def matmul_scatter(x, w, n=1, axis="tensor"):
-    """...F, EF -> ...(E/t): multiply what is here, then add up and split over E, in f32.
+    """...(F/t), E(F/t) -> ...(E/t): multiply what is here, then add up and split over E, in f32.
 
-    F is this device's part of the n contracted letters. The reference of `matmul_scatter_ring`.
+    The last n letters of w are contracted. The reference of `matmul_scatter_ring`.
     """
     check_scattered(w, lax.axis_size(axis))
     y = dot(x, w, n, dtype=jnp.float32)
@@ -158,7 +158,7 @@ def matmul_scatter(x, w, n=1, axis="tensor"):
 
 
 def matmul_scatter_ring(x, w, n=1, axis="tensor", both=False):
-    """...F, EF -> ...(E/t): partial sums ride the ring and come to rest where they belong.
+    """...(F/t), E(F/t) -> ...(E/t): partial sums ride the ring and come to rest where they belong.
 
     Each passes every device once, in as many permutes as there are others, and takes up what that
     device has to add: the sum for device d is begun by the one after it, and reaches it last.
@@ -615,9 +615,12 @@ def comm_bytes(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0):
     "prefill" (T tokens) or "generate" (T steps); `ring` is 0 for the reference collectives, 1 or 2
     for rings of so many ways. ValueError for another form, or where it cannot be split so.
     """
-    if ring not in (0, 1, 2) or layout not in LAYOUTS or B % data:
-        raise ValueError(f"ring={ring}, layout={layout!r}, B={B} over {data} devices: expected "
-                         f"0, 1 or 2, one of {', '.join(LAYOUTS)}, and rows that can be split")
+    if ring not in (0, 1, 2) or layout not in LAYOUTS:
+        raise ValueError(f"ring={ring}, layout={layout!r}: expected 0, 1 or 2, and one of "
+                         + ", ".join(LAYOUTS))
+    n = data * (tensor if layout == "batch" and form != "train" else 1)
+    if B % n:
+        raise ValueError(f"B={B} rows cannot be split over {n} devices")
     mesh = jax.sharding.AbstractMesh((data, tensor), ("data", "tensor"))
     check_split(cfg, mesh, {**(TENSOR if form == "train" else LAYOUTS[layout][0]), **FSDP})
 

@@ -1443,6 +1443,21 @@ def test_a_split_model_reads_and_generates_what_one_device_does(layout, K, ring,
                  alone[:3])
 
 
+def test_a_cache_split_over_slots_takes_more_tokens_than_a_device_has_slots():
+    mesh, params, text = shard.make_mesh(tensor=4), weights(WIDE), draw_tokens(WIDE, 2, 11)
+
+    def everything(extend, generate, cache):
+        x, cache = extend(params, cache, text, WIDE)
+        return x, *generate(params, cache, jnp.zeros((2, WIDE.V)), jax.random.key(0), 9, WIDE)[:2]
+
+    alone = jax.jit(partial(everything, extend, generate))(init_cache(WIDE, 2, 20))
+    split = (partial(fn, mesh=mesh, layout="sequence") for fn in (
+        shard.tp_extend, shard.tp_generate))
+    x, tokens, last = jax.jit(partial(everything, *split))(init_cache(WIDE, 2, 20))  # 5 a device
+    assert np.array_equal(tokens, alone[1])
+    jax.tree.map(close, (x, last), (alone[0], alone[2]))
+
+
 def test_activations_quantised_on_their_own_device_are_off_by_no_more_than_together():
     """Q8A8: behind a gather, rows are quantised whole, as on one device. Before a scatter and in a
     ring each part has the scale of its own largest number, never above that of the whole row."""
@@ -1556,6 +1571,8 @@ def test_what_cannot_be_split_is_refused_by_name_before_compiling():
     check(lambda: shard.tp_extend(params, held, text, WIDE, four), "20 tokens", "24 slots")
     check(lambda: shard.comm_bytes(WIDE, "fly", 1), "fly", "prefill")
     check(lambda: shard.comm_bytes(WIDE, "train", 3, data=2), "B=3", "2 devices")
+    check(lambda: shard.comm_bytes(WIDE, "extend", 3, tensor=4, layout="batch"), "B=3", "4 devices")
+    check(lambda: shard.comm_bytes(WIDE, "extend", 4, ring=3), "ring=3")
     check(lambda: shard.comm_bytes(WIDE, "extend", 4, tensor=3), "cannot be split over 3")
     check(lambda: shard.make_mesh(tensor=0), "at least one")
     check(lambda: shard.shardings(WIDE, mesh, dict(HK="data")), "HK=")
