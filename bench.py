@@ -621,7 +621,8 @@ def print_training(t):
           f"{si(t['weight_flops'], 'FLOP')}, attention: {si(t['attention_flops'], 'FLOP')}), at "
           f"{t['mfu']:.0%} MFU {si(t['step_seconds'], 's')}; all of it {t['days']:,.1f} days\n"
           f"  f32 masters and Adam's two means: {si(t['optimizer_bytes'], 'B')}, gradients "
-          f"{si(t['gradient_bytes'], 'B')}: {si(t['bytes_per_chip'], 'B')} a chip beside activations"
+          f"{si(t['gradient_bytes'], 'B')}: {si(t['bytes_per_chip'], 'B')} a chip beside "
+          "activations"
           + ("" if t["fits"] else ", WHICH DOES NOT FIT: more --chips") + "\n"
           f"  FSDP sends {si(t['fsdp_bytes_per_chip'], 'B')} a chip, {si(t['fsdp_seconds'], 's')}, "
           f"beside {si(t['compute_seconds'], 's')} of products at full speed: {bound}")
