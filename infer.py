@@ -195,7 +195,7 @@ def cached_attention(q, k, v, pos, softmax=jax.nn.softmax):
     """
     if not isinstance(k, Q8):
         return attention(q, k, v, pos, softmax=softmax)
-    return attention(q, k.q, v.q, pos, k.scale, v.scale.swapaxes(2, 3), softmax)
+    return attention(q, k.q, v.q, pos, k.scale.swapaxes(2, 3), v.scale.swapaxes(2, 3), softmax)
 
 
 def check_prompts(cache, tokens, lengths):
