@@ -85,6 +85,56 @@ def quantize_params(params, cfg, kind=Q8A8):
     return jax.tree.map(leaf, dims(cfg)._replace(embed="V E" if cfg.tied else "rows"), params)
 
 
+# -------------------------------------------------------------------------------------------- tiles
+
+
+TILE = 64      # outputs that stand side by side in memory
+FEW_ROWS = 64  # above, putting a weight back together costs less than a copy of x for each tile
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("tiles",), meta_fields=("shape",))
+@dataclasses.dataclass(frozen=True)
+class Tiled:
+    """A weight of that shape in tiles of 64 outputs, each laid out input x output.
+
+    For a CPU and 2 to 16 f32 rows. XLA's library turns a weight that is stored output x input anew
+    at each product, before it multiplies; a tile is in the form that it wants. Eight rows of a
+    1536 x 576 weight read it at 24 GB/s instead of 11, and a step at batch 8 takes 0.55 to 0.75 of
+    the time. One row gains nothing; 32 gain on jax 0.12 alone; bf16 and int8 gain or lose a tenth.
+    """
+    tiles: Any    # [O / 64, C, 64]
+    shape: tuple
+
+    dtype = property(lambda self: self.tiles.dtype)
+
+    def matmul(self, x):
+        """MC -> MO."""
+        f32 = dict(preferred_element_type=jnp.float32)
+        if len(x) > FEW_ROWS:
+            whole = self.tiles.swapaxes(0, 1).reshape(x.shape[1], -1)
+            return jnp.einsum("MC,CO->MO", x, whole, **f32)
+        each = jnp.broadcast_to(x, (len(self.tiles), *x.shape))  # else the tiles are turned, too
+        y = jnp.einsum("nMC,nCO->nMO", each, self.tiles, **f32)
+        return y.swapaxes(0, 1).reshape(len(x), -1)
+
+
+def tile_params(params, cfg):
+    """Params, cfg -> Params: every layer's weights as Tiled; not the table: rows of it are read.
+
+    ValueError where a weight's outputs are no multiple of 64, or it is an int8 one.
+    """
+    def leaf(name, w):
+        if " " not in name:
+            return w
+        outputs, contracted = (math.prod(sizes(letters, cfg)) for letters in name.split())
+        if outputs % TILE or isinstance(w, Q8):
+            raise ValueError(f"a weight of {outputs} outputs in {w.dtype}: tiles take wide weights "
+                             f"and a multiple of {TILE} outputs; use it as it is")
+        return Tiled(w.reshape(-1, TILE, contracted).swapaxes(1, 2), w.shape)
+
+    return params._replace(layers=jax.tree.map(leaf, dims(cfg).layers, params.layers))
+
+
 # ---------------------------------------------------------------------------------------- the cache
 
 

@@ -134,9 +134,9 @@ def matmul(x, w):
 def laid_out(x):
     """BTE -> BTE: x; on a CPU a bf16 x is written out in the order of its axes.
 
-    XLA's CPU library multiplies bf16 only where operands are so, before layouts are chosen. One that
-    a transpose has only relabelled is widened to f32: weight gradients then run at 145 GFLOP/s
-    instead of 280 to 330. The barrier keeps the reshape from being taken for what it looks like.
+    Only then does XLA's CPU library multiply it as bf16. One that a transpose has merely relabelled
+    is widened to f32, and weight gradients run at 145 GFLOP/s instead of 280 to 330 (Zen 4, whose
+    peaks are 200 and 400). The barrier keeps the two reshapes from cancelling.
     """
     def written(x):
         return jax.lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
@@ -226,14 +226,14 @@ rope.defvjp(lambda x, table: (rope(x, table), table), rope_backward)
 
 
 def by_key_head(x, K):
-    """BTHD, int -> BKMD: the G heads that share a key head stand beside the tokens, M = TG, as rows
-    of one product."""
+    """BTHD, K -> BK(T*G)D: the G heads that share a key head stand beside the tokens as the M = TG
+    rows of one product."""
     B, T, H, D = x.shape
     return x.reshape(B, T, K, H // K, D).swapaxes(1, 2).reshape(B, K, T * (H // K), D)
 
 
 def by_token(x, T):
-    """BKMD, int -> BTHD: the way back."""
+    """BK(T*G)D, T -> BTHD: the way back."""
     B, K, M, D = x.shape
     return x.reshape(B, K, T, M // T, D).swapaxes(1, 2).reshape(B, T, K * (M // T), D)
 
@@ -285,7 +285,7 @@ def causal_attention(q, k, v):
 
 
 def causal_forward(q, k, v):
-    """BTHD, BKTD, BKTD -> BTHD, saved: and what the gradient needs, each block's softmax with it."""
+    """BTHD, BKTD, BKTD -> BTHD, saved: with what the gradient needs: operands, softmax, result."""
     T, K, G = q.shape[1], k.shape[1], q.shape[2] // k.shape[1]
     q, k, v, found = by_key_head(q, K), laid_out(k), laid_out(v), []
     for start, stop in query_blocks(T):
@@ -318,7 +318,8 @@ def causal_backward(saved, dy):
         dq.append(jnp.einsum("BKMS,BKSD->BKMD", ds, k[:, :, :stop], **f32).astype(q.dtype))
         dk = dk.at[..., :stop].add(jnp.einsum("BKDM,BKMS->BKDS", q_turned[..., rows], ds, **f32))
         dv = dv.at[..., :stop].add(jnp.einsum("BKDM,BKMS->BKDS", dy_turned[..., rows], p, **f32))
-    dk, dv = (d.swapaxes(2, 3).astype(k.dtype) for d in (dk, dv))
+    # laid out, or XLA folds this transpose into the product, which it then cannot run in bf16
+    dk, dv = (laid_out(d.astype(k.dtype)).swapaxes(2, 3) for d in (dk, dv))
     return by_token(jnp.concatenate(dq, axis=2), T), dk, dv
 
 

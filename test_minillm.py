@@ -225,6 +225,34 @@ def test_causal_attention_is_attention_at_positions_0_to_T(T):
     close(causal_jit(q, k, v), attention_jit(q, k, v, pos))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("T, H, K", [(1, 4, 2), (9, 3, 3), (65, 4, 1), (130, 4, 2)])
+def test_the_gradient_of_causal_attention_by_hand_is_the_references(T, H, K, dtype):
+    """T = 9 in bf16 also: a product whose result is turned did not run there."""
+    arrays = normals((2, T, H, 8), (2, K, T, 8), (2, K, T, 8), (2, T, H, 8))
+    *qkv, weight = (jnp.asarray(a, dtype) for a in arrays)
+    pos = jnp.broadcast_to(jnp.arange(T), (2, T))
+
+    def slope(fn, wide):
+        return jax.jit(jax.grad(lambda qkv: jnp.sum(fn(*qkv).astype("float32") * weight)))(
+            [a.astype("float32") for a in qkv] if wide else qkv)
+
+    exact = slope(lambda *qkv: attention(*qkv, pos), wide=True)
+    for ours, theirs in zip(slope(causal_attention, wide=False), exact):
+        # p, ds, out and the result are each rounded at 2**-8 of values of order 1, and summed
+        limit = TOLERANCE if dtype == "float32" else 2 ** -5 * np.sqrt(T * H / K) + 0.05
+        assert ours.dtype == dtype and np.abs(ours - theirs).max() <= limit
+
+
+@pytest.mark.parametrize("platform, written", [("cpu", True), ("tpu", False), ("cuda", False)])
+def test_only_a_cpu_writes_bf16_operands_out(platform, written):
+    backward = jax.jit(jax.grad(lambda w, x: jnp.sum(matmul(x, w))))
+    for dtype in ("bfloat16", "float32"):
+        operands = shaped(3, 8, dtype=dtype), shaped(5, 8, dtype=dtype)
+        text = backward.trace(*operands).lower(lowering_platforms=(platform,)).as_text()
+        assert ("optimization_barrier" in text) == (written and dtype == "bfloat16")
+
+
 def forward_by_hand(params, tokens, cfg):
     """The model, in NumPy and f64, with no line in common."""
     def norm(x, scale):
@@ -478,7 +506,7 @@ def contract_value(term, size, cfg):
         "v": cache.v, "Adam": jax.eval_shape(adam_init, params), "eps": 1e-6, "lr": 1e-3,
         "key": jax.eval_shape(lambda: jax.random.key(0)), "dtype": "float32", "int": size["n"],
         "n": size["n"], "str": "HD", "table": (shaped(*half, dtype="float32"),) * 2, "None": None,
-        "S": size["S"], "V": size["V"], "Q8": jax.eval_shape(
+        **{letter: size[letter] for letter in "KSTV"}, "Q8": jax.eval_shape(
             partial(quantize, axes=-1), shaped(*(size[letter] for letter in "BTE"))),
         "int8 Params": jax.eval_shape(lambda p: quantize_params(p, cfg), params), "axes": -1,
         "draft": ngram_draft(cfg, 2), "n_draft": 2, "end": 1, "counts": shaped(size["B"], 3),
@@ -488,6 +516,9 @@ def contract_value(term, size, cfg):
         "eqn": jax.make_jaxpr(jax.jit(jnp.sin))(1.0).eqns[0],
         "list": [],
         "array": np.ones(3), "arrays": np.ones(3), "bool": True, "dict": {}, "tuple": (),
+        "saved": jax.eval_shape(minillm.causal_forward, *(
+            shaped(*(size[letter] for letter in letters), dtype="float32")
+            for letters in ("BTHD", "BKTD", "BKTD")))[1],
         "look": lambda q, k, v, *old: (minillm.causal_attention(q, k, v), old[:2]), "state": None}
     if term in named:
         return named[term]
@@ -506,7 +537,7 @@ CONTRACTS = [fn for module in (minillm, infer, shard)
              if getattr(fn, "__module__", "") == module.__name__ and not name.startswith("_")]
 ON_THE_HOST = {"serve", "check_prompt", "load", "save", "parse_config", "understood", "read_json",
                "read_safetensors", "write_safetensors", "model_draft",
-               "check_speculation"}  # each has tests of its own
+               "check_speculation", "tile_params"}  # each has tests of its own
 
 
 @pytest.mark.parametrize("fn", CONTRACTS + [matmul, lookup], ids=lambda fn: fn.__name__)
@@ -518,7 +549,8 @@ def test_every_contract_line_holds(fn):
     draw = np.random.default_rng(len(fn.__name__))
     size = {letter: int(draw.integers(1, 5)) for letter in "BTKEFVMCOn"}
     size |= {"S": size["T"] + size["n"], "D": 2 * int(draw.integers(1, 4))}
-    size["H"] = size["K"] * int(draw.integers(1, 4))
+    size["G"] = int(draw.integers(1, 4))
+    size["H"] = size["K"] * size["G"]
     cfg = Config(L=2, **{letter: size[letter] for letter in "EHKDFV"})
     arguments = [contract_value(term, size, cfg) for term in split_terms(contract[1])]
     expected = [contract_value(term, size, cfg) for term in split_terms(contract[2])]
@@ -533,6 +565,43 @@ def test_every_contract_line_holds(fn):
     for got, want in zip(result if len(expected) > 1 else [result], expected, strict=True):
         got, want = ([a.shape for a in jax.tree.leaves(tree)] for tree in (got, want))
         assert got == want
+
+
+# -------------------------------------------------------------------------------------- infer: tiles
+
+
+tiled = Config(L=2, E=64, H=4, K=2, D=32, F=128, V=31)
+
+
+@given(st.integers(1, 2 * infer.FEW_ROWS), st.integers(0, 99))
+def test_a_tiled_weight_is_the_weight_for_any_number_of_rows(rows, seed):
+    plain = weights(tiled, seed % 3)
+    x, out = normals((1, rows, tiled.E), (1, rows, tiled.H, tiled.D), seed=seed)
+    for ours, theirs in zip(infer.tile_params(plain, tiled).layers, plain.layers):
+        close(dot(x, ours.w_up), dot(x, theirs.w_up))
+        close(dot(x, ours.wq), dot(x, theirs.wq))
+        close(dot(out, ours.wo, 2), dot(out, theirs.wo, 2))
+
+
+def test_a_tiled_model_generates_what_the_plain_one_does_with_the_same_products():
+    plain, tokens, lengths = weights(tiled), draw_tokens(tiled, 3, 7), np.array([2, 7, 5])
+    made = []
+    for params in (plain, infer.tile_params(plain, tiled)):
+        cache = init_cache(tiled, 3, SLOTS)
+        logits, cache = prefill_jit(params, cache, tokens, lengths, cfg=tiled)
+        made.append(generate_jit(params, cache, logits, jax.random.key(0), n=9, cfg=tiled))
+        step = partial(extend, cfg=tiled)
+        assert traced_flops(lambda p, *a: unembed(p, step(p, *a)[0], tiled), params, cache,
+                            tokens[:, :1]) == sum(decode_flops(tiled, 3, SLOTS).values())
+    np.testing.assert_array_equal(made[0][0], made[1][0])
+    close(made[0][1], made[1][1])
+
+
+def test_what_cannot_be_tiled_is_refused_by_name():
+    with pytest.raises(ValueError, match="32 outputs in float32.*multiple of 64"):
+        infer.tile_params(weights(grouped), grouped)
+    with pytest.raises(ValueError, match="in int8: tiles take wide weights"):
+        infer.tile_params(quantize_params(weights(tiled), tiled), tiled)
 
 
 # --------------------------------------------------------------------------------- infer: the cache
