@@ -217,7 +217,10 @@ def rope(x, table):
 
 
 def rope_backward(table, dy):
-    """table, BTHD -> BTHD, None: the gradient of a turn is the turn back."""
+    """table, BTHD -> BTHD, None: the gradient of a turn is the turn back.
+
+    The table is a constant: it gets none.
+    """
     cos, sin = table
     return rope(dy, (cos, -sin)), None
 
@@ -319,7 +322,7 @@ def causal_backward(saved, dy):
         dk = dk.at[..., :stop].add(jnp.einsum("BKDM,BKMS->BKDS", q_turned[..., rows], ds, **f32))
         dv = dv.at[..., :stop].add(jnp.einsum("BKDM,BKMS->BKDS", dy_turned[..., rows], p, **f32))
     # laid out, or XLA folds this transpose into the product, which it then cannot run in bf16
-    dk, dv = (laid_out(d.astype(k.dtype)).swapaxes(2, 3) for d in (dk, dv))
+    dk, dv = (laid_out(d.astype(x.dtype)).swapaxes(2, 3) for d, x in ((dk, k), (dv, v)))
     return by_token(jnp.concatenate(dq, axis=2), T), dk, dv
 
 
