@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import shard
-from infer import (decode_bytes, decode_flops, extend, generate, init_cache, kv_bytes, load,
+from infer import (TILE, decode_bytes, decode_flops, extend, generate, init_cache, kv_bytes, load,
                    model_draft, ngram_draft, prefill, prefill_flops, quantize_params, read_json,
                    save, serve, speculate, tile_params, weight_bytes, wide_bytes)
 from minillm import (Config, adam_init, cast, check_tokens, init, loss, param_count, traced_flops,
@@ -764,7 +764,7 @@ def tiles_pay(job):
     """Job -> bool: do weights stream faster in tiles? On a CPU, in f32, for 2 to 16 rows."""
     cfg, rows = job.cfg, job.B * PHASES[job.phase].cost(job).T
     return (on_cpu() and job.dtype == "float32" and job.phase not in ("train", "prefill")
-            and 2 <= rows <= 16 and not any(n % 64 for n in (cfg.E, cfg.F, cfg.K * cfg.D)))
+            and 2 <= rows <= 16 and not any(n % TILE for n in (cfg.E, cfg.F, cfg.K * cfg.D)))
 
 
 class Prepared(NamedTuple):

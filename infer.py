@@ -95,7 +95,7 @@ FEW_ROWS = 64  # above, putting a weight back together costs less than a copy of
 @partial(jax.tree_util.register_dataclass, data_fields=("tiles",), meta_fields=("shape",))
 @dataclasses.dataclass(frozen=True)
 class Tiled:
-    """A weight of that shape in tiles of 64 outputs, each laid out input x output.
+    """A weight, of the `shape` that `dims` gives it, in tiles of 64 outputs, each input x output.
 
     For a CPU and 2 to 16 f32 rows. XLA's library turns a weight that is stored output x input anew
     at each product, before it multiplies; a tile is in the form that it wants. Eight rows of a
@@ -121,15 +121,16 @@ class Tiled:
 def tile_params(params, cfg):
     """Params, cfg -> Params: every layer's weights as Tiled; not the table: rows of it are read.
 
-    ValueError where a weight's outputs are no multiple of 64, or it is an int8 one.
+    ValueError where a weight's outputs are no multiple of 64, or it is int8 or tiled already.
     """
     def leaf(name, w):
         if " " not in name:
             return w
         outputs, contracted = (math.prod(sizes(letters, cfg)) for letters in name.split())
-        if outputs % TILE or isinstance(w, Q8):
-            raise ValueError(f"a weight of {outputs} outputs in {w.dtype}: tiles take wide weights "
-                             f"and a multiple of {TILE} outputs; use it as it is")
+        if outputs % TILE or hasattr(w, "matmul"):  # what brings its own product: see dot
+            raise ValueError(f"a {type(w).__name__} of {outputs} outputs in {w.dtype}: tiles take "
+                             f"wide weights, plain arrays of a multiple of {TILE} outputs; use the "
+                             "parameters as they are")
         return Tiled(w.reshape(-1, TILE, contracted).swapaxes(1, 2), w.shape)
 
     return params._replace(layers=jax.tree.map(leaf, dims(cfg).layers, params.layers))

@@ -516,12 +516,12 @@ def contract_value(term, size, cfg):
         "eqn": jax.make_jaxpr(jax.jit(jnp.sin))(1.0).eqns[0],
         "list": [],
         "array": np.ones(3), "arrays": np.ones(3), "bool": True, "dict": {}, "tuple": (),
-        "saved": jax.eval_shape(minillm.causal_forward, *(
-            shaped(*(size[letter] for letter in letters), dtype="float32")
-            for letters in ("BTHD", "BKTD", "BKTD")))[1],
         "look": lambda q, k, v, *old: (minillm.causal_attention(q, k, v), old[:2]), "state": None}
     if term in named:
         return named[term]
+    if term == "saved":
+        qkv = (contract_value(term, size, cfg) for term in ("BTHD", "BKTD", "BKTD"))
+        return jax.eval_shape(minillm.causal_forward, *qkv)[1]
     if term.startswith("(") and "," in term:
         return tuple(contract_value(part, size, cfg) for part in split_terms(term[1:-1]))
     dtype = "int32" if term in ("BT", "B(T+1)", "B", "Bn", "BS", "1T", "1", "B(n+1)") else "float32"
@@ -602,6 +602,8 @@ def test_what_cannot_be_tiled_is_refused_by_name():
         infer.tile_params(weights(grouped), grouped)
     with pytest.raises(ValueError, match="in int8: tiles take wide weights"):
         infer.tile_params(quantize_params(weights(tiled), tiled), tiled)
+    with pytest.raises(ValueError, match="a Tiled of 128 outputs"):
+        infer.tile_params(infer.tile_params(weights(tiled), tiled), tiled)
 
 
 # --------------------------------------------------------------------------------- infer: the cache
