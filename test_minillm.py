@@ -253,6 +253,27 @@ def test_only_a_cpu_writes_bf16_operands_out(platform, written):
         assert ("optimization_barrier" in text) == (written and dtype == "bfloat16")
 
 
+@pytest.mark.parametrize("act", ["silu", "gelu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gated_product_rounds_once_and_keeps_what_it_was_given_alone(act, dtype):
+    gate, up = (jnp.asarray(a, dtype) for a in normals((3, 5, 8), (3, 5, 8)))
+    gate = 4 * gate
+    out, gradient = jax.vjp(lambda *a: minillm.gated(*a, act), gate, up)
+    x, y = np.asarray(gate, float), np.asarray(up, float)
+    tanh = np.tanh(x / 2 if act == "silu" else np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3))
+    exact = x * (1 + tanh) / 2 * y
+    rounding = {"float32": 1e-6, "bfloat16": 1.01 * 2 ** -8}[dtype]
+    assert np.all(np.abs(out - exact) <= rounding * np.abs(exact) + 1e-6)
+    kept = jax.tree.leaves(gradient)
+    assert sum(a.nbytes for a in kept) == gate.nbytes + up.nbytes
+
+
+def test_a_position_is_turned_into_cosines_once_for_all_heads_and_layers():
+    cfg = Config(L=3, E=64, H=4, K=2, D=16, F=96, V=31)
+    text = jax.jit(partial(forward, cfg=cfg)).lower(abstract(cfg), shaped(2, 9)).compile().as_text()
+    assert len(re.findall(r" = .* cosine\(", text)) == 1
+
+
 def forward_by_hand(params, tokens, cfg):
     """The model, in NumPy and f64, with no line in common."""
     def norm(x, scale):
@@ -505,7 +526,7 @@ def contract_value(term, size, cfg):
         "cfg": cfg, "Params": params, "Layer": params.layers[0], "Cache": cache, "k": cache.k,
         "v": cache.v, "Adam": jax.eval_shape(adam_init, params), "eps": 1e-6, "lr": 1e-3,
         "key": jax.eval_shape(lambda: jax.random.key(0)), "dtype": "float32", "int": size["n"],
-        "n": size["n"], "str": "HD", "table": (shaped(*half, dtype="float32"),) * 2, "None": None,
+        "n": size["n"], "str": "HD", "act": "silu", "table": (shaped(*half, dtype="float32"),) * 2, "None": None,
         **{letter: size[letter] for letter in "KSTV"}, "Q8": jax.eval_shape(
             partial(quantize, axes=-1), shaped(*(size[letter] for letter in "BTE"))),
         "int8 Params": jax.eval_shape(lambda p: quantize_params(p, cfg), params), "axes": -1,
