@@ -317,7 +317,8 @@ def train_cost(job):
 
 
 def prefill_cost(job):
-    """All weights once, and the cache written once."""
+    """All weights once, and the cache written once. (`rows_at_a_time` reads weights again for each
+    2,048 tokens: nothing beside their flops.)"""
     cfg, B, T = job.cfg, job.B, job.prompt
     return cost(job, T, T, B * T, prefill_flops(cfg, B, T, job.dtype), weight_bytes(cfg, job.dtype),
                 kv_bytes(cfg, B, T, job.cache_dtype), cfg.dtype)
@@ -639,12 +640,18 @@ def build_train(job, params, key):
     return step, (params, adam_init(params), tokens), lambda out, args: (*out[:2], tokens)
 
 
+def rows_at_a_time(B, T):
+    """int, int -> int: of a prefill. On a CPU as many as make 2,048 tokens, if that is some."""
+    some = [rows for rows in range(2, B) if B % rows == 0 and rows * T <= 2048]
+    return max(some, default=B) if on_cpu() and B * T > 2048 else B
+
+
 def build_prefill(job, params, key):
     """-> B random prompts of T tokens, read into a cache of T slots."""
     cfg, B, T = job.cfg, job.B, job.prompt
     tokens = jax.random.randint(key, (B, T), 0, cfg.V)
     step = jax.jit(lambda params, cache, tokens: prefill(
-        params, cache, tokens, jnp.full((B,), T), cfg), donate_argnums=1)
+        params, cache, tokens, jnp.full((B,), T), cfg, rows_at_a_time(B, T)), donate_argnums=1)
     args = params, init_cache(cfg, B, T, job.cache_dtype), tokens
     return step, args, lambda out, args: (args[0], out[1], tokens)
 
@@ -761,7 +768,8 @@ def program(step, args, compiled):
 
 
 def tiles_pay(job):
-    """Job -> bool: do weights stream faster in tiles? On a CPU, in f32, for 2 to 16 rows."""
+    """Job -> bool: do weights stream faster in tiles? On a CPU, in f32, for 2 to 16 rows of new
+    tokens, where all outputs are multiples of a tile's."""
     cfg, rows = job.cfg, job.B * PHASES[job.phase].cost(job).T
     return (on_cpu() and job.dtype == "float32" and job.phase not in ("train", "prefill")
             and 2 <= rows <= 16 and not any(n % TILE for n in (cfg.E, cfg.F, cfg.K * cfg.D)))

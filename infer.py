@@ -329,18 +329,38 @@ def read_prompts(params, cache, tokens, lengths, cfg, look=fill_cache, embed=emb
     return unembed(params, last, cfg)[:, 0], Cache(k, v, lengths)
 
 
-def prefill(params, cache, tokens, lengths, cfg):
+def prefill(params, cache, tokens, lengths, cfg, rows=None):
     """Params, Cache, BT, B, cfg -> BV, Cache: read prompts into rows, which start over.
 
     Prompts are padded on the right to T; row b is its first lengths[b] tokens. Attention looks at T
     tokens, not S slots, and one position a row is unembedded: its last, whose f32 logits are
-    returned. ValueError for tokens outside the vocabulary, an empty prompt, lengths beyond T, or T
-    beyond the cache.
+    returned. ValueError for tokens outside the vocabulary, an empty prompt, lengths beyond T, T
+    beyond the cache, or a batch that is no multiple of `rows`.
+
+    With `rows`, so many of them at a time, in a scan. Weights are read again for each, which the
+    flops of some thousand tokens hide, and temporaries are those of `rows`. On a CPU they may then
+    stay in its caches: 32 x 256 tokens of smollm2-135m in bf16 take 0.88 of the time, 8 at a time.
     """
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
     check_prompts(cache, tokens, lengths)
-    return read_prompts(params, cache, tokens, lengths, cfg)
+    B, T = tokens.shape
+    if rows is None or rows == B:
+        return read_prompts(params, cache, tokens, lengths, cfg)
+    if not isinstance(rows, int) or rows < 1 or B % rows:
+        raise ValueError(f"rows={rows} at a time of {B} prompts: choose an integer that divides "
+                         f"{B}")
+
+    def read(kv, part):
+        row, tokens, lengths = part
+        some = init_cache(cfg, rows, T, cache.k[0].dtype)
+        logits, some = read_prompts(params, some, tokens, lengths, cfg)
+        return insert(kv, some[:2], row), logits
+
+    lengths = jnp.asarray(lengths, jnp.int32)
+    kv, logits = jax.lax.scan(read, cache[:2], (
+        jnp.arange(0, B, rows), tokens.reshape(-1, rows, T), lengths.reshape(-1, rows)))
+    return logits.reshape(B, -1), Cache(*kv, lengths)
 
 
 def one_hot(token, V):

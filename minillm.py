@@ -137,7 +137,7 @@ def laid_out(x):
 
     Only then does XLA's CPU library multiply it as bf16. One that a transpose has merely relabelled
     is widened to f32, and weight gradients run at 145 GFLOP/s instead of 280 to 330 (Zen 4, whose
-    peaks are 200 and 400). The barrier keeps the two reshapes from cancelling.
+    peaks are 200 in f32 and 400 in bf16). The barrier keeps the two reshapes from cancelling.
     """
     def written(x):
         return jax.lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
@@ -150,7 +150,7 @@ def laid_out(x):
 def matmul_backward(saved, dy):
     """(MC, OC), MO -> MC, OC: two products for the one forwards, so 6BP in all.
 
-    Operands are as wide as w, sums are f32.
+    dy is cast to the dtype of w; sums are f32.
     """
     x, w = saved
     dy = dy.astype(w.dtype)
@@ -234,8 +234,8 @@ rope.defvjp(lambda x, table: (rope(x, table), table), rope_backward)
 
 
 def by_key_head(x, K):
-    """BTHD, K -> BK(T*G)D: the G heads that share a key head stand beside the tokens as the M = TG
-    rows of one product."""
+    """BTHD, K -> BK(T*G)D: the rows of one product for each key head: row t * G + g is token t's
+    g-th query of the G that share it."""
     B, T, H, D = x.shape
     return x.reshape(B, T, K, H // K, D).swapaxes(1, 2).reshape(B, K, T * (H // K), D)
 
@@ -279,8 +279,8 @@ def query_blocks(T):
 
 
 def causal_pairs(T):
-    """int -> int: pairs of query and key that causal_attention multiplies in a row: T(T+1)/2 at and
-    below the diagonal, and above it about half a block for each query."""
+    """int -> int: pairs of query and key that causal_attention multiplies for one head of one
+    sequence: T(T+1)/2 at and below the diagonal, and above it about half a block for each query."""
     return sum((stop - start) * stop for start, stop in query_blocks(T))
 
 

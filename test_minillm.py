@@ -671,6 +671,38 @@ def test_prefill_gives_forwards_last_logits_and_padding_changes_nothing(cfg, len
     assert np.array_equal(logits, padded)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_prefill_of_some_rows_at_a_time_is_that_of_all(rows, dtype):
+    cfg, lengths = CONFIGS[0], np.array([3, 6, 1, 6, 2, 5])
+    params, text, cache = weights(cfg), draw_tokens(cfg, 6, 6), init_cache(cfg, 6, 8, dtype)
+    cache = jax.tree.map(jnp.ones_like, cache)  # slots 6 and 7 stay as they are
+    some = jax.jit(partial(prefill, cfg=cfg, rows=rows))
+    whole = prefill_jit(params, cache, text, lengths, cfg=cfg)
+    for got, want in zip(*map(jax.tree.leaves, (some(params, cache, text, lengths), whole)),
+                         strict=True):
+        assert got.dtype == want.dtype
+        close(got, want, 1 if got.dtype == jnp.int8 else TOLERANCE)  # next to a rounding's edge
+    assert (traced_flops(some, abstract(cfg), cache, text, lengths)
+            == sum(prefill_flops(cfg, B=6, T=6).values()))
+
+
+def test_prefill_of_some_rows_holds_the_temporaries_of_some_and_refuses_a_remainder():
+    cfg = Config(L=2, E=64, H=4, K=2, D=16, F=256, V=32)
+
+    def temporaries(rows):
+        cache = jax.eval_shape(lambda: init_cache(cfg, 16, 64))
+        return jax.jit(partial(prefill, cfg=cfg, rows=rows), donate_argnums=1).lower(
+            abstract(cfg), cache, shaped(16, 64), shaped(16)).compile().memory_analysis(
+            ).temp_size_in_bytes
+
+    assert temporaries(2) < temporaries(None) / 4
+    for rows in (5, 0, 32, 2.0):
+        with pytest.raises(ValueError, match=f"rows={rows} at a time of 16"):
+            prefill(weights(cfg), init_cache(cfg, 16, 4), draw_tokens(cfg, 16, 4), np.full(16, 4),
+                    cfg, rows=rows)
+
+
 def sure(params, cfg, text, lengths, n):
     """B -> how many of n tokens after each prompt are decided: the two best logits differ by more
     than both may be wrong. Rows of different batch sizes are not equal to the bit."""
