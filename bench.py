@@ -317,8 +317,8 @@ def train_cost(job):
 
 
 def prefill_cost(job):
-    """All weights once, and the cache written once. (`rows_at_a_time` reads weights again for each
-    2,048 tokens: nothing beside their flops.)"""
+    """All weights once, and the cache written once. (`rows_at_a_time` may read weights again
+    for each thousand tokens or two: nothing beside their flops.)"""
     cfg, B, T = job.cfg, job.B, job.prompt
     return cost(job, T, T, B * T, prefill_flops(cfg, B, T, job.dtype), weight_bytes(cfg, job.dtype),
                 kv_bytes(cfg, B, T, job.cache_dtype), cfg.dtype)
@@ -641,8 +641,9 @@ def build_train(job, params, key):
 
 
 def rows_at_a_time(B, T):
-    """int, int -> int: of a prefill. On a CPU as many as make 2,048 tokens, if that is some."""
-    some = [rows for rows in range(2, B) if B % rows == 0 and rows * T <= 2048]
+    """int, int -> int: of a prefill. On a CPU the largest divisor of B, from 2 on, whose rows hold
+    1,024 to 2,048 tokens; elsewhere, or where there is none, B."""
+    some = [rows for rows in range(2, B) if B % rows == 0 and 1024 <= rows * T <= 2048]
     return max(some, default=B) if on_cpu() and B * T > 2048 else B
 
 
@@ -769,7 +770,7 @@ def program(step, args, compiled):
 
 def tiles_pay(job):
     """Job -> bool: do weights stream faster in tiles? On a CPU, in f32, for 2 to 16 rows of new
-    tokens, where all outputs are multiples of a tile's."""
+    tokens, where every weight's outputs are a multiple of 64."""
     cfg, rows = job.cfg, job.B * PHASES[job.phase].cost(job).T
     return (on_cpu() and job.dtype == "float32" and job.phase not in ("train", "prefill")
             and 2 <= rows <= 16 and not any(n % TILE for n in (cfg.E, cfg.F, cfg.K * cfg.D)))

@@ -463,7 +463,8 @@ def tp_extend(params, cache, tokens, cfg, mesh, layout="heads", enter=gather_mat
 
 def tp_prefill(params, cache, tokens, lengths, cfg, mesh, layout="heads", enter=gather_matmul,
                leave=matmul_scatter):
-    """Params, Cache, BT, B, cfg, Mesh -> BV, Cache: `prefill` over the mesh axis "tensor"."""
+    """Params, Cache, BT, B, cfg, Mesh -> BV, Cache: `prefill`, of all rows at once, over the mesh
+    axis "tensor"."""
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
     check_prompts(cache, tokens, lengths)

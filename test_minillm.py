@@ -274,7 +274,7 @@ def test_a_position_is_turned_into_cosines_once_for_all_layers():
         program = jax.jit(partial(forward, cfg=cfg)).lower(abstract(cfg), shaped(2, 9)).compile()
         return len(re.findall(r"cosine\(", program.as_text()))
 
-    assert cosines(3) == cosines(1)
+    assert cosines(3) == cosines(1) > 0
 
 
 def forward_by_hand(params, tokens, cfg):
@@ -348,6 +348,17 @@ def test_a_model_that_knows_nothing_loses_log_V(cfg):
     params = weights(cfg)
     blank = params._replace(out_norm=jnp.zeros_like(params.out_norm))
     close(loss_jit(blank, draw_tokens(cfg, 2, 9), cfg=cfg), math.log(cfg.V))
+
+
+def test_gradients_by_hand_go_backwards_alone():
+    x, table = normals((1, 4, 2, 8), (5, 8))
+    turned = rotary(jnp.arange(4)[None], grouped)
+    for fn, *at in ((lambda x: matmul(x[0, 0], x[0, 1]), x), (lambda x: rope(x, turned), x),
+                    (lambda x: causal_attention(x, *2 * [x.swapaxes(1, 2)]), x),
+                    (lambda x: lookup(x, np.arange(3)[None]), table)):
+        jax.vjp(fn, *at)
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jvp(fn, at, at)
 
 
 def test_dot_and_its_gradient_are_the_plain_product_and_its_own():
@@ -565,7 +576,8 @@ ON_THE_HOST = {"serve", "check_prompt", "load", "save", "parse_config", "underst
                "check_speculation", "tile_params"}  # each has tests of its own
 
 
-@pytest.mark.parametrize("fn", CONTRACTS + [matmul, lookup], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("fn", CONTRACTS + [matmul, lookup, rope, causal_attention],
+                         ids=lambda fn: fn.__name__)
 def test_every_contract_line_holds(fn):
     contract = re.match(r"(.*?) ?-> ([^:]*)", inspect.getdoc(fn) or "")
     assert contract, f"{fn.__name__} has no contract line"
@@ -683,8 +695,11 @@ def test_prefill_of_some_rows_at_a_time_is_that_of_all(rows, dtype):
                          strict=True):
         assert got.dtype == want.dtype
         close(got, want, 1 if got.dtype == jnp.int8 else TOLERANCE)  # next to a rounding's edge
-    assert (traced_flops(some, abstract(cfg), cache, text, lengths)
-            == sum(prefill_flops(cfg, B=6, T=6).values()))
+    narrow = replace(cfg, dtype="bfloat16")
+    for cfg in (cfg, narrow):
+        some = partial(prefill, cfg=cfg, rows=rows)
+        assert (traced_flops(some, abstract(cfg), cache, text, lengths)
+                == 6 // rows * sum(prefill_flops(cfg, B=rows, T=6).values()))
 
 
 def test_prefill_of_some_rows_holds_the_temporaries_of_some_and_refuses_a_remainder():
@@ -701,6 +716,13 @@ def test_prefill_of_some_rows_holds_the_temporaries_of_some_and_refuses_a_remain
         with pytest.raises(ValueError, match=f"rows={rows} at a time of 16"):
             prefill(weights(cfg), init_cache(cfg, 16, 4), draw_tokens(cfg, 16, 4), np.full(16, 4),
                     cfg, rows=rows)
+
+
+@given(st.integers(1, 64), st.sampled_from([16, 64, 100, 192, 256, 1000, 3000]))
+def test_bench_prefills_groups_of_one_to_two_thousand_tokens_or_all(B, T):
+    rows = bench.rows_at_a_time(B, T)
+    assert B % rows == 0 and (rows == B or 1024 <= rows * T <= 2048 < B * T)
+    assert bench.rows_at_a_time(32, 256) == 8
 
 
 def sure(params, cfg, text, lengths, n):
