@@ -346,8 +346,8 @@ def prefill(params, cache, tokens, lengths, cfg, rows=None):
     check_batch(cache, tokens)
     check_prompts(cache, tokens, lengths)
     B, T = tokens.shape
-    if rows is not None and (not isinstance(rows, int) or rows < 1 or B % rows):
-        raise ValueError(f"rows={rows} at a time of {B} prompts: choose an int that divides {B} "
+    if rows is not None and (type(rows) is not int or rows < 1 or B % rows):
+        raise ValueError(f"rows={rows!r} at a time of {B} prompts: choose an int that divides {B} "
                          "(under jit, name it in static_argnames)")
     if rows in (None, B):
         return read_prompts(params, cache, tokens, lengths, cfg)

@@ -203,7 +203,7 @@ def rotary(pos, cfg):
     frequency = cfg.rope_base ** (-jnp.arange(0, cfg.D, 2, dtype=jnp.float32) / cfg.D)
     if cfg.rope_scaling:
         factor, low, high, context = cfg.rope_scaling
-        turns = context * frequency / (2 * math.pi)
+        turns = context * frequency / (2 * jnp.pi)
         kept = jnp.clip((turns - low) / (high - low), 0, 1)
         frequency = frequency * (kept + (1 - kept) / factor)
     angle = pos[..., None].astype(jnp.float32) * frequency

@@ -712,7 +712,7 @@ def test_prefill_of_some_rows_holds_the_temporaries_of_some_and_refuses_a_remain
             ).temp_size_in_bytes
 
     assert temporaries(2) < temporaries(None) / 4
-    for rows in (5, 0, 32, 2.0):
+    for rows in (5, 0, 32, 2.0, True):
         with pytest.raises(ValueError, match=f"rows={rows} at a time of 16"):
             prefill(weights(cfg), init_cache(cfg, 16, 4), draw_tokens(cfg, 16, 4), np.full(16, 4),
                     cfg, rows=rows)
