@@ -352,16 +352,19 @@ def prefill(params, cache, tokens, lengths, cfg, rows=None):
     if rows in (None, B):
         return read_prompts(params, cache, tokens, lengths, cfg)
 
-    def read(kv, part):
-        row, tokens, lengths = part
-        some = init_cache(cfg, rows, T, cache.k[0].dtype)
-        logits, some = read_prompts(params, some, tokens, lengths, cfg)
-        return insert(kv, some[:2], row), logits
-
     lengths = jnp.asarray(lengths, jnp.int32)
-    kv, logits = jax.lax.scan(read, cache[:2], (
-        jnp.arange(0, B, rows), tokens.reshape(-1, rows, T), lengths.reshape(-1, rows)))
+    groups = jnp.arange(0, B, rows), tokens.reshape(-1, rows, T), lengths.reshape(-1, rows)
+    kv, logits = jax.lax.scan(lambda kv, group: read_apart(params, kv, *group, cfg), cache[:2],
+                              groups)
     return logits.reshape(B, -1), Cache(*kv, lengths)
+
+
+def read_apart(params, kv, row, tokens, lengths, cfg):
+    """Params, (k, v), int, BT, B, cfg -> (k, v), BV: prompts read in a cache of their own, which is
+    then inserted from `row` on."""
+    own = init_cache(cfg, *tokens.shape, kv[0][0].dtype)
+    logits, own = prefill(params, own, tokens, lengths, cfg)
+    return insert(kv, own[:2], row), logits
 
 
 def one_hot(token, V):
@@ -471,11 +474,9 @@ def refill(params, cache, logits, row, prompt, length, cfg):
 
     The prompt is read on its own and its cache inserted; the other rows do not notice.
     """
-    one = init_cache(cfg, 1, prompt.shape[1], cache.k[0].dtype)
-    new_logits, one = prefill(params, one, prompt, length, cfg)
-    k, v = insert(cache[:2], one[:2], row)
-    lengths = cache.length.at[row].set(one.length[0])
-    return logits.at[row].set(new_logits[0]), Cache(k, v, lengths)
+    kv, new_logits = read_apart(params, cache[:2], row, prompt, length, cfg)
+    lengths = cache.length.at[row].set(length[0])
+    return logits.at[row].set(new_logits[0]), Cache(*kv, lengths)
 
 
 def check_prompt(request, prompt, n, S, cfg):
