@@ -185,6 +185,8 @@ def test_a_scan_counts_its_length_and_a_loop_of_unknown_length_is_refused():
     assert traced_flops(lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=5)[0], x) \
         == 5 * 2 * 4 ** 3
     assert traced_flops(lambda x: jax.jit(jax.checkpoint(lambda x: x @ x))(x), x) == 2 * 4 ** 3
+    assert traced_flops(lambda x: jax.lax.cond(x.sum() < 1, lambda c: c @ c, lambda c: c.T @ c, x),
+                        x) == 2 * 4 ** 3
     with pytest.raises(ValueError, match="while"):
         traced_flops(lambda x: jax.lax.while_loop(lambda c: c.sum() < 1, lambda c: c @ c, x), x)
     with pytest.raises(ValueError, match="cond"):
@@ -218,7 +220,7 @@ def test_attention_is_the_definition_for_every_K_that_divides_H(heads, T, starts
     close(attention_jit(q, k, v, pos), attention_by_hand(q, k, v, pos))
 
 
-@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 130, 521])
+@pytest.mark.parametrize("T", [1, 2, 64, 65, 130, 257, 521])
 def test_causal_attention_is_attention_at_positions_0_to_T(T):
     q, k, v = normals((2, T, 4, 8), (2, 2, T, 8), (2, 2, T, 8))
     pos = np.broadcast_to(np.arange(T), (2, T))
@@ -251,6 +253,29 @@ def test_only_a_cpu_writes_bf16_operands_out(platform, written):
         operands = shaped(3, 8, dtype=dtype), shaped(5, 8, dtype=dtype)
         text = backward.trace(*operands).lower(lowering_platforms=(platform,)).as_text()
         assert ("optimization_barrier" in text) == (written and dtype == "bfloat16")
+
+
+@pytest.mark.parametrize("platform, turned", [("cpu", True), ("tpu", False), ("cuda", False)])
+def test_only_a_cpu_multiplies_keys_by_few_queries(platform, turned):
+    for M in (3, 15, 16):
+        program = jax.jit(minillm.scores_of).trace(shaped(2, 3, M, 8, dtype="float32"),
+                                                   shaped(2, 3, 40, 8, dtype="float32"))
+        text = program.lower(lowering_platforms=(platform,)).as_text()
+        keys_first = turned and M < 16
+        assert text.count("dot_general") == 1
+        assert ("optimization_barrier" in text) == ("transpose" in text) == keys_first
+        assert (f"tensor<2x3x40x{M}xf32>" in text) == keys_first
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_scores_are_the_definition_however_many_queries_there_are(dtype):
+    for M in (1, 2, 15, 16):
+        q, k = normals((2, 3, M, 8), (2, 3, 21, 8), seed=M)
+        k = np.round(30 * k).astype("int8") if dtype == "int8" else jnp.asarray(k, dtype)
+        q = jnp.asarray(q, "float32" if dtype == "int8" else dtype)
+        scores = jax.jit(minillm.scores_of)(q, k)
+        exact = np.einsum("bkmd,bksd->bkms", np.asarray(q, float), np.asarray(k, float))
+        assert scores.dtype == "float32" and np.allclose(scores, exact, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu"])
