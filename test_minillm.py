@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import bench
@@ -720,10 +720,9 @@ def test_prefill_of_some_rows_at_a_time_is_that_of_all(rows, dtype):
                          strict=True):
         assert got.dtype == want.dtype
         close(got, want, 1 if got.dtype == jnp.int8 else TOLERANCE)  # next to a rounding's edge
-    narrow = replace(cfg, dtype="bfloat16")
-    for cfg in (cfg, narrow):
-        some = partial(prefill, cfg=cfg, rows=rows)
-        assert (traced_flops(some, abstract(cfg), cache, text, lengths)
+    for cfg in (cfg, replace(cfg, dtype="bfloat16")):
+        assert (traced_flops(partial(prefill, cfg=cfg, rows=rows), abstract(cfg), cache, text,
+                             lengths)
                 == 6 // rows * sum(prefill_flops(cfg, B=rows, T=6).values()))
 
 
@@ -743,11 +742,11 @@ def test_prefill_of_some_rows_holds_the_temporaries_of_some_and_refuses_a_remain
                     cfg, rows=rows)
 
 
-@given(st.integers(1, 64), st.sampled_from([16, 64, 100, 192, 256, 1000, 3000]))
+@example(B=32, T=256)
+@given(B=st.integers(1, 64), T=st.sampled_from([16, 64, 100, 192, 256, 1000, 3000]))
 def test_bench_prefills_groups_of_one_to_two_thousand_tokens_or_all(B, T):
     rows = bench.rows_at_a_time(B, T)
     assert B % rows == 0 and (rows == B or 1024 <= rows * T <= 2048 < B * T)
-    assert bench.rows_at_a_time(32, 256) == 8
 
 
 def sure(params, cfg, text, lengths, n):
