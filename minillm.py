@@ -166,7 +166,7 @@ matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), matmul_backward)
 def dot(x, w, n=1, dtype=None):
     """...C, OC -> ...O: x with one weight, over the last n letters of both, as one 2-D product.
 
-    The result has the dtype of x unless one is given. A single row narrower than f32 is doubled:
+    The result has the dtype of x unless one is given. A single row is doubled if w is below f32:
     XLA's CPU code for one bf16 row is a scalar loop, 8 to 20 times slower than two rows. A weight
     that is no array brings its own product of MC -> MO: see infer.Q8.
     """
@@ -250,9 +250,8 @@ def scores_of(q, k):
     """BKMD, BKSD -> BKMS: every query with every key, an f32 sum.
 
     XLA's CPU code turns a product's second operand before it multiplies. Few queries, as of a
-    generate step, are therefore better turned than all keys of the cache: with jax 0.10.2 a step
-    at batch 32 takes 7 to 18% less, with 0.12 as long. The barrier keeps the transpose out of the
-    product.
+    generate step, are better turned than all keys of the cache: a step at batch 32 takes 7 to 18%
+    less with jax 0.10.2, as long with 0.12. The barrier keeps the transpose out of the product.
     """
     def rows_first(q, k):
         return jnp.einsum("BKMD,BKSD->BKMS", q, k, preferred_element_type=jnp.float32)
@@ -281,8 +280,8 @@ def dot_product_attention(q, k, v, seen, k_scale=1.0, v_scale=1.0, softmax=jax.n
 def attention(q, k, v, pos, k_scale=1.0, v_scale=1.0, softmax=jax.nn.softmax):
     """BTHD, BKSD, BKSD, BT -> BTHD: a query at position p sees slots 0 to p. The reference.
 
-    An int8 k and v have scales, BK1S: k's multiply the scores, v's the softmax, and neither is made
-    wide first. `softmax` is replaced where the slots live on several devices.
+    An int8 k and v have scales, BK1S: k's multiply the scores, v's the softmax, and no wide
+    copy is asked for. `softmax` is replaced where the slots live on several devices.
     """
     (_, T, H, _), (K, S) = q.shape, k.shape[1:3]
     seen = jnp.arange(S) <= jnp.repeat(pos, H // K, axis=1)[:, None, :, None]
@@ -291,8 +290,8 @@ def attention(q, k, v, pos, k_scale=1.0, v_scale=1.0, softmax=jax.nn.softmax):
 
 
 def query_blocks(T):
-    """int -> list: (start, stop) of causal_attention's blocks of queries: half of T, but 64 to 128,
-    and at most 8 of them; the last may be shorter.
+    """int -> list: (start, stop) of causal_attention's blocks of queries: half of T within 64 to
+    128, or above T = 1024 an eighth of T; the last may be shorter.
 
     Half as large they multiply a sixth less at T = 256, in twice as many operations: with jax
     0.10.2 a bf16 prefill takes 8% longer at one row, 2% less at eight; with 0.12 the same.
