@@ -222,18 +222,20 @@ def as_seen(held, dtype):
 def write(slots, new, pos):
     """BKSD, BKTD, BT -> BKSD: each row's T new tokens stand at the slots of their positions.
 
-    In place in a donated cache, for which it must stay a scatter: XLA turns one of a single index
-    into a dynamic_update_slice and then fuses it twice, once for the carry and once for the read
-    that follows, which copies all S slots several times a layer. So a lone token is listed twice,
-    and the second, at a row that is not there, is dropped, as are positions outside 0 to S - 1.
+    In place in a donated cache. For that every index is named, heads too: with heads as a slice,
+    TPUs hold the cache in another layout, with slots before heads, and copy all of it, 4 times its
+    bytes. A lone slot is listed twice, the second time at a row that is not there: XLA would turn
+    one index into a slice that it updates, and copy the cache. Positions outside 0 to S - 1 are
+    dropped.
     """
-    B, _, T, _ = new.shape
-    row, slot = jnp.arange(B)[:, None], jnp.where(pos < 0, slots.shape[2], pos)
-    if B * T == 1:
-        row, slot, new = jnp.arange(2)[:, None], jnp.tile(slot, (2, 1)), jnp.tile(new, (2, 1, 1, 1))
-    return jax.tree.map(
-        lambda slots, new: slots.at[row, :, slot].set(new.swapaxes(1, 2), mode="drop"),
-        slots, as_held(new, slots))
+    B, K, T, _ = new.shape
+    row, head = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
+    slot = jnp.where(pos < 0, slots.shape[2], pos)[:, None]
+    if B * K * T == 1:
+        row, slot, new = jnp.arange(2)[:, None, None], *(jnp.concatenate([a, a]) for a in (
+            slot, new))
+    return jax.tree.map(lambda slots, new: slots.at[row, head, slot].set(new, mode="drop"),
+                        slots, as_held(new, slots))
 
 
 def cached_attention(q, k, v, pos, softmax=jax.nn.softmax):
@@ -642,13 +644,13 @@ def check_draft(n_draft):
 
 
 def verify(params, cache, last, proposals, logp_draft, key, cfg, temperature=0.0, top_k=0,
-           top_p=1.0):
+           top_p=1.0, append=append, unembed=unembed):
     """Params, Cache, B, Bn, BnV, key, cfg -> B, B(n+1), Cache: one reading of all n proposals.
 
     `last` is each row's last known token, which the cache does not hold yet. How many proposals are
     kept, and the tokens: that many, and all that follow are the one drawn after them.
     """
-    x, cache = extend(params, cache, jnp.concatenate([last[:, None], proposals], axis=1), cfg)
+    x, cache = append(params, cache, jnp.concatenate([last[:, None], proposals], axis=1), cfg)
     logp = log_probs(unembed(params, x, cfg), temperature, top_k, top_p)
     count, token = accept(key, proposals, logp_draft, logp)
     kept = jnp.arange(proposals.shape[1] + 1) < count[:, None]
@@ -662,12 +664,15 @@ def cut_at_end(new, count, end):
     return jnp.argmax((new == end) | (jnp.arange(new.shape[1]) == count[:, None]), axis=1)
 
 
-def check_speculation(cache, tokens, n, cfg, state, logp):
-    """Cache, BS, n, cfg, state, BnV -> int: n_draft. ValueError where rows have no room for it all.
+def check_speculation(params, cache, tokens, key, n, cfg, draft, state):
+    """Params, Cache, BS, key, n, cfg, draft, state -> keys, int: 2B keys and n_draft.
 
-    `logp` says what a draft would propose.
+    ValueError where rows have no room for it all, or the draft another vocabulary.
     """
-    (_, n_draft, V), S = logp.shape, tokens.shape[1]
+    check_tokens(tokens, cfg)
+    check_batch(cache, tokens)
+    keys, S = jax.vmap(jax.random.split, out_axes=1)(row_keys(key, len(tokens))), tokens.shape[1]
+    _, n_draft, V = jax.eval_shape(draft, keys[0], tokens, cache.length, state)[1].shape
     if V != cfg.V:
         raise ValueError(f"a draft of V={V} for a model of V={cfg.V}: they share no vocabulary")
     for held in (cache, state) if isinstance(state, Cache) else (cache,):
@@ -680,7 +685,7 @@ def check_speculation(cache, tokens, n, cfg, state, logp):
         if fewest < 2:
             raise ValueError("a row of one known token: speculation starts behind two or more, all "
                              "but the last in the cache")
-    return n_draft
+    return keys, n_draft
 
 
 def speculate(params, cache, tokens, key, n, cfg, draft, state, temperature=0.0, top_k=0,
@@ -698,12 +703,16 @@ def speculate(params, cache, tokens, key, n, cfg, draft, state, temperature=0.0,
     temperature 0 they are the same, but for ties within rounding. ValueError where there is no room
     for n + n_draft more.
     """
-    check_tokens(tokens, cfg)
-    check_batch(cache, tokens)
+    keys, n_draft = check_speculation(params, cache, tokens, key, n, cfg, draft, state)
+    return rounds(params, cache, tokens, keys, n, n_draft, cfg, draft, state, temperature, top_k,
+                  top_p, end)
+
+
+def rounds(params, cache, tokens, keys, n, n_draft, cfg, draft, state, temperature=0.0, top_k=0,
+           top_p=1.0, end=None, append=append, unembed=unembed):
+    """Params, Cache, BS, keys, n, int, cfg, draft, state -> BS, Cache, state, counts: `speculate`,
+    unchecked, of parts that can be replaced where a model lives on several devices."""
     B, S = tokens.shape
-    keys = jax.vmap(jax.random.split, out_axes=1)(row_keys(key, B))
-    n_draft = check_speculation(cache, tokens, n, cfg, state, jax.eval_shape(
-        draft, keys[0], tokens, cache.length, state)[1])
     row, i, goal = jnp.arange(B)[:, None], jnp.arange(n_draft + 1), cache.length + 1 + n
 
     def goes_on(tokens, length, *_):
@@ -714,7 +723,8 @@ def speculate(params, cache, tokens, key, n, cfg, draft, state, temperature=0.0,
         proposals, logp, state = draft(keys[0], tokens, length, state)
         count, new, cache = verify(
             params, cache._replace(length=length - 1), last_token(tokens, length), proposals, logp,
-            jax.vmap(jax.random.fold_in)(keys[1], length), cfg, temperature, top_k, top_p)
+            jax.vmap(jax.random.fold_in)(keys[1], length), cfg, temperature, top_k, top_p, append,
+            unembed)
         count = cut_at_end(new, count, end)
         made = jnp.where(goes_on(*loop), count + 1, 0)
         slot = jnp.where(i < made[:, None], length[:, None] + i, S)
@@ -725,7 +735,7 @@ def speculate(params, cache, tokens, key, n, cfg, draft, state, temperature=0.0,
     tokens, length, cache, state, counts = jax.lax.while_loop(
         lambda loop: jnp.any(goes_on(*loop)), advance,
         (jnp.asarray(tokens, jnp.int32), cache.length + 1, cache, state,
-         jnp.zeros((B, n_draft + 1), jnp.int32)))
+         jnp.zeros_like(tokens, jnp.int32, shape=(B, n_draft + 1))))
     if end is not None:
         ended = (last_token(tokens, length) == end)[:, None] & (jnp.arange(S) >= length[:, None])
         tokens = jnp.where(ended, end, tokens)

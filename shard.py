@@ -8,73 +8,124 @@ those that take a mesh call it. Letters as in minillm.py.
 """
 import math
 from functools import partial
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from infer import (Cache, Q8, append, as_held, as_seen, cached_attention, check_batch,
-                   check_prompts, check_room, draw, extend_cache, fill_cache, insert, read_prompts,
-                   write)
+                   check_prompts, check_room, check_speculation, draw, extend_cache, fill_cache,
+                   insert, read_prompts, rounds, row_keys, write)
 from minillm import (block, causal, causal_attention, check_tokens, dims, dot, embed, inner_jaxprs,
                      loss, rotary, sizes)
 
 P = jax.P
 TENSOR = dict(H="tensor", K="tensor", F="tensor", V="tensor")  # letters to mesh axes
-FSDP = dict(E="data")
+FSDP = dict(matrix="data")  # the first letter of each matrix that an axis of data divides
 
 # ------------------------------------------------------------------------------- who holds what
 
 
-def make_mesh(**axes):
+def make_mesh(devices=None, **axes):
     """-> Mesh: of named axes and their sizes, as `make_mesh(data=2, tensor=4)`.
 
-    ValueError where there are fewer devices. On a CPU, `jax.config.update("jax_num_cpu_devices",
-    8)` before anything else makes 8 of them.
+    A tuple makes an axis of each of its sizes: data=(4, 4) is data0 and data1. Axes follow the
+    devices' coordinates where they have some, so that with the slice's own shape each is one axis
+    of its torus. ValueError where there are fewer devices. On a CPU,
+    `jax.config.update("jax_num_cpu_devices", 8)` before anything else makes 8 of them.
     """
-    wanted, there = math.prod(axes.values()), jax.device_count()
-    if not axes or min(axes.values()) < 1:
+    devices = jax.devices() if devices is None else devices
+    named = mesh_axes(**axes)
+    wanted, there = math.prod(named.values()), len(devices)
+    if not named or min(named.values()) < 1:
         raise ValueError(f"a mesh of {axes}: at least one axis, of at least one device")
     if wanted > there:
         raise ValueError(f"a mesh of {axes} takes {wanted} devices, there are {there}: on a CPU, "
                          f'jax.config.update("jax_num_cpu_devices", {wanted}) at the start')
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), devices=jax.devices()[:wanted],
-                         axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
+    ordered = sorted(devices, key=lambda d: (*getattr(d, "coords", ()), d.id))[:wanted]
+    return jax.sharding.Mesh(np.array(ordered).reshape(*named.values()), tuple(named),
+                             axis_types=(jax.sharding.AxisType.Auto,) * len(named))
 
 
-def specs(cfg, rules):
-    """cfg, dict -> Params: of each array, the mesh axes that its dimensions are split over."""
-    return jax.tree.map(lambda name: P(*(rules.get(letter) for letter in name.replace(" ", ""))),
-                        dims(cfg))
+def mesh_axes(**axes):
+    """-> dict: mesh axes and sizes: an int is one axis, of a tuple each size is one, numbered."""
+    named = {}
+    for name, size in axes.items():
+        named |= {f"{name}{i}": n for i, n in enumerate(size)} if isinstance(size, tuple) else {
+            name: size}
+    return named
 
 
-def specs_of(params, cfg, rules):
-    """Params, cfg, dict -> Params: `specs`, also of int8 weights, whose scales have contracted
-    letters of 1."""
+def data_axes(mesh):
+    """Mesh -> tuple: the axes that rows are split over: "data", or data0, data1, and so on."""
+    return tuple(axis for axis in mesh.shape if axis.startswith("data"))
+
+
+def split_over(axes):
+    """str, tuple or None -> tuple: the axes that one dimension of a spec is split over."""
+    return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+
+
+def spec(name, cfg, mesh, rules):
+    """str, cfg, Mesh, dict -> P: the mesh axes that each dimension of one array is split over.
+
+    Rules are of letters, but for "matrix": each data axis in turn splits the first letter that it
+    divides, further where "tensor" already does, and vectors stay whole. ValueError where it
+    divides none.
+    """
+    letters = name.replace(" ", "")
+    held = {letter: [*split_over(rules.get(letter))] for letter in letters}
+
+    def part(letter):
+        return getattr(cfg, letter) // math.prod(mesh.shape[axis] for axis in held[letter])
+
+    order = letters[0] + letters[:0:-1]
+    for axis in data_axes(mesh) if "matrix" in rules and " " in name else ():
+        n = mesh.shape[axis]
+        letter = next((letter for letter in order if part(letter) % n == 0), None)
+        if letter is None:
+            raise ValueError(f"{name!r} of {[part(letter) for letter in letters]} cannot be split "
+                             f"over {n} devices of axis {axis!r}: choose a size that divides one")
+        held[letter].append(axis)
+    return P(*((*axes, None)[0] if len(axes) < 2 else tuple(axes) for axes in held.values()))
+
+
+def specs(cfg, mesh, rules):
+    """cfg, Mesh, dict -> Params: `spec` of each array."""
+    return jax.tree.map(partial(spec, cfg=cfg, mesh=mesh, rules=rules), dims(cfg))
+
+
+def specs_of(params, cfg, mesh, rules):
+    """Params, cfg, Mesh, dict -> Params: `specs`, also of int8 weights, whose scales have
+    contracted letters of 1."""
     def leaf(name, w, spec):
         if not isinstance(w, Q8):
             return spec
         kept = len(name.split()[0])
         return type(w)(spec, P(*spec[:kept], *(None for _ in spec[kept:])))
 
-    return jax.tree.map(leaf, dims(cfg), params, specs(cfg, rules))
+    return jax.tree.map(leaf, dims(cfg), params, specs(cfg, mesh, rules))
 
 
 def check_rules(cfg, mesh, rules):
     """cfg, Mesh, dict -> None: ValueError unless rules name axes that divide their letters."""
+    letters = {letter: split_over(axes) for letter, axes in rules.items() if letter != "matrix"}
     for name in set(jax.tree.leaves(dims(cfg))):
-        axes = [rules[letter] for letter in name.replace(" ", "") if letter in rules]
+        axes = [axis for letter in name.replace(" ", "") for axis in letters.get(letter, ())]
         if len(set(axes)) < len(axes):
             raise ValueError(f"rules {rules} split two letters of one array, {name!r}, over the "
                              "same axis")
-    for letter, axis in rules.items():
-        if letter not in tuple("EHKDFV") or axis not in mesh.shape:
-            raise ValueError(f"rule {letter}={axis!r}: expected one of the letters EHKDFV, and one "
-                             f"of the mesh's axes {tuple(mesh.shape)}")
-        size, n = getattr(cfg, letter), mesh.shape[axis]
+    for letter, axes in letters.items():
+        if letter not in tuple("EHKDFV") or not set(axes) <= set(mesh.shape):
+            raise ValueError(f"rule {letter}={rules[letter]!r}: expected one of the letters EHKDFV,"
+                             f" and of the mesh's axes {tuple(mesh.shape)}")
+        size, n = getattr(cfg, letter), math.prod(mesh.shape[axis] for axis in axes)
         if size % n:
-            raise ValueError(f"{letter}={size} cannot be split over {n} devices of axis {axis!r}: "
-                             f"choose an axis whose size divides {size}")
+            raise ValueError(f"{letter}={size} cannot be split over {n} devices of axis "
+                             f"{rules[letter]!r}: choose an axis whose size divides {size}")
+    specs(cfg, mesh, rules)
 
 
 def check_split(cfg, mesh, rules):
@@ -87,7 +138,7 @@ def shardings(cfg, mesh, rules):
     """cfg, Mesh, dict -> Params: for `jax.device_put`, and so that parameters are born where they
     live: `jax.jit(init, static_argnums=1, out_shardings=shardings(...))`."""
     check_rules(cfg, mesh, rules)
-    return jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs(cfg, rules))
+    return jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs(cfg, mesh, rules))
 
 
 def place(params, cfg, mesh, rules):
@@ -99,7 +150,7 @@ def place(params, cfg, mesh, rules):
     """
     check_rules(cfg, mesh, rules)
     return jax.device_put(params, jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec),
-                                               specs_of(params, cfg, rules)))
+                                               specs_of(params, cfg, mesh, rules)))
 
 
 def stack(params):
@@ -263,11 +314,11 @@ def split_nats(logits, targets, axis="tensor"):
 def check_rows(tokens, mesh):
     """B(T+1), Mesh -> None: ValueError unless rows of two or more tokens can be split over "data".
     """
-    if "data" not in mesh.shape:
+    n = math.prod(mesh.shape[axis] for axis in data_axes(mesh))
+    if not data_axes(mesh):
         raise ValueError(f"a mesh of {tuple(mesh.shape)}: rows are split over an axis 'data'")
-    if len(tokens) % mesh.shape["data"]:
-        raise ValueError(f"{len(tokens)} rows cannot be split over {mesh.shape['data']} devices of "
-                         "axis 'data'")
+    if len(tokens) % n:
+        raise ValueError(f"{len(tokens)} rows cannot be split over {n} devices of axis 'data'")
     if tokens.shape[1] < 2:
         raise ValueError(f"tokens of shape {tokens.shape}: a loss takes B(T+1), two or more a row")
 
@@ -282,7 +333,7 @@ def fsdp_loss(params, tokens, cfg, mesh):
     check_rows(tokens, mesh)
 
     def over_data(a):
-        return lax.with_sharding_constraint(a, jax.NamedSharding(mesh, P("data")))
+        return lax.with_sharding_constraint(a, jax.NamedSharding(mesh, P(data_axes(mesh))))
 
     def kept(x, w, table, cfg, attend):
         x, state = block(over_data(x), w, table, cfg, attend)
@@ -291,16 +342,21 @@ def fsdp_loss(params, tokens, cfg, mesh):
     return loss(params, over_data(tokens), cfg, kept)
 
 
-def gather_layer(w, names):
-    """Layer, names -> Layer: the dimensions that FSDP split, whole again. Its transpose scatters
-    and adds up the gradients."""
-    def whole(name, w):
-        for i, letter in enumerate(name.replace(" ", "")):
-            if letter in FSDP:
-                w = lax.all_gather(w, FSDP[letter], axis=i, tiled=True)
+def gather_data(w, split):
+    """Params, specs -> Params: what FSDP split is whole again, one axis of the torus after another.
+
+    Gathered over several axes at once, or scattered along a dimension that the array has (which is
+    what the gradient of a tiled gather does), a TPU's compiler adds up whole gradients instead: an
+    all-reduce, twice the bytes. So the parts get an axis of their own, which is then folded.
+    """
+    def whole(w, spec):
+        for i, axes in enumerate(spec):
+            for axis in reversed(split_over(axes)):
+                if axis.startswith("data"):
+                    w = lax.all_gather(w, axis, axis=i, tiled=True)
         return w
 
-    return jax.tree.map(whole, names, w)
+    return jax.tree.map(whole, w, split)
 
 
 def sharded_loss(params, tokens, cfg, mesh, enter=gather_matmul, leave=matmul_scatter):
@@ -317,24 +373,25 @@ def sharded_loss(params, tokens, cfg, mesh, enter=gather_matmul, leave=matmul_sc
     check_rows(tokens, mesh)
     if not hasattr(params.layers, "wq"):
         raise ValueError("params hold a tuple of layers: stack(params) makes them one")
-    return jax.shard_map(
-        partial(local_loss, cfg=cfg, seams=dict(enter=enter, leave=leave, norm=split_norm)),
-        mesh=mesh, in_specs=(stacked(specs(cfg, rules)), P("data")), out_specs=P())(params, tokens)
+    split, rows = specs(cfg, mesh, rules), P(data_axes(mesh))
+    run = partial(local_loss, cfg=cfg, split=split, rows=data_axes(mesh),
+                  seams=dict(enter=enter, leave=leave, norm=split_norm))
+    return jax.shard_map(run, mesh=mesh, in_specs=(stacked(split), rows), out_specs=P())(
+        params, tokens)
 
 
-def local_loss(params, tokens, cfg, seams):
-    """Params, B(T+1), cfg, dict -> scalar: one device's part of `sharded_loss`."""
-    names = dims(cfg)
+def local_loss(params, tokens, cfg, split, rows, seams):
+    """Params, B(T+1), cfg, specs, axes, dict -> scalar: one device's part of `sharded_loss`."""
     table = rotary(jnp.arange(tokens.shape[1] - 1)[None], cfg)
-    ends = gather_layer(params._replace(layers=()), names._replace(layers=()))
+    ends = gather_data(params._replace(layers=()), split._replace(layers=()))
 
     def one(x, w):
-        return block(x, gather_layer(w, names.layers[0]), table, cfg, causal, **seams)
+        return block(x, gather_data(w, split.layers[0]), table, cfg, causal, **seams)
 
     x = split_embed(ends, tokens[:, :-1], cfg)
     x, _ = lax.scan(jax.checkpoint(one), x, params.layers)
     logits = split_unembed(ends, x, cfg, enter=seams["enter"])
-    return lax.pmean(jnp.mean(split_nats(logits, tokens[:, 1:])), "data")
+    return lax.pmean(jnp.mean(split_nats(logits, tokens[:, 1:])), rows)
 
 
 # ------------------------------------------------------------------------------------ generating
@@ -393,11 +450,27 @@ def fill_slots(q, k, v, old_k, old_v, pos, axis="tensor"):
         mine, held, (old_k, old_v)), 0)
 
 
-# layout -> what splits the weights, what splits the cache's BKSD, how to look at it, how to fill it
+class Layout(NamedTuple):
+    """A way to split a cache over the mesh axis "tensor"."""
+    letter: str     # of BKSD, that is split
+    rules: dict     # for the weights beside it
+    look: Callable  # what `extend` does at a layer: extend_cache's contract
+    fill: Callable  # what `prefill` does there
+
+
 WHOLE_KV = {letter: axis for letter, axis in TENSOR.items() if letter != "K"}
-LAYOUTS = {"heads": (TENSOR, P(None, "tensor"), extend_cache, fill_cache),
-           "batch": (WHOLE_KV, P("tensor"), over_batch(extend_cache), over_batch(fill_cache)),
-           "sequence": (WHOLE_KV, P(None, None, "tensor"), extend_slots, fill_slots)}
+LAYOUTS = {"heads": Layout("K", TENSOR, extend_cache, fill_cache),
+           "batch": Layout("B", WHOLE_KV, over_batch(extend_cache), over_batch(fill_cache)),
+           "sequence": Layout("S", WHOLE_KV, extend_slots, fill_slots)}
+
+
+def cache_specs(mesh, layout):
+    """Mesh, str -> Cache of specs: rows are split over data's axes too, where there are some: each
+    part of them has a copy of the model."""
+    rows, letter = data_axes(mesh), LAYOUTS[layout].letter
+    over = {"B": rows} | {letter: (*(rows if letter == "B" else ()), "tensor")}
+    split = P(*(over.get(letter) or None for letter in "BKS"))
+    return Cache(split, split, P(rows or None))
 
 
 def check_layout(cache, mesh, layout):
@@ -406,29 +479,34 @@ def check_layout(cache, mesh, layout):
         raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
     if "tensor" not in mesh.shape:
         raise ValueError(f"a mesh of {tuple(mesh.shape)}: a cache is split over an axis 'tensor'")
-    n, (B, K, S, _) = mesh.shape["tensor"], cache.k[0].shape
-    letter, size = dict(heads=("K", K), batch=("B", B), sequence=("S", S))[layout]
-    if size % n:
-        raise ValueError(f"{letter}={size} cannot be split over {n} devices: that is what the "
-                         f"layout {layout!r} does")
+    sizes_ = dict(zip("BKS", cache.k[0].shape))
+    split = {name: dict(zip("BKS", cache_specs(mesh, name).k)) for name in LAYOUTS}
+
+    def lacks(name):
+        return [(letter, n) for letter, axes in split[name].items() if sizes_[letter] % (
+            n := math.prod(mesh.shape[axis] for axis in split_over(axes)))]
+
+    for letter, n in lacks(layout):
+        fit = [name for name in LAYOUTS if not lacks(name)]
+        raise ValueError(f"{letter}={sizes_[letter]} cannot be split over {n} devices: that is "
+                         f"what the layout {layout!r} does"
+                         + (f"; {' and '.join(fit)} can" if fit else ""))
 
 
 def tp_specs(params, cache, cfg, mesh, layout):
-    """Params, Cache, cfg, Mesh, str -> specs of params, specs of cache: for what runs in `layout`.
-
-    ValueError where a letter that is split does not divide.
-    """
+    """Params, Cache, cfg, Mesh, str -> specs of params, of cache, of rows: for what runs in
+    `layout`. ValueError where a letter that is split does not divide."""
     check_layout(cache, mesh, layout)
-    rules, spec, _, _ = LAYOUTS[layout]
+    rules, split = LAYOUTS[layout].rules, cache_specs(mesh, layout)
     check_split(cfg, mesh, rules)
-    return specs_of(params, cfg, rules), Cache(spec, spec, P())
+    return specs_of(params, cfg, mesh, rules), split, split.length
 
 
 def place_cache(cache, mesh, layout):
     """Cache, Mesh, str -> Cache: split over heads, batch or sequence."""
     check_layout(cache, mesh, layout)
-    return jax.device_put(cache, jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), Cache(
-        LAYOUTS[layout][1], LAYOUTS[layout][1], P())))
+    return jax.device_put(cache, jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec),
+                                              cache_specs(mesh, layout)))
 
 
 def whole_unembed(params, x, cfg, enter=gather_matmul):
@@ -449,16 +527,23 @@ def tp_extend(params, cache, tokens, cfg, mesh, layout="heads", enter=gather_mat
     A layer goes BT(E/t) -> BT(H/t)D and k, v -> attention -> BT(E/t) -> BT(F/t) -> BT(E/t). The
     cache is split over "heads": attention is local, k and v are BT(K/t)D, and K must divide; over
     "batch": for K smaller than the axis; or over "sequence": for a cache that is too large for a
-    device. What was placed in another way is moved first. ValueError for what does not divide, and
-    those of `extend`.
+    device. Rows are split over axes of data, where the mesh has some. What was placed in another
+    way is moved first. ValueError for what does not divide, and those of `extend`.
     """
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
     check_room(cache, tokens.shape[1])
-    split, cache_split = tp_specs(params, cache, cfg, mesh, layout)
-    run = partial(append, cfg=cfg, look=LAYOUTS[layout][2], **tp_parts(enter, leave))
-    return jax.shard_map(run, mesh=mesh, in_specs=(split, cache_split, P()), out_specs=(
-        P(None, None, "tensor"), cache_split))(params, cache, tokens)
+    split, held, rows = tp_specs(params, cache, cfg, mesh, layout)
+    run = partial(append, cfg=cfg, look=LAYOUTS[layout].look, **tp_parts(enter, leave))
+    return jax.shard_map(run, mesh=mesh, in_specs=(split, held, rows), out_specs=(
+        P(*rows, None, "tensor"), held))(params, cache, tokens)
+
+
+def tp_unembed(params, x, cfg, mesh, layout="heads", enter=gather_matmul):
+    """Params, BTE, cfg, Mesh -> BTV: f32 logits of what `tp_extend` gave, whole on each device."""
+    rules, rows = LAYOUTS[layout].rules, P(data_axes(mesh) or None)
+    return jax.shard_map(partial(whole_unembed, cfg=cfg, enter=enter), mesh=mesh, in_specs=(
+        specs_of(params, cfg, mesh, rules), P(*rows, None, "tensor")), out_specs=rows)(params, x)
 
 
 def tp_prefill(params, cache, tokens, lengths, cfg, mesh, layout="heads", enter=gather_matmul,
@@ -468,11 +553,11 @@ def tp_prefill(params, cache, tokens, lengths, cfg, mesh, layout="heads", enter=
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
     check_prompts(cache, tokens, lengths)
-    split, cache_split = tp_specs(params, cache, cfg, mesh, layout)
-    run = partial(read_prompts, cfg=cfg, look=LAYOUTS[layout][3],
+    split, held, rows = tp_specs(params, cache, cfg, mesh, layout)
+    run = partial(read_prompts, cfg=cfg, look=LAYOUTS[layout].fill,
                   unembed=partial(whole_unembed, enter=enter), **tp_parts(enter, leave))
-    return jax.shard_map(run, mesh=mesh, in_specs=(split, cache_split, P(), P()), out_specs=(
-        P(), cache_split))(params, cache, tokens, lengths)
+    return jax.shard_map(run, mesh=mesh, in_specs=(split, held, rows, rows), out_specs=(
+        rows, held))(params, cache, tokens, lengths)
 
 
 def tp_generate(params, cache, logits, key, n, cfg, mesh, layout="heads", enter=gather_matmul,
@@ -482,11 +567,30 @@ def tp_generate(params, cache, logits, key, n, cfg, mesh, layout="heads", enter=
     `how` is temperature, top_k, top_p and end. ValueError as of `tp_extend` and `generate`.
     """
     check_room(cache, n)
-    split, cache_split = tp_specs(params, cache, cfg, mesh, layout)
+    split, held, rows = tp_specs(params, cache, cfg, mesh, layout)
     run = partial(draw, n=n, cfg=cfg, **how, unembed=partial(whole_unembed, enter=enter),
-                  append=partial(append, look=LAYOUTS[layout][2], **tp_parts(enter, leave)))
-    return jax.shard_map(run, mesh=mesh, in_specs=(split, cache_split, P(), P()), out_specs=(
-        P(), P(), cache_split))(params, cache, logits, key)
+                  append=partial(append, look=LAYOUTS[layout].look, **tp_parts(enter, leave)))
+    return jax.shard_map(run, mesh=mesh, in_specs=(split, held, rows, rows), out_specs=(
+        rows, rows, held))(params, cache, logits, row_keys(key, len(logits)))
+
+
+def tp_speculate(params, cache, tokens, key, n, cfg, mesh, draft, state, layout="heads",
+                 enter=gather_matmul, leave=matmul_scatter, **how):
+    """Params, Cache, BS, key, n, cfg, Mesh, draft, state -> BS, Cache, state, counts: `speculate`.
+
+    The draft is not split: every device proposes the same. ValueError as of `tp_extend` and
+    `speculate`.
+    """
+    keys, n_draft = check_speculation(params, cache, tokens, key, n, cfg, draft, state)
+    split, held, rows = tp_specs(params, cache, cfg, mesh, layout)
+    run = partial(rounds, n=n, n_draft=n_draft, cfg=cfg, **how,
+                  unembed=partial(whole_unembed, enter=enter),
+                  append=partial(append, look=LAYOUTS[layout].look, **tp_parts(enter, leave)))
+    return jax.shard_map(
+        lambda params, cache, tokens, keys, draft, state: run(
+            params, cache, tokens, keys, draft=draft, state=state),
+        mesh=mesh, in_specs=(split, held, rows, P(None, *rows), P(), rows),
+        out_specs=(rows, held, rows, rows))(params, cache, tokens, keys, draft, state)
 
 
 # ------------------------------------------------------------------------------ what travels
@@ -560,14 +664,16 @@ def repeated(times, *events):
     return [(kind, times * number, size, n) for kind, number, size, n in events]
 
 
-def train_comm(cfg, B, T, data, tensor, ring):
-    """cfg, ... -> list of events: `sharded_loss` and its gradient.
+def train_comm(cfg, B, T, mesh, ring):
+    """cfg, int, int, Mesh, int -> list of events: `sharded_loss` and its gradient.
 
     Over "tensor", a layer gathers x twice, again when it is computed again, and scatters twice,
     once again: its last product is not computed again. The gradient of a gather is a scatter in
-    x's dtype, that of a scatter a gather in f32. Over "data", weights are gathered twice and their
-    gradients scattered once.
+    x's dtype, that of a scatter a gather in f32. Over "data", matrices are gathered twice and their
+    gradients scattered once, an axis at a time; gradients of norm scales are added up, in f32.
     """
+    axes, tensor = [mesh.shape[axis] for axis in data_axes(mesh)], mesh.shape["tensor"]
+    data = math.prod(axes)
     rows, wide = B // data * T, jnp.dtype(cfg.dtype).itemsize
     gather, scatter = trips(cfg, rows, tensor, ring)
     x, squares, scale = rows * cfg.E * wide, rows * 4, cfg.E * wide
@@ -584,9 +690,12 @@ def train_comm(cfg, B, T, data, tensor, ring):
     names = dims(cfg)
     for tree, again in ((names.layers, 2), (names._replace(layers=()), 1)):
         for name in jax.tree.leaves(tree):
-            whole = math.prod(sizes(name, cfg)) * wide // (tensor if " " in name else 1)
-            found += [("all_gather", again, whole // data, data),
-                      ("reduce_scatter", 1, whole, data)]
+            whole = math.prod(sizes(name, cfg)) // tensor
+            if " " not in name:
+                found.append(("all_reduce", 1, 4 * whole, data))
+            for i, n in enumerate(axes if " " in name else ()):
+                part = whole // math.prod(axes[:i]) * wide
+                found += [("all_gather", again, part // n, n), ("reduce_scatter", 1, part, n)]
     return found
 
 
@@ -613,29 +722,35 @@ def comm_bytes(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0):
     """cfg, form, int -> dict: collective -> (number, bytes each device sends), as the program says.
 
     `form` is "train" (`sharded_loss` with its gradient, B rows of T + 1 tokens), "extend",
-    "prefill" (T tokens) or "generate" (T steps); `ring` is 0 for the reference collectives, 1 or 2
-    for rings of so many ways. ValueError for another form, or where it cannot be split so.
+    "prefill" (T tokens), "generate" (T steps) or "verify" (`extend` and logits of all T); `data` may
+    be a tuple, as of `make_mesh`; `ring` is 0 for the reference collectives, 1 or 2 for rings of so
+    many ways. ValueError for another form, or where it cannot be split so.
     """
     if ring not in (0, 1, 2) or layout not in LAYOUTS:
         raise ValueError(f"ring={ring}, layout={layout!r}: expected 0, 1 or 2, and one of "
                          + ", ".join(LAYOUTS))
-    n = data * (tensor if layout == "batch" and form != "train" else 1)
+    axes = mesh_axes(data=data, tensor=tensor)
+    mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
+    copies = math.prod(mesh.shape[axis] for axis in data_axes(mesh))
+    n = copies * (tensor if layout == "batch" and form != "train" else 1)
     if B % n:
         raise ValueError(f"B={B} rows cannot be split over {n} devices")
-    mesh = jax.sharding.AbstractMesh((data, tensor), ("data", "tensor"))
-    check_split(cfg, mesh, {**(TENSOR if form == "train" else LAYOUTS[layout][0]), **FSDP})
-
-    extended = partial(extend_comm, cfg, B, tensor=tensor, layout=layout, ring=ring)
+    check_split(cfg, mesh, {**TENSOR, **FSDP} if form == "train" else LAYOUTS[layout].rules)
     if form == "train":
-        return tally(train_comm(cfg, B, T, data, tensor, ring))
+        return tally(train_comm(cfg, B, T, mesh, ring))
+    B //= copies
+    extended = partial(extend_comm, cfg, B, tensor=tensor, layout=layout, ring=ring)
     if form == "extend":
         return tally(extended(T))
     if form == "generate":
         return tally(repeated(T, *extended(1), *unembed_comm(cfg, B, tensor, ring)))
+    if form == "verify":
+        return tally(extended(T) + unembed_comm(cfg, B * T, tensor, ring))
     if form == "prefill":  # a prompt's slots are split where they are made
         look = extended(T, layout="heads" if layout == "sequence" else layout)
         return tally(look + unembed_comm(cfg, B, tensor, ring))
-    raise ValueError(f"form={form!r}: expected train, extend, prefill or generate")
+    raise ValueError(f"form={form!r}: expected train, extend, prefill, generate or "
+                     "verify")
 
 
 def comm_seconds(sent, link, ways=1):
