@@ -8,11 +8,14 @@
     python bench.py train --kv-heads 8,2,1                   the same model with fewer key heads
     python bench.py complete --model DIR "So long"           write on, with a real model
     python bench.py shard --devices 8                        what several devices send each other
+    python bench.py generate --chip tpu-v4 --chips 4 ...     what a chip's own compiler makes of it
 
 Tables go to stdout, whose last line is one JSON object; progress goes to stderr.
 """
 import argparse
+import contextlib
 import ctypes
+import importlib.util
 import itertools
 import json
 import math
@@ -28,19 +31,21 @@ import tempfile
 import time
 import warnings
 from dataclasses import replace
-from functools import partial
-from typing import Any, Callable, NamedTuple
+from functools import lru_cache, partial
+from importlib.metadata import version
+from types import SimpleNamespace
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import shard
-from infer import (TILE, decode_bytes, decode_flops, extend, generate, init_cache, kv_bytes, load,
-                   model_draft, ngram_draft, prefill, prefill_flops, quantize_params, read_json,
-                   save, serve, speculate, tile_params, weight_bytes, wide_bytes)
-from minillm import (Config, adam_init, cast, check_tokens, init, loss, param_count, traced_flops,
-                     train_flops, train_step, unembed)
+from infer import (TILE, Cache, decode_bytes, decode_flops, extend, generate, init_cache, kv_bytes,
+                   load, model_draft, ngram_draft, prefill, prefill_flops, quantize_params,
+                   read_json, save, serve, speculate, tile_params, weight_bytes, wide_bytes)
+from minillm import (Adam, Config, Params, adam_init, cast, causal_pairs, check_tokens, init, loss,
+                     param_count, traced_flops, train_flops, train_step, unembed)
 
 MB, GB = 1e6, 1e9
 SENTENCE = "So long and thanks for all the fish; "
@@ -105,6 +110,8 @@ CHIPS = {
     "tpu-v5p": chip(459e12, 459e12, 918e12, 2.765e12, 95e9, 2e11, 3, "TPU v5p?$", CLOUD + "v5p"),
     "tpu-v6e": chip(918e12, 918e12, 1836e12, 1.638e12, 32e9, 2e11, 2, "TPU v6 ?(lite|e)$",
                     CLOUD + "v6e"),
+    "tpu-v7x": chip(2307e12, 2307e12, 2307e12, 7.37e12, 192e9, 4e11, 3, "TPU ?v?7x?$",
+                    CLOUD + "tpu7x"),
     "a100": chip(156e12, 312e12, 624e12, 2.039e12, 80e9, 3e11, 1, "A100",
                  NVIDIA + "a100 (SXM, 80 GB)"),
     "h100": chip(494.5e12, 989e12, 1979e12, 3.35e12, 80e9, 4.5e11, 1, "H100",
@@ -133,15 +140,15 @@ def on_cpu():
     return jax.default_backend() == "cpu"
 
 
-def default_cache(dtype):
+def default_cache(dtype, chip=None):
     """dtype of the weights -> of the cache: on a CPU bf16 slots are copied and int8 ones widened at
-    every step, so f32 is the fastest; elsewhere fewer bytes are."""
-    return "float32" if on_cpu() or dtype == "float32" else "bfloat16"
+    every step, so f32 is the fastest; elsewhere, as on a chip that is not here, fewer bytes are."""
+    return "float32" if dtype == "float32" or not chip and on_cpu() else "bfloat16"
 
 
-def computing_in(cfg, dtype):
+def computing_in(cfg, dtype, chip=None):
     """Config, dtype of the weights -> Config: around int8 weights, activations are wide."""
-    wide = "float32" if on_cpu() else "bfloat16"
+    wide = "float32" if not chip and on_cpu() else "bfloat16"
     return replace(cfg, dtype=wide if dtype == "int8" else dtype)
 
 
@@ -296,6 +303,13 @@ class Job(NamedTuple):
     dtype: str = "float32"        # of the weights
     cache_dtype: str = "float32"
     n_draft: int = 4
+    chip: str = ""        # "" is this machine
+    chips: int = 1
+    mesh: tuple = ()      # of (axis, size or sizes); () is one device
+    layout: str = "heads"  # of a cache over a mesh
+    ring: int = 0         # ways of the collective matmuls; 0: their references
+    by: str = "hand"      # whose choice training's collectives are; or the "compiler"'s
+    flags: bool = False   # the lecture's, for a TPU's compiler
 
 
 def cached_dtype(job):
@@ -326,7 +340,7 @@ def prefill_cost(job):
 
 def extend_cost(job, T, S):
     """T tokens behind others: all weights, and all slots of the cache whether filled or not."""
-    cfg, B = job.cfg, job.B
+    cfg, B, S = job.cfg, job.B, slots(job, S)
     moved = decode_bytes(cfg, B, S, T, cache_dtype=job.cache_dtype, dtype=job.dtype)
     return cost(job, T, S, B * T, decode_flops(cfg, B, S, T, dtype=job.dtype), moved["weights"],
                 moved["cache_read"] + moved["cache_write"], cached_dtype(job))
@@ -337,9 +351,21 @@ def generate_cost(job):
     return extend_cost(job, 1, job.prompt + job.new)
 
 
+def verify_slots(job):
+    """Job -> int: for what is known, what is made, and a draft."""
+    return job.prompt + job.new + job.n_draft + 1
+
+
 def verify_cost(job):
     """A round of speculation: the last token and a draft of n_draft. The n-grams cost nothing."""
-    return extend_cost(job, job.n_draft + 1, job.prompt + job.new + job.n_draft + 1)
+    return extend_cost(job, job.n_draft + 1, verify_slots(job))
+
+
+def product_cost(job):
+    """B rows with one weight of E x F."""
+    flops = {"mlp": 2 * job.B * job.cfg.E * job.cfg.F, "scores": 0, "values": 0}
+    moved = job.cfg.E * job.cfg.F * jnp.dtype(job.cfg.dtype).itemsize
+    return cost(job, 1, 0, job.B, flops, moved, 0, job.cfg.dtype)
 
 
 def serve_cost(job):
@@ -632,87 +658,148 @@ def print_training(t):
 # ------------------------------------------------------------------------------------------ program
 
 
-def build_train(job, params, key):
+class Program(NamedTuple):
+    """A step, on one device or on the devices of a mesh, here or elsewhere."""
+    step: Callable     # to be jitted; run on the host where nothing is donated
+    make: Callable     # (params, key) -> its first arguments; traced, it says their shapes
+    donated: tuple     # which of them
+    feed: Callable     # (result, arguments) -> the next call's
+
+
+RINGS = {0: (shard.gather_matmul, shard.matmul_scatter),
+         1: (shard.gather_matmul_ring, shard.matmul_scatter_ring),
+         2: (partial(shard.gather_matmul_ring, both=True),
+             partial(shard.matmul_scatter_ring, both=True))}
+
+
+def functions(job, mesh):
+    """Job, Mesh or None -> namespace of the model's functions, on one device or split."""
+    cfg = job.cfg
+    if mesh is None:
+        read = partial(prefill, rows=rows_at_a_time(job))
+        return SimpleNamespace(loss=loss, **{name: partial(fn, cfg=cfg) for name, fn in dict(
+            prefill=read, extend=extend, unembed=unembed, generate=generate,
+            speculate=speculate).items()})
+    enter, leave = RINGS[job.ring]
+    split = dict(cfg=cfg, mesh=mesh, layout=job.layout, enter=enter)
+    by_hand = partial(shard.sharded_loss, mesh=mesh, enter=enter, leave=leave)
+    return SimpleNamespace(
+        loss=by_hand if job.by == "hand" else partial(shard.fsdp_loss, mesh=mesh),
+        unembed=partial(shard.tp_unembed, **split),
+        **{name: partial(getattr(shard, f"tp_{name}"), leave=leave, **split)
+           for name in ("prefill", "extend", "generate", "speculate")})
+
+
+def build_train(job, mesh):
     """-> a whole step of AdamW on random tokens, from f32 masters that are its own."""
-    params = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params)  # a copy: it is donated
-    tokens = jax.random.randint(key, (job.B, job.prompt + 1), 0, job.cfg.V)
-    step = jax.jit(partial(train_step, cfg=job.cfg, lr=1e-4), donate_argnums=(0, 1))
-    return step, (params, adam_init(params), tokens), lambda out, args: (*out[:2], tokens)
+    def make(params, key):
+        params = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params)  # a copy: it is donated
+        params = shard.stack(params) if mesh and job.by == "hand" else params
+        tokens = jax.random.randint(key, (job.B, job.prompt + 1), 0, job.cfg.V)
+        return params, adam_init(params), tokens
+
+    step = partial(train_step, cfg=job.cfg, lr=1e-4, loss=functions(job, mesh).loss)
+    return Program(step, make, (0, 1), lambda out, args: (*out[:2], args[2]))
 
 
-def rows_at_a_time(B, T):
-    """int, int -> int: of a prefill. On a CPU the largest divisor of B, from 2 on, whose rows hold
-    1,024 to 2,048 tokens; elsewhere, or where there is none, B."""
+def rows_at_a_time(job):
+    """Job -> int: of a prefill. On this machine's CPU the largest divisor of B, from 2 on, whose
+    rows hold 1,024 to 2,048 tokens; elsewhere, or where there is none, B."""
+    B, T = job.B, job.prompt
     some = [rows for rows in range(2, B) if B % rows == 0 and 1024 <= rows * T <= 2048]
-    return max(some, default=B) if on_cpu() and B * T > 2048 else B
+    return max(some, default=B) if not job.chip and on_cpu() and B * T > 2048 else B
 
 
-def build_prefill(job, params, key):
+def slots(job, S):
+    """Job, int -> int: S, or where slots are split the next number that divides."""
+    n = dict(job.mesh).get("tensor", 1) if job.layout == "sequence" else 1
+    return -(-S // n) * n
+
+
+def empty_cache(job, S):
+    """Job, int -> Cache."""
+    return init_cache(job.cfg, job.B, slots(job, S), job.cache_dtype)
+
+
+def behind(cache, length):
+    """Cache, int -> Cache: every row holds so many tokens, so that every run starts there."""
+    return cache._replace(length=jnp.full_like(cache.length, length))
+
+
+def build_prefill(job, mesh):
     """-> B random prompts of T tokens, read into a cache of T slots."""
-    cfg, B, T = job.cfg, job.B, job.prompt
-    tokens = jax.random.randint(key, (B, T), 0, cfg.V)
-    step = jax.jit(lambda params, cache, tokens: prefill(
-        params, cache, tokens, jnp.full((B,), T), cfg, rows_at_a_time(B, T)), donate_argnums=1)
-    args = params, init_cache(cfg, B, T, job.cache_dtype), tokens
-    return step, args, lambda out, args: (args[0], out[1], tokens)
+    read, B, T = functions(job, mesh).prefill, job.B, job.prompt
+    return Program(lambda params, cache, tokens: read(params, cache, tokens, jnp.full((B,), T)),
+                   lambda params, key: (params, empty_cache(job, T),
+                                        jax.random.randint(key, (B, T), 0, job.cfg.V)),
+                   (1,), lambda out, args: (args[0], out[1], args[2]))
 
 
-def build_generate(job, params, key):
+def build_generate(job, mesh):
     """-> `new` steps behind a prompt, greedily, in one scan. The prompt's slots hold zeros."""
-    cfg, B, prompt = job.cfg, job.B, job.prompt
-
-    def run(params, cache, logits):  # every run starts behind the prompt
-        cache = cache._replace(length=jnp.full((B,), prompt, jnp.int32))
-        return generate(params, cache, logits, key, job.new, cfg)
-
-    cache = init_cache(cfg, B, prompt + job.new, job.cache_dtype)
-    args = params, cache, jax.random.normal(key, (B, cfg.V))
-    return jax.jit(run, donate_argnums=1), args, lambda out, args: (args[0], out[2], out[1])
+    go_on = functions(job, mesh).generate
+    return Program(lambda params, cache, logits: go_on(
+                       params, behind(cache, job.prompt), logits, jax.random.key(0), job.new),
+                   lambda params, key: (params, empty_cache(job, job.prompt + job.new),
+                                        jax.random.normal(key, (job.B, job.cfg.V))),
+                   (1,), lambda out, args: (args[0], out[2], out[1]))
 
 
-def build_verify(job, params, key):
+def build_verify(job, mesh):
     """-> the last token and n_draft more are read behind a prompt, and all make logits."""
-    cfg, B = job.cfg, job.B
+    fns = functions(job, mesh)
 
-    def run(params, cache, tokens):
-        cache = cache._replace(length=jnp.full((B,), job.prompt, jnp.int32))
-        x, cache = extend(params, cache, tokens, cfg)
-        return unembed(params, x, cfg), cache
+    def step(params, cache, tokens):
+        x, cache = fns.extend(params, behind(cache, job.prompt), tokens)
+        return fns.unembed(params, x), cache
 
-    cache = init_cache(cfg, B, verify_cost(job).S, job.cache_dtype)
-    tokens = jax.random.randint(key, (B, job.n_draft + 1), 0, cfg.V)
-    return jax.jit(run, donate_argnums=1), (params, cache, tokens), \
-        lambda out, args: (params, out[1], tokens)
+    return Program(step, lambda params, key: (
+        params, empty_cache(job, verify_slots(job)),
+        jax.random.randint(key, (job.B, job.n_draft + 1), 0, job.cfg.V)),
+        (1,), lambda out, args: (args[0], out[1], args[2]))
 
 
-def build_speculate(job, params, key):
+def build_speculate(job, mesh):
     """-> `new` tokens behind a prompt of one sentence again and again, drafted by n-grams. Worth
     looking at with parameters that know the sentence: see `learn`."""
-    cfg, B, T = job.cfg, job.B, job.prompt
-    text = np.zeros((B, verify_cost(job).S), np.int32)
-    text[:, :T] = np.resize(encode(SENTENCE), T) % cfg.V
-    cache = init_cache(cfg, B, text.shape[1], job.cache_dtype)
-    _, cache = prefill_jit(params, cache, text[:, :T], np.full(B, T), cfg)
-    draft = ngram_draft(cfg, job.n_draft)
+    cfg, T, S = job.cfg, job.prompt, verify_slots(job)
+    rounds, draft = functions(job, mesh).speculate, ngram_draft(cfg, job.n_draft)
 
-    def run(params, cache, text):  # every run starts behind the prompt, the last token not yet read
-        cache = cache._replace(length=jnp.full((B,), T - 1, jnp.int32))
-        return speculate(params, cache, text, key, job.new, cfg, draft, None)
+    def make(params, key):
+        text = jnp.zeros((job.B, S), jnp.int32).at[:, :T].set(np.resize(
+            encode(SENTENCE), T) % cfg.V)
+        _, cache = prefill_jit(params, empty_cache(job, S), text[:, :T], jnp.full(job.B, T), cfg)
+        return params, cache, text
 
-    return jax.jit(run, donate_argnums=1), (params, cache, text), \
-        lambda out, args: (params, out[1], text)
+    return Program(lambda params, cache, text: rounds(  # the last token is not read yet
+                       params, behind(cache, T - 1), text, jax.random.key(0), job.new, draft=draft,
+                       state=None),
+                   make, (1,), lambda out, args: (args[0], out[1], args[2]))
 
 
-def build_serve(job, params, key):
+def build_serve(job, mesh):
     """-> REQUESTS * B random prompts through B rows. Runs on the host: it compiles itself."""
-    cfg, S = job.cfg, job.prompt + job.new
-    prompts = np.asarray(jax.random.randint(key, (REQUESTS * job.B, job.prompt), 0, cfg.V))
+    S, shape = job.prompt + job.new, (REQUESTS * job.B, job.prompt)
 
-    def run(params):
-        return dict(serve(params, prompts, job.B, S, job.new, key, cfg,
-                          stride=min(8, job.new), cache_dtype=job.cache_dtype))
+    def step(params, prompts):
+        return dict(serve(params, np.asarray(prompts), job.B, S, job.new, jax.random.key(0),
+                          job.cfg, stride=min(8, job.new), cache_dtype=job.cache_dtype))
 
-    return run, (params,), lambda out, args: args
+    return Program(step, lambda params, key: (params, jax.random.randint(
+        key, shape, 0, job.cfg.V)), (), lambda out, args: args)
+
+
+def build_product(job, mesh):
+    """-> a collective matmul of B rows of ones: gather_matmul or matmul_scatter."""
+    cfg, gathers = job.cfg, job.phase == "gather_matmul"
+    last, out = jax.P(None, None, "tensor"), jax.P(*[None] * (not gathers), "tensor")
+    enter, leave = RINGS[job.ring]
+    return Program(
+        jax.shard_map(lambda x, w: enter(x, (w,))[0] if gathers else leave(x, w), mesh=mesh,
+                      in_specs=(last, out), out_specs=last),
+        lambda params, key: (jnp.ones((job.B, 1, cfg.E if gathers else cfg.F), cfg.dtype),
+                             params.layers[0].w_gate if gathers else params.layers[0].w_down),
+        (), lambda out, args: args)
 
 
 def speculated(job, out):
@@ -725,30 +812,80 @@ def speculated(job, out):
             "tokens_per_round": float(1 + accepted.sum() / rounds.sum())}
 
 
+def sent(job):
+    """Job -> dict or None: what each device sends in a step, by formula; None where that is the
+    compiler's choice."""
+    sizes, cfg, B = dict(job.mesh), job.cfg, job.B
+    data, tensor = sizes.get("data", 1), sizes.get("tensor", 1)
+    if job.by == "compiler":
+        return None
+    if job.phase in PRODUCTS:
+        return shard.tally([shard.trips(cfg, B, tensor, job.ring)[PRODUCTS.index(job.phase)]])
+    form = "verify" if job.phase == "speculate" else job.phase
+    T = {"generate": 1, "verify": job.n_draft + 1}.get(form, job.prompt)
+    return shard.comm_bytes(cfg, form, B, T, data, tensor, job.layout, job.ring)
+
+
 class Phase(NamedTuple):
-    """cost(job) predicts a step; build(job, params, key) gives what to run: a function, jitted
-    where it is to be compiled, its first arguments, and the next call's from (result, arguments);
-    tell(job, result) says how many steps that was, and what else the row should hold."""
+    """cost(job) predicts a step; build(job, mesh) gives its Program; tell(job, result) says how
+    many steps that was, and what else the row should hold."""
     mark: str  # in the picture
     cost: Callable
     build: Callable
     tell: Callable = lambda job, out: {"steps": 1}
 
 
-PHASES = {"train": Phase("T", train_cost, build_train),
+PRODUCTS = ("gather_matmul", "matmul_scatter")
+PHASES = {"train": Phase("T", train_cost, build_train,
+                         lambda job, out: {"steps": 1, "loss": float(out[2])}),
           "prefill": Phase("P", prefill_cost, build_prefill),
           "generate": Phase("G", generate_cost, build_generate,
                             lambda job, out: {"steps": job.new}),
           "verify": Phase("V", verify_cost, build_verify),
           "speculate": Phase("D", verify_cost, build_speculate, speculated),
-          "serve": Phase("S", serve_cost, build_serve)}
+          "serve": Phase("S", serve_cost, build_serve),
+          **{name: Phase("M", product_cost, build_product) for name in PRODUCTS}}
 
 
-def compiled_collectives(text):
-    """str -> dict: how many of each the compiled program holds."""
-    found = re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
-                       r"(?:-start)?\(", text)
-    return {kind: (found.count(kind), 0) for kind in dict.fromkeys(found)}
+def abstract(job):
+    """Job -> Params: shapes of its parameters."""
+    cfg = job.cfg
+    return jax.eval_shape(lambda: in_dtype(init(jax.random.key(0), cfg, cfg.dtype), cfg, job.dtype))
+
+
+def mesh_of(job, devices=None):
+    """Job, devices -> Mesh or None where it is of one device."""
+    return shard.make_mesh(devices, **dict(job.mesh)) if job.mesh else None
+
+
+def placed(job, mesh, args):
+    """Job, Mesh, arguments -> of each array, its sharding on the real machine."""
+    cfg, rows = job.cfg, jax.P(shard.data_axes(mesh) or None)
+    rules = shard.LAYOUTS[job.layout].rules
+    if job.phase == "train":
+        rules = {**(shard.TENSOR if job.by == "hand" else {}), **shard.FSDP}
+    elif job.phase in PRODUCTS:
+        rules = dict(F="tensor")
+        shard.check_rules(cfg, mesh, dict(E="tensor"))
+    shard.check_rules(cfg, mesh, rules)
+
+    def spec(a):
+        if isinstance(a, Params):
+            if isinstance(a.layers, tuple) and not hasattr(a.layers, "wq"):
+                return shard.specs_of(a, cfg, mesh, rules)
+            return shard.stacked(shard.specs(cfg, mesh, rules))
+        if isinstance(a, Adam):
+            return Adam(jax.P(), spec(a.m), spec(a.v))
+        if isinstance(a, Cache):
+            shard.check_layout(a, mesh, job.layout)
+            return jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part),
+                                shard.cache_specs(mesh, job.layout), a)
+        return rows
+
+    split = tuple(map(spec, args))
+    if job.phase in PRODUCTS:
+        split = jax.P(None, None, "tensor"), jax.P(*[None] * PRODUCTS.index(job.phase), "tensor")
+    return jax.tree.map(partial(jax.NamedSharding, mesh), split)
 
 
 def program(step, args, compiled):
@@ -763,9 +900,7 @@ def program(step, args, compiled):
     sizes = {name: getattr(held, f"{name}_size_in_bytes")
              for name in ("argument", "output", "alias", "temp")}
     return {"program_flops": flops, **{f"{name}_bytes": size for name, size in sizes.items()},
-            "peak_bytes": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"],
-            "collectives": {kind: number for kind, (number, _) in
-                            compiled_collectives(compiled.as_text()).items()}}
+            "peak_bytes": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"]}
 
 
 def tiles_pay(job):
@@ -784,15 +919,26 @@ class Prepared(NamedTuple):
 
 
 def prepare(job, params, seed):
-    """Job, Params, int -> Prepared."""
-    params = tile_params(params, job.cfg) if tiles_pay(job) else params
-    step, args, feed = PHASES[job.phase].build(job, params, jax.random.key(seed))
-    start, row, text = time.perf_counter(), {"compile_seconds": 0.0}, None
-    if hasattr(step, "lower"):
-        compiled = step.lower(*args).compile()
-        seconds = time.perf_counter() - start
-        row, text = program(step, args, compiled), compiled.as_text()
-        row["compile_seconds"], step = seconds, compiled
+    """Job, Params or None, int -> Prepared: on this machine's first device, or on its mesh, where
+    parameters are born as they are split."""
+    mesh, cfg, key = mesh_of(job), job.cfg, jax.random.key(seed)
+    step, make, donated, feed = PHASES[job.phase].build(job, mesh)
+    if mesh:
+        def born(key):
+            return make(in_dtype(init(key, cfg, cfg.dtype), cfg, job.dtype), key)
+        args = jax.jit(born, out_shardings=placed(job, mesh, jax.eval_shape(born, key)))(key)
+    else:
+        args = make(tile_params(params, cfg) if tiles_pay(job) else params, key)
+    row, text = {"compile_seconds": 0.0}, None
+    if job.phase != "serve":
+        start = time.perf_counter()
+        compiled = jax.jit(step, donate_argnums=donated).lower(*args).compile()
+        seconds, text = time.perf_counter() - start, compiled.as_text()
+        row = program(step, args, compiled) | {"compile_seconds": seconds, "collectives":
+                                               collectives(operations(text, job=job))}
+        if mesh:
+            row["counted"] = shard.traced_comm(step, *args)
+        step = compiled
 
     def call():
         nonlocal args
@@ -803,42 +949,95 @@ def prepare(job, params, seed):
     return Prepared(call, row, text)
 
 
-# ------------------------------------------------------------------------------------------ profile
+# ---------------------------------------------------------------------------------- compiled text
 
 
 REGIONS = ("embed", "qkv", "attention", "out", "mlp", "unembed", "sample", "loss", "cast",
            "optimizer")  # that the model's functions name: jax.named_scope
-WRAPPERS = ("tuple", "while", "conditional", "call", "get-tuple-element", "parameter", "constant")
+SCHEDULED = {"while": ("body",), "call": ("to_apply",), "conditional": (
+    "true_computation", "branch_computations")}  # what runs another computation, and which
+UNSEEN = {"tuple", "get-tuple-element", "parameter", "constant", "bitcast", "after-all",
+          "partition-id", "copy-done", "slice-done", "opt-barrier"}  # take no time of their own
+WRAPPERS = {"tuple", "while", "conditional", "call", "get-tuple-element", "parameter", "constant"}
 MOVES = {"copy", "transpose", "bitcast", "slice", "concatenate", "reshape", "broadcast", "pad",
          "dynamic-slice", "dynamic-update-slice", "copy-start", "copy-done", *WRAPPERS}
+PARTS = {"slice", "dynamic-slice", "gather"}  # read a part of their first operand
+WRITES = {"dynamic-update-slice": 1, "scatter": 2}  # write an operand, this one, into their first
+COLLECTIVES = {"all-gather": "all_gather", "all-reduce": "all_reduce", "all-to-all": "all_to_all",
+               "reduce-scatter": "reduce_scatter", "collective-permute": "permute"}
+HOPS = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}  # trips to the
+# farthest device of a ring both ways; a permute is one hop
+HOP_SECONDS = 1e-6
+ABSURD = 1e12  # cycles: what stands where the compiler has no estimate
 
 
-class Op(NamedTuple):
-    """An operation of a compiled program, from its text."""
+class Instruction(NamedTuple):
+    name: str
     opcode: str
+    shape: str      # of its result, with layouts
     operands: list
-    calls: str     # the computation that a fusion holds
-    path: str      # of named regions
-    frame: str     # of the source line
+    calls: str      # the computation that a fusion holds, or that a loop runs
+    path: str       # of named regions
+    frame: str      # of the source line
     line: str
 
 
+class Array(NamedTuple):
+    """One array of a shape in compiled text."""
+    bytes: int   # of its numbers
+    padded: int  # that it takes: a TPU pads its last dimensions to tiles
+    far: bool    # in the chip's main memory; not in a core's own, S(1) and so on
+
+
+class Text(NamedTuple):
+    """A compiled program's text, read."""
+    found: dict   # Instruction by name
+    inside: dict  # names by computation, in the order of the schedule
+    entry: str    # the computation that runs first
+
+
 def parse_program(text):
-    """str -> dict of Op by name, dict of names by computation."""
-    ops, inside, computation = {}, {}, None
+    """str -> Text."""
+    found, inside, computation, entry = {}, {}, None, None
     for line in text.splitlines():
-        found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = .*?\s([a-z][\w\-]*)\((.*)", line)
-        if found:
-            name, opcode, rest = found.groups()
+        match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)", line)
+        if match:
+            name, shape, opcode, rest = match.groups()
             arguments = rest if opcode == "parameter" else rest.split("), ")[0]
+            called = "|".join(("calls", *SCHEDULED.get(opcode, ())))
             calls, path, frame = (re.search(pattern, rest) for pattern in (
-                r"calls=%?([\w.\-]+)", r'op_name="([^"]*)"', r"stack_frame_id=(\d+)"))
-            ops[name] = Op(opcode, re.findall(r"%([\w.\-]+)", arguments),
-                           *(match[1] if match else "" for match in (calls, path, frame)), line)
+                rf"(?:{called})=\{{?%?([\w.\-]+)", r'op_name="([^"]*)"', r"stack_frame_id=(\d+)"))
+            found[name] = Instruction(
+                name, opcode, shape, re.findall(r"%([\w.\-]+)", arguments),
+                *(match[1] if match else "" for match in (calls, path, frame)), line)
             inside.setdefault(computation, []).append(name)
-        elif line.endswith("{"):
+        elif line.endswith("{") and not line.startswith(("HloModule", " ")):
             computation = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line)[1]
-    return ops, inside
+            entry = computation if line.startswith("ENTRY") else entry
+    return Text(found, inside, entry)
+
+
+def arrays(shape):
+    """str -> list of Array: `bf16[110,4,2048,256]{3,1,2,0:T(4,128)(2,1)S(1)}`, or a tuple of such.
+    A layout gives dimensions from the last one in memory, and their tile."""
+    found = []
+    for dtype, sizes, layout in re.findall(r"\b([a-z]+\w*)\[([\d,]*)\](?:\{([^{}]*)\})?", shape):
+        bits = re.search(r"\d+", dtype)
+        sizes = [int(size) for size in sizes.split(",") if size]
+        order, tile = layout.split(":")[0], re.search(r"T\(([\d,]+)\)", layout)
+        held = [sizes[int(i)] for i in order.split(",")] if order else sizes[::-1] or [1]
+        for i, size in enumerate(reversed(tile[1].split(",")) if tile else ()):
+            if i < len(held):
+                held[i] = -(-held[i] // int(size)) * int(size)
+        each = int(bits[0]) / 8 if bits else 1
+        found.append(Array(int(math.prod(sizes) * each), int(math.prod(held) * each),
+                           not re.search(r"S\([1-9]", layout)))
+    return found
+
+
+def far_bytes(shape):
+    """str -> int: what reading or writing it whole moves in main memory."""
+    return sum(a.padded for a in arrays(shape) if a.far)
 
 
 def source_lines(text):
@@ -867,59 +1066,339 @@ def named_region(path):
     return next((word for word in reversed(re.split(r"[/()]", path)) if word in REGIONS), None)
 
 
-def attributed(text):
-    """str of a compiled program -> dict by operation: (region, kind, source line).
+def origins(program):
+    """Text -> function: name -> the Instruction that says where it belongs, or None.
 
     The compiler drops the name of some operations that it makes, such as a product of one row.
     Those belong where their result is used, inside a fusion as outside, or where it came from.
     """
-    (ops, inside), lines = parse_program(text), source_lines(text)
+    found, inside, _ = program
     users = {}
-    for name, op in ops.items():
+    for name, op in found.items():
         for place, operand in enumerate(op.operands):
             users.setdefault(operand, []).append((name, place))
 
     def known(name, seen):
-        """-> an operation that has a region, `name` itself or the nearest that uses or makes it."""
-        if name in seen or name not in ops:
+        if name in seen or name not in found or len(seen) > 200:
             return None
         seen.add(name)
-        op = ops[name]
+        op = found[name]
         if named_region(op.path):
             return op
         for user, place in users.get(name, ()):
-            within = [p for p in inside.get(ops[user].calls, ())
-                      if ops[p].opcode == "parameter" and f"parameter({place})" in ops[p].line]
+            within = [p for p in inside.get(found[user].calls, ())
+                      if found[p].opcode == "parameter" and f"parameter({place})" in found[p].line]
             for candidate in (*within, user):
-                if ops[candidate].opcode not in WRAPPERS or candidate in within:
-                    found = known(candidate, seen)
-                    if found:
-                        return found
+                if found[candidate].opcode not in WRAPPERS or candidate in within:
+                    origin = known(candidate, seen)
+                    if origin:
+                        return origin
         for operand in op.operands:
-            if operand in ops and ops[operand].opcode not in WRAPPERS:
-                found = known(operand, seen)
-                if found:
-                    return found
+            if operand in found and found[operand].opcode not in WRAPPERS:
+                origin = known(operand, seen)
+                if origin:
+                    return origin
         return None
 
-    def contents(name):
-        op = ops[name]
-        return {op.opcode} if not op.calls else set().union(*map(contents, inside[op.calls]))
+    return lambda name: known(name, set())
 
-    def kind(name):
-        held = contents(name)
-        if held & {"dot", "convolution"} or re.search(r'target="[^"]*(gemm|matmul|dot)',
-                                                      ops[name].line):
-            return "product"
-        return "copy" if held <= MOVES else "elementwise"
 
+def contents(program, op):
+    """Text, Instruction -> list of Instruction: itself, or what a fusion holds, fusions inside it
+    too."""
+    if op.opcode not in ("fusion", "async-start", "async-done"):
+        return [op]
+    return [inner for name in program.inside.get(op.calls, ())
+            for inner in contents(program, program.found[name])]
+
+
+def kind_of(program, op):
+    """Text, Instruction -> str: product, copy or elementwise."""
+    held = {inner.opcode for inner in contents(program, op)}
+    if held & {"dot", "convolution"} or re.search(r'target="[^"]*(gemm|matmul|dot)', op.line):
+        return "product"
+    return "copy" if held <= MOVES else "elementwise"
+
+
+def moved(program, op):
+    """Text, Instruction -> int, int: bytes that it reads and writes in main memory.
+
+    Of what is sliced, gathered or updated in place only that part. A prefetch counts where it
+    starts.
+    """
+    found, inside, _ = program
+
+    def within(computation, place):  # -> the parameter's name
+        return next((name for name in inside[computation] if found[name].opcode == "parameter"
+                     and f"parameter({place})" in found[name].line), None)
+
+    def read(name, computation, whole):
+        total = 0
+        for user in (found[u] for u in inside[computation] if name in found[u].operands):
+            if user.opcode == "bitcast":
+                total += read(user.name, computation, whole)
+            elif user.opcode in PARTS and user.operands[0] == name:
+                total += sum(a.padded for a in arrays(user.shape))
+            elif user.opcode == "fusion":
+                inner = within(user.calls, user.operands.index(name))
+                total += read(inner, user.calls, whole) if inner else whole
+            elif user.opcode not in WRITES or user.operands[0] != name:
+                return whole
+        return min(total, whole)
+
+    def written(name):
+        root = found[name]
+        if root.opcode in ("bitcast", "tuple", "fusion"):
+            below = [inside[root.calls][-1]] if root.opcode == "fusion" else root.operands
+            return sum(map(written, below))
+        if root.opcode in WRITES and root.operands[WRITES[root.opcode]] in found:
+            return sum(a.padded for a in arrays(found[root.operands[WRITES[root.opcode]]].shape))
+        return far_bytes(root.shape)
+
+    given = [(place, found[name]) for place, name in enumerate(op.operands) if name in found]
+    if op.opcode in UNSEEN | WRAPPERS:
+        return 0, 0
+    if op.opcode in ("copy-start", "slice-start"):
+        made = arrays(op.shape)
+        there, here = made[0] if op.opcode == "slice-start" else made[1], made[1]
+        source = arrays(given[0][1].shape)[0]
+        there = there if op.opcode == "copy-start" else here
+        return source.far * here.padded, there.far * there.padded
+    if op.opcode in PARTS:
+        return far_bytes(op.shape) if given and far_bytes(given[0][1].shape) else 0, \
+            far_bytes(op.shape)
+    if op.opcode in WRITES:
+        return 0, written(op.name)
+    if op.opcode == "fusion":
+        reads = 0
+        for place, operand in given:
+            inner, whole = within(op.calls, place), far_bytes(operand.shape)
+            reads += read(inner, op.calls, whole) if whole and inner else whole
+        return reads, min(written(inside[op.calls][-1]), far_bytes(op.shape) or 0)
+    return sum(far_bytes(operand.shape) for _, operand in given), far_bytes(op.shape)
+
+
+def product_flops_of(program, op):
+    """Text, Instruction -> int: of the products that it holds, from their shapes."""
+    def sizes(shape):
+        return [int(size) for size in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if size]
+
+    total = 0
+    for inner in contents(program, op):
+        if inner.opcode not in ("dot", "convolution") or not all(
+                name in program.found for name in inner.operands[:2]):
+            continue
+        left, right = (sizes(program.found[name].shape) for name in inner.operands[:2])
+        if inner.opcode == "dot":
+            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", inner.line)[1]
+            total += 2 * math.prod(sizes(inner.shape)) * math.prod(
+                left[int(i)] for i in contracted.split(",") if i)
+            continue
+        a, b, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", inner.line).groups()
+        windows = re.search(r"size=([\dx]+)(?: stride=([\dx]+))?(?: pad=([\d_x\-]+))?", inner.line)
+        each = 2 * sizes(inner.shape)[out.index("b")] * math.prod(
+            right[b.index(letter)] for letter in "io")
+        for i, size in enumerate(windows[1].split("x") if windows else ()):
+            before = int(windows[3].split("x")[i].split("_")[0]) if windows[3] else 0
+            step = int(windows[2].split("x")[i]) if windows[2] else 1
+            width, made = left[a.index(str(i))], sizes(inner.shape)[out.index(str(i))]
+            each *= sum(0 <= place * step + offset - before < width
+                        for place in range(made) for offset in range(int(size))) \
+                if made * int(size) < 1e6 else made
+        total += each
+    return total
+
+
+class Op(NamedTuple):
+    """An operation of a compiled program, where its schedule has it. Times are those of the first
+    trip of its loop, in seconds; None where the compiler's estimates are worth nothing."""
+    name: str
+    region: str       # of the model, or None
+    kind: str         # product, copy, elementwise; or of a collective, as in shard.comm_bytes
+    source: str       # file, line and function
+    read: int         # bytes, main memory
+    written: int
+    start: float
+    end: float
+    times: int        # how often a step runs it; 0: it stands around the loop of steps
+    loop: str         # the computation that it stands in
+    estimated: bool   # has the compiler an estimate of its cycles?
+    sent: int = 0     # bytes that a device sends
+    number: int = 0   # of arrays
+    asynchronous: bool = False
+    waited: float = 0.0  # seconds in which nothing hides the transfer
+
+
+def collective_of(program, op):
+    """Text, Instruction -> (kind, Instruction that says who sends to whom, is it a start, an end)
+    or None. On a TPU one may hide in a fusion: a scatter as an all-reduce of which a part is kept,
+    an asynchronous gather in what starts it, each product beside it, and what ends it."""
+    for inner in contents(program, op):
+        plain = re.sub("-(start|done)$", "", inner.opcode)
+        if plain not in COLLECTIVES:
+            continue
+        kind = COLLECTIVES[plain]
+        if "all-reduce-scatter" in op.calls:
+            kind = "reduce_scatter"
+        held = " ".join(other.line for other in contents(program, op))
+        start = op.opcode.endswith("-start") or "AsyncCollectiveStart" in held
+        done = op.opcode.endswith("-done") or "AsyncCollectiveDone" in held
+        if op.opcode == "fusion" and not start and not done and kind != "reduce_scatter" \
+                and "async_collective" in op.calls:
+            return None  # it goes on beside this product
+        return kind, inner, start, done
+    return None
+
+
+def group_size(line):
+    """str -> int: devices that a collective is among."""
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    if listed:
+        return listed[1].count(",") + 1
+    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    return int(counted[1]) if counted else 2
+
+
+def trips(program, op):
+    """Text, Instruction -> int or None: how often a `while` runs, where its text says so."""
+    told = re.search(r'known_trip_count":\{"n":"(\d+)"', op.line)
+    if told:
+        return int(told[1])
+    names = program.inside.get(re.search(r"condition=%?([\w.\-]+)", op.line)[1], [])
+    limits = [int(found[1]) for name in names for found in re.finditer(
+        r"s32\[\]\S* constant\((\d+)\)", program.found[name].line)]
+    return limits[0] if len(limits) == 1 else None
+
+
+def operations(text, job=None, target=None):
+    """str -> list of Op: a compiled program's, in the order of its schedule.
+
+    Everything that is said of a compiled program is a sum over these. `target` is a Target whose
+    compiler's cycles can be used: an operation takes its cycles or its bytes, whichever take
+    longer; what has no estimate its flops or its bytes; a transfer its bytes over the link and a
+    microsecond a hop, and delays only what waits for it. For generating, a step is one trip of
+    the outermost loop.
+    """
+    program, lines = parse_program(text), source_lines(text)
+    found, inside, entry = program
+    origin, ops, free = origins(program), [], {}
+    loops = [name for name in inside[entry] if found[name].opcode == "while"]
+    stepped = job is not None and job.phase in ("generate", "speculate") and loops and max(
+        loops, key=lambda name: len(inside[found[name].calls]))
+
+    def seconds(op, read, written):
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', op.line)
+        cycles = float(cycles[1]) if cycles else 0
+        if target is None or op.opcode in UNSEEN or op.opcode.endswith(("-start", "-done")):
+            return 0.0, True
+        memory = (read + written) / target.read
+        if 0 < cycles < ABSURD:
+            return max(cycles / target.clock, memory), True
+        products = product_flops_of(program, op) / target.flops
+        return max(products, memory), not max(products, memory)
+
+    def walk(computation, t, times):
+        started = {}
+        for name in inside[computation]:
+            op = found[name]
+            if op.opcode in SCHEDULED and op.calls in inside:
+                again = (trips(program, op) or 1) if op.opcode == "while" else 1
+                if name == stepped:
+                    walk(op.calls, t, 1)
+                    continue
+                took = walk(op.calls, t, times * again) - t
+                t += took * again
+                continue
+            if op.opcode in WRAPPERS:
+                continue
+            home = origin(name)
+            region = named_region(home.path) if home else None
+            source = lines.get(home.frame, "") if home else ""
+            read, written = moved(program, op)
+            collective = collective_of(program, op)
+            if collective is None:
+                took, estimated = seconds(op, read, written)
+                ops.append(Op(name, region, kind_of(program, op), source, read, written, t,
+                              t + took, times, computation, estimated))
+                t += took
+                continue
+            kind, inner, start, done = collective
+            channel = (kind, (re.search(r"channel_id=\d+|$", inner.line)[0],
+                              re.search(r'chain_id="\d+"|$', inner.line)[0]))
+            if done:
+                key = op.operands[0] if op.operands and op.operands[0] in started else next(
+                    (key for key, (_, c) in started.items() if c == channel), None)
+                at, _ = started.pop(key, (None, None))
+                if at is not None:
+                    end = max(t, ops[at].end)
+                    ops[at] = ops[at]._replace(waited=end - t)
+                    t = end
+                continue
+            given = [found[operand] for operand in op.operands if operand in found]
+            size = sum(a.bytes for operand in given for a in arrays(operand.shape))
+            n = group_size(inner.line)
+            sent_bytes = shard.SENT[kind](size, n)
+            took = 0.0
+            if target is not None:
+                ways = 0.5 if kind == "permute" else 1
+                took = sent_bytes / (target.link * ways) + HOP_SECONDS * (
+                    HOPS[kind] * max(1, n // 2) if kind in HOPS else 1)
+            groups = re.search(r"(?:replica_groups|source_target_pairs)=\S+", inner.line)
+            route = groups[0] if groups else ""
+            begin = max(t, free.get(route, 0.0)) if start else t
+            free[route] = begin + took
+            ops.append(Op(name, region, kind, source, read, written, begin, begin + took, times,
+                          computation, True, sent_bytes, len(given), start,
+                          0.0 if start else took))
+            if start:
+                started[name] = len(ops) - 1, channel
+            else:
+                t += took
+        return t
+
+    walk(entry, 0.0, 0 if stepped else 1)
+    return ops
+
+
+def collectives(ops):
+    """list of Op -> dict: of a step, by kind: their number, bytes that a device sends, and how many
+    are asynchronous."""
     found = {}
-    for name, op in ops.items():
-        if op.opcode not in WRAPPERS:
-            origin = known(name, set())
-            found[name] = (named_region(origin.path) if origin else None, kind(name),
-                           lines.get(origin.frame, "") if origin else "")
+    for op in ops:
+        if op.number and op.times:
+            kind = found.setdefault(op.kind, {"number": 0, "bytes": 0, "asynchronous": 0})
+            for name, count in (("number", op.number), ("bytes", op.sent),
+                                ("asynchronous", op.number * op.asynchronous)):
+                kind[name] += count * op.times
     return found
+
+
+def step_seconds(ops, read):
+    """list of Op, bytes/s -> dict: seconds of a step in all and by region, and the share of those
+    operations for which the compiler gives no cycles. What transfers make wait is a region of its
+    own, and so is what memory takes beyond the schedule: a prefetch that nothing hides."""
+    regions = {}
+    for op in ops:
+        took = op.waited if op.number else op.end - op.start
+        region = "transfers" if op.number else op.region or "?"
+        regions[region] = regions.get(region, 0.0) + took * op.times
+    total, memory = sum(regions.values()), sum(
+        (op.read + op.written) * op.times for op in ops) / read
+    if memory > total:
+        regions["memory"] = memory - total
+    blind = sum((op.end - op.start) * op.times for op in ops if not op.estimated)
+    return {"compiler_seconds": max(total, memory), "unestimated": blind / max(total, memory, 1e-12),
+            "regions": {name: took for name, took in regions.items() if took}}
+
+
+def copied(ops, sizes):
+    """list of Op, set of int -> int: bytes of arrays of such sizes that a step copies from memory
+    to memory."""
+    return sum(op.written * op.times for op in ops
+               if op.kind == "copy" and op.read and op.written in sizes)
+
+
+# ------------------------------------------------------------------------------------------ profile
 
 
 def trace(call, folder):
@@ -954,7 +1433,8 @@ def profile(prepared, folder=None):
     """
     with tempfile.TemporaryDirectory() as temporary:
         wall, spans = trace(prepared.call, folder or temporary)
-    where, took = attributed(prepared.text), {}
+    where = {op.name: (op.region, op.kind, op.source) for op in operations(prepared.text)}
+    took = {}
     spans = sorted(span for span in spans if span[2] in where)
     busy = until = 0
     for start, end, name in spans:
@@ -1086,7 +1566,8 @@ COLUMNS = (  # heading, width, text of a row
      if r.get("program_flops") else "-"),
     ("args MB", 7, megabytes("argument_bytes")), ("alias MB", 8, megabytes("alias_bytes")),
     ("temp MB", 7, megabytes("temp_bytes")), ("peak MB", 7, megabytes("peak_bytes")),
-    ("coll.", 5, lambda r: sum(r["collectives"].values()) if "collectives" in r else "-"),
+    ("coll.", 5, lambda r: sum(c["number"] for c in r["collectives"].values())
+     if "collectives" in r else "-"),
     ("compile s", 9, lambda r: f"{r['compile_seconds']:.1f}"),
     ("|", 1, lambda r: "|"),
     ("measured ms", 11, milliseconds("measured_seconds")),
@@ -1302,6 +1783,468 @@ def pyplot():
     matplotlib.use("Agg")
     from matplotlib import pyplot
     return pyplot
+
+
+# --------------------------------------------------------------------- compiled for chips not here
+
+
+class Target(NamedTuple):
+    """What a chip's compiler is asked for, and how its cycles become seconds."""
+    extra: str     # that installs the compiler
+    name: str      # of the chip, to its compiler
+    slices: str    # shapes that exist
+    clock: float   # cycles/s; 0 where its estimates are worth nothing
+    flops: float   # flops/s of a large bf16 product, by its cycles
+    read: float = 0.0  # bytes/s, from the sheet
+    link: float = 0.0
+    devices: int = 1  # that JAX sees, a chip
+
+
+TORUS, PLANE = "2x2x1 2x2x2 2x2x4 4x4x4 4x4x8", "2x2 2x4 4x4 4x8 8x8"
+HOSTS = "1x1x1 1x1x2 1x1x4 1x1x8 1x2x8 1x4x8 1x8x8"  # partitions, hosts, GPUs a host
+TARGETS = {
+    "tpu-v4": Target("tpu", "v4", TORUS, 1.05e9, 1.05e9 * 239e3),
+    "tpu-v5e": Target("tpu", "v5e", PLANE + " 16x16", 1.5e9, 1.5e9 * 115e3),
+    "tpu-v5p": Target("tpu", "v5p", TORUS, 1.75e9, 1.75e9 * 236e3),
+    "tpu-v6e": Target("tpu", "v6e", PLANE, 1.75e9, 1.75e9 * 352e3),
+    "tpu-v7x": Target("tpu", "tpu7x", TORUS, 2.2e9, 2.2e9 * 403e3, devices=2),
+    **{name: Target("gpu", name, HOSTS, 0.0, 0.0) for name in ("a100", "h100", "h200", "b200")}}
+GPUS = {  # core_count, fpus_per_core, shared_memory_per_core, .._optin, memory_bandwidth,
+    # l2_cache_size, clock_rate_ghz, device_memory_size, compute capability: openxla/xla,
+    # xla/backends/gpu/target_config/specs
+    "a100": (108, 64, 167936, 166912, 2039040000000, 41943040, 1.41, 85100068864, 8),
+    "h100": (132, 128, 233472, 232448, 3352320000000, 52428800, 1.98, 84942979072, 9),
+    "h200": (132, 128, 233472, 232448, 4800000000000, 52428800, 1.98, 151397597184, 9),
+    "b200": (148, 128, 233472, 232448, 7672320000000, 132644864, 1.965, 191514411008, 10)}
+EXTRAS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}  # and the module that each brings
+FLAGS = {name: "true" for name in (  # the lecture's, for collectives beside products on a TPU
+    "xla_enable_async_all_gather", "xla_enable_async_collective_permute",
+    "xla_tpu_enable_async_collective_fusion",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps",
+    "xla_tpu_overlap_compute_collective_tc")}
+COMPILERS = {  # what their process needs to know of the machine that is not here
+    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v4-8",
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+def target_of(name):
+    """str -> Target, with the sheet's bandwidths for one of its devices."""
+    target, chip = TARGETS[name], CHIPS[name]
+    return target._replace(read=chip.read / target.devices, link=chip.link)
+
+
+def slice_of(name, chips):
+    """str, int -> str: the slice of so many chips; 1 is the first of the smallest. ValueError where
+    there is none, naming the nearest."""
+    sizes = {math.prod(map(int, shape.split("x"))): shape for shape in TARGETS[name].slices.split()}
+    if chips in sizes:
+        return sizes[chips]
+    if chips == 1:
+        return sizes[min(sizes)]
+    near = [n for n in (max((n for n in sizes if n < chips), default=1),
+                        min((n for n in sizes if n > chips), default=None)) if n]
+    raise ValueError(f"{name} has no slice of {chips} chips: --chips "
+                     + " or ".join(f"{n} ({sizes[n]})" if n in sizes else f"{n}" for n in near))
+
+
+def check_compiler(name):
+    """str -> None: ValueError unless its compiler is here."""
+    if name not in TARGETS:
+        raise ValueError(f"chip {name!r} has no compiler here: one of " + ", ".join(TARGETS))
+    extra = TARGETS[name].extra
+    there = (sys.platform, platform.machine()) == ("linux", "x86_64")
+    if not there or importlib.util.find_spec(EXTRAS[extra]) is None:
+        raise ValueError(f'{name} needs its compiler, the extra {extra}: pip install ".[{extra}]"'
+                         + ("" if there else ", on Linux and x86-64"))
+
+
+def torus_axes(shape, tensor):
+    """str, int -> int or tuple: the axes of a slice that are left to data, where tensor takes the
+    last ones. ValueError where it cannot."""
+    left = []
+    for size in reversed(list(map(int, shape.split("x")))):
+        taken = math.gcd(size, tensor)
+        tensor, left = tensor // taken, [size // taken, *left]
+    if tensor > 1:
+        raise ValueError(f"a slice of {shape} has no part of {tensor} more devices for tensor")
+    axes = tuple(n for n in left if n > 1)
+    return axes if len(axes) > 1 else math.prod(axes)
+
+
+def on_chips(job, name, chips, mesh=None, layout=None):
+    """Job, str, int, dict, str -> Job: as it is split over that slice. ValueError where it is not.
+
+    Left out, training is FSDP over all of it, and all else tensor parallel, its cache split over
+    heads if they divide, else rows, else slots.
+    """
+    shape, target = slice_of(name, chips), TARGETS[name]
+    n = chips * target.devices
+    shape += "x2" * (target.devices == 2)
+    mesh = mesh or ({"data": n} if job.phase == "train" else {"tensor": n})
+    data, tensor = mesh.get("data", 1), mesh.get("tensor", 1)
+    if set(mesh) - {"data", "tensor"} or data * tensor != n:
+        raise ValueError(f"a mesh of {mesh} on {chips} x {name}: axes data and tensor, {n} devices "
+                         "in all")
+    job = job._replace(chip=name, chips=chips)
+    if n == 1:
+        return job
+    if data > 1 or job.phase == "train":
+        data = torus_axes(shape, tensor)
+    axes = {"data": data, "tensor": tensor} if data != 1 or job.phase == "train" else {
+        "tensor": tensor}
+    if job.phase == "train" and job.by == "compiler":
+        axes = {"data": data}
+    job = job._replace(mesh=tuple(axes.items()))
+    if job.phase == "train" or job.phase in PRODUCTS:
+        return job
+    fit = [name for name, size in (("heads", job.cfg.K), ("batch", job.B // (n // tensor)))
+           if size % tensor == 0] + ["sequence"]
+    if layout not in (None, *fit):
+        raise ValueError(f"layout {layout!r} does not divide over {tensor} devices with K="
+                         f"{job.cfg.K} and B={job.B}: --layout {' or '.join(fit)}")
+    return job._replace(layout=layout or fit[0])
+
+
+def gpu_text(name):
+    """str -> str: a GPU's description, as XLA's compiler reads it."""
+    (cores, fpus, shared, optin, bandwidth, l2, clock, memory, major) = GPUS[name]
+    feature = "" if major < 9 else "feature_extension: ACCELERATED_FEATURES"
+    return f"""gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32
+      shared_memory_per_block: 49152 shared_memory_per_core: {shared} core_count: {cores}
+      threads_per_core_limit: 2048 fpus_per_core: {fpus} block_dim_limit_x: 2147483647
+      block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth}
+      l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {memory}
+      shared_memory_per_block_optin: {optin} registers_per_core_limit: 65536
+      registers_per_block_limit: 65536 cuda_compute_capability {{ major: {major} {feature} }} }}
+      platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
+      runtime_version {{ major: 12 minor: 9 }} device_description_str: "{name}" """
+
+
+@lru_cache
+def devices_of(name, chips):
+    """str, int -> devices, and the compiler's version. In the compilers' own process."""
+    from jax.experimental import topologies
+    target, shape = TARGETS[name], slice_of(name, chips)
+    if target.extra == "gpu":
+        found = topologies.get_topology_desc(platform="cuda", topology_name=name, topology=shape,
+                                             target_config=gpu_text(name))
+        return found.devices, "jax-cuda12-plugin " + version("jax-cuda12-plugin")
+    megacore = {"chip_config_name": "megacore"} if name in ("tpu-v4", "tpu-v5p") else {}
+    found = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{target.name}:{shape}", **megacore)
+    return found.devices[:chips * target.devices], "libtpu " + version("libtpu")
+
+
+def refused(error):
+    """Exception -> str, bytes, bytes or None: a compiler's message where a program does not fit,
+    what it needs, and what is granted."""
+    text = str(error)
+    sizes = re.search(r"\((\d[\d.]*)([KMGT])\) exceeds available HBM \((\d[\d.]*)([KMGT])\)", text)
+    if not sizes:
+        return None
+    unit = {letter: 1024 ** i for i, letter in enumerate("KMGT", 1)}
+    return (text.splitlines()[0], *(int(float(sizes[i]) * unit[sizes[i + 1]]) for i in (1, 3)))
+
+
+@lru_cache
+def granted(name):
+    """str -> bytes that the compiler grants a program on one device: what it says when it refuses
+    one of 4 TiB."""
+    if TARGETS[name].extra == "gpu":
+        return GPUS[name][7]
+    one = jax.sharding.SingleDeviceSharding(devices_of(name, 1)[0][0])
+    try:
+        jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct(
+            (1 << 40,), jnp.float32, sharding=one)).compile()
+    except Exception as error:
+        return refused(error)[2]
+
+
+def held_by(args, shards):
+    """arguments, shardings -> dict: bytes of each kind on a device, and the largest arrays."""
+    found, largest = {"weights": 0, "cache": 0, "optimizer": 0, "inputs": 0}, []
+    kinds = {Params: "weights", Cache: "cache", Adam: "optimizer"}
+    for arg, shard_ in zip(args, shards):
+        for (path, a), where in zip(jax.tree.leaves_with_path(arg), jax.tree.leaves(shard_),
+                                    strict=True):
+            size = math.prod(where.shard_shape(a.shape)) * (
+                a.dtype.itemsize if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else 8)
+            kind = kinds.get(type(arg), "inputs")
+            name = jax.tree_util.keystr(path)
+            small = kind == "cache" and name == ".length" or kind == "optimizer" and not a.ndim
+            found["inputs" if small else kind] += size
+            largest.append((size, f"{kind}{name}"))
+    return found, [f"{name} {si(size, 'B')}" for size, name in sorted(largest, reverse=True)[:3]]
+
+
+def padding_of(text):
+    """str -> dict: the bytes that tiles add to each argument that they enlarge."""
+    entry = text[text.index("\nENTRY"):]
+    found = {}
+    for line in entry[:entry.index("\n}")].splitlines():
+        match = re.match(r"\s+%?([\w.\-]+) = (\S+) parameter\(", line)
+        if match:
+            name = re.search(r'op_name="([^"]*)"', line)
+            more = sum(a.padded - a.bytes for a in arrays(match[2]))
+            if more:
+                found[name[1] if name else match[1]] = more
+    return found
+
+
+def compile_job(job):
+    """Job -> dict: the program half of its row, by the chip's compiler. In its own process."""
+    devices, told = devices_of(job.chip, job.chips)
+    mesh = mesh_of(job, devices)
+    step, make, donated, _ = PHASES[job.phase].build(job, mesh)
+    args = jax.eval_shape(make, abstract(job), jax.random.key(0))
+    one = jax.sharding.SingleDeviceSharding(devices[0])
+    shards = placed(job, mesh, args) if mesh else jax.tree.map(lambda _: one, args)
+    args = jax.tree.map(lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
+                        args, jax.tree.map(lambda _, s: s, args, broadcast(shards, args)))
+    formula, largest = held_by(args, broadcast(shards, args))
+    row = {"compiler": told, "jax": jax.__version__, "memory_bytes": granted(job.chip),
+           "formula_bytes": sum(formula.values()) - formula["inputs"], "formula": formula,
+           "largest": largest, "fits": False, "message": None, **dict.fromkeys((
+               "argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "peak_bytes",
+               "collectives", "compiler_seconds", "regions", "copies", "program_flops", "padding",
+               "unestimated", "hbm_bytes"))}
+    start = time.perf_counter()
+    try:
+        compiled = jax.jit(step, donate_argnums=donated).lower(*args).compile(
+            compiler_options=FLAGS if job.flags else None)
+    except Exception as error:
+        if not refused(error):
+            raise ValueError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
+        message, needed, _ = refused(error)
+        return row | {"message": message, "needed_bytes": needed}
+    text, target = compiled.as_text(), target_of(job.chip)
+    ops = operations(text, job, target if target.clock else None)
+    row |= program(step, args, compiled) | {
+        "compile_seconds": time.perf_counter() - start, "padding": padding_of(text),
+        "collectives": collectives(ops), "copies": copied(ops, argument_sizes(text)),
+        "hbm_bytes": sum((op.read + op.written) * op.times for op in ops), "schedule": ops,
+        **(step_seconds(ops, target.read) if target.clock else {})}
+    if row["program_flops"] and job.by == "hand" and mesh:
+        row["program_flops"] *= mesh.size  # each device's part
+    return row | {"fits": row["peak_bytes"] <= row["memory_bytes"]}
+
+
+def broadcast(shards, args):
+    """shardings, arguments -> of each array, its sharding."""
+    return jax.tree.map(lambda where, part: jax.tree.map(lambda _: where, part), shards, args)
+
+
+def argument_sizes(text):
+    """str -> set of int: bytes of the matrices among a program's arguments, with and without
+    padding: its weights and caches."""
+    entry = text[text.index("\nENTRY"):]
+    return {size for shape in re.findall(r" = (\w+\[\d+(?:,\d+)+\]\S*) parameter\(", entry)
+            for a in arrays(shape) for size in (a.bytes, a.padded) if size >= 1 << 16}
+
+
+def compiler_process():
+    """Answers jobs, a JSON object a line of stdin and of what was stdout."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # compilers print
+    for asked in sys.stdin:
+        told = json.loads(asked)
+        cfg = Config(**told["cfg"] | {"rope_scaling": told["cfg"]["rope_scaling"] and tuple(
+            told["cfg"]["rope_scaling"])})
+        mesh = tuple((axis, tuple(n) if isinstance(n, list) else n) for axis, n in told["mesh"])
+        try:
+            answer = compile_job(Job(**told | {"cfg": cfg, "mesh": mesh}))
+        except ValueError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+@contextlib.contextmanager
+def compilers():
+    """-> ask(job) -> the program half of its row: by a process that has what the chips' compilers
+    need in its environment. ValueError with the compiler's own message where it fails."""
+    folder = str(pathlib.Path(__file__).resolve().parent)
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "import bench; bench.compiler_process()"], text=True,
+            env={**os.environ, **COMPILERS, "PYTHONPATH": folder}, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=errors)
+
+        def ask(job):
+            check_compiler(job.chip)
+            try:
+                print(json.dumps(job._replace(cfg=job.cfg.__dict__)._asdict()), file=process.stdin,
+                      flush=True)
+            except BrokenPipeError:
+                pass
+            answer = process.stdout.readline()
+            if answer:
+                told = json.loads(answer)
+                if "error" in told:
+                    raise ValueError(f"{job.chip}: its compiler: {told['error']}")
+                return told | {"schedule": [Op(*op) for op in told.get("schedule", ())]}
+            errors.seek(0)
+            said = [line for line in errors if re.match(r"F\d{4}|\w*Error", line)] or ["no message"]
+            raise ValueError(f"{job.chip}: its compiler ended: {said[0].strip()}")
+
+        try:
+            yield ask
+        finally:
+            process.kill()
+            process.wait()
+
+
+def useful_flops(job, cost):
+    """Job, Cost -> int: without padding, and of a causal pass only the pairs at and below the
+    diagonal."""
+    flops = {name: count for name, count in cost.flops.items() if name != "padding"}
+    if job.phase in ("train", "prefill"):
+        T = job.prompt
+        for name in ("scores", "values"):
+            flops[name] = flops[name] * (T * (T + 1) // 2) // causal_pairs(T)
+    return sum(flops.values())
+
+
+def chip_row(job, ask):
+    """Job, ask -> dict: predicted from the sheet, then compiled; nothing is measured."""
+    chip, mesh = CHIPS[job.chip], {axis: math.prod(n) if isinstance(n, tuple) else n
+                                   for axis, n in job.mesh}
+    copies = mesh.get("data", 1) if job.phase != "train" else 1
+    formula = sent(job) if job.mesh else {}
+    row = predicted_row(job, sheet(chip, job.chips))
+    row |= {"flops": useful_flops(job, PHASES[job.phase].cost(job)), "chip": job.chip,
+            "chips": job.chips, "slice": f"{TARGETS[job.chip].name} {slice_of(job.chip, job.chips)}",
+            "mesh": mesh, "layout": job.layout, "ring": job.ring, "by": job.by, "flags": job.flags,
+            "weight_bytes": row["weight_bytes"] * copies,
+            "predicted_collectives": formula, "link_seconds": None if formula is None else sum(
+                size / chip.link * (2 if kind == "permute" and job.ring == 1 else 1)
+                for kind, (_, size) in formula.items())}
+    say(f"{form_name(job)} {job.dtype} B={job.B} on {row['slice']}: predicted "
+        f"{row['predicted_seconds'] * 1e3:.1f} ms, compiling ...")
+    row |= ask(job)
+    if row["compiler_seconds"]:
+        row["mfu"] = row["flops"] / row["compiler_seconds"] / (
+            job.chips * chip.flops[PHASES[job.phase].cost(job).parts[0].dtype])
+        row["mbu"] = (row["weight_bytes"] + row["cache_bytes"]) / row["compiler_seconds"] / (
+            job.chips * chip.read)
+    return row
+
+
+def form_name(job):
+    """Job -> str: of one way to run a phase."""
+    over = f" over {job.layout}" if job.mesh and job.phase not in ("train", *PRODUCTS) else ""
+    by = (", by hand" if job.by == "hand" else ", by the compiler") * (job.phase == "train")
+    return job.phase + by + over + ("", " ring", " ring both ways")[job.ring] \
+        + " with flags" * job.flags
+
+
+def print_chip_row(row):
+    """A row's lines: predict and program, for one chip."""
+    def gb(name):
+        return "unknown" if row[name] is None else si(row[name], "B")
+
+    mesh = ", ".join(f"{axis} {n}" for axis, n in row["mesh"].items())
+    print(f"\n{row['form']}: {row['model']} in {row['dtype']}"
+          + (f", cache {row['cache_dtype']}" if row["phase"] != "train" else "")
+          + f", B={row['B']} T={row['T']} S={row['S']}, on {row['chips']} x {row['chip']} "
+          f"({row['slice']}" + (f"; mesh {mesh})" if mesh else ")"))
+    links = "the compiler's choice" if row["link_seconds"] is None else si(row["link_seconds"], "s")
+    print(f"  predict   {si(row['flops'], 'FLOP')}, weights {gb('weight_bytes')}, cache "
+          f"{gb('cache_bytes')}: {si(row['predicted_seconds'], 's')} bound by {row['bound']}; links "
+          f"{links}")
+    print(f"  program   {row['compiler']}, jax {row['jax']}: not measured; bytes are of one "
+          "device")
+    formula = ", ".join(f"{name} {si(size, 'B')}" for name, size in row["formula"].items() if size)
+    if row["message"]:
+        over = row["needed_bytes"] - row["memory_bytes"]
+        print(f"  REFUSED   {si(row['needed_bytes'], 'B')} needed, {gb('memory_bytes')} granted: "
+              f"{si(over, 'B')} too much; arguments by formula: {formula}; largest: "
+              + ", ".join(row["largest"]))
+        return
+    padded = sorted(row["padding"].items(), key=lambda item: -item[1])
+    print(f"  arguments {gb('argument_bytes')}: {formula}, padding "
+          f"{si(sum(row['padding'].values()), 'B')}"
+          + (" (" + ", ".join(f"{name} {si(size, 'B')}" for name, size in padded[:2]) + ")"
+             if padded else ""))
+    print(f"  memory    outputs {gb('output_bytes')}, in place {gb('alias_bytes')}, temporaries "
+          f"{gb('temp_bytes')}, peak {gb('peak_bytes')} of {gb('memory_bytes')}: "
+          + ("fits" if row["fits"] else "DOES NOT FIT"))
+    print("  sends     " + ("; ".join(
+        f"{c['number']} {kind} {si(c['bytes'], 'B')} ({c['asynchronous']} asynchronous)"
+        for kind, c in row["collectives"].items()) or "nothing") + ", a step")
+    print(f"  copies    {gb('copies')} of arrays of a weight's or a cache's size, a step")
+    if row["compiler_seconds"] is None:
+        print("  time      unknown: a GPU's compiler chooses products by timing them")
+        return
+    print(f"  time      {si(row['compiler_seconds'], 's')} by the compiler's cycles and bytes ("
+          f"{row['unestimated']:.1%} without an estimate), {row['mfu']:.0%} MFU, {row['mbu']:.0%} "
+          "MBU: " + ", ".join(f"{region} {si(took, 's')}" for region, took in sorted(
+              row["regions"].items(), key=lambda item: -item[1]) if took > 0.005
+              * row["compiler_seconds"]))
+
+
+def run_chips(args, jobs):
+    """Prints each job's prediction and what the chip's compiler makes of it."""
+    rows, name = [], jobs[0].chip
+    check_compiler(name)
+    with compilers() as ask:
+        for job in jobs:
+            rows.append(chip_row(job, ask) | {"form": form_name(job)})
+    print(f"{name} ({CHIPS[name].source}): nothing is measured; predict: from the sheet and the "
+          "shapes; program: what the chip's own compiler made")
+    for row in rows:
+        print_chip_row(row)
+    if args.timeline:
+        draw_timeline(rows, args.timeline)
+        print(f"timeline: {args.timeline}")
+    for row in rows:
+        row.pop("schedule", None)
+    finish(args, machine={"jax": jax.__version__, "python": platform.python_version()},
+           ceilings=sheet(CHIPS[name], jobs[0].chips), rows=rows)
+
+
+def one_layer(ops):
+    """list of Op -> list of (heading, list of Op): a trip of each inner loop of a step, as
+    training's forward and backward; or the middle layer, from its first product to the next's."""
+    step = [op for op in ops if op.times]
+    loops = dict.fromkeys(op.loop for op in step if op.times > 1)
+    if loops:
+        return [(f"trip of loop {i + 1}", [op for op in step if op.loop == loop])
+                for i, loop in enumerate(loops)]
+    timed = [op for op in step if op.region in ("qkv", "mlp") and op.kind == "product"]
+    begins = [b.start for a, b in zip(timed, timed[1:]) if (a.region, b.region) == ("mlp", "qkv")]
+    if len(begins) < 2:
+        return [("step", step)]
+    first, last = begins[len(begins) // 2 - 1:len(begins) // 2 + 1]
+    return [("layer", [op for op in step if op.end > first and op.start < last])]
+
+
+def draw_timeline(rows, path):
+    """list of rows, path -> None: one layer of each as scheduled: what computes on one track,
+    transfers on another, from start to done. Needs the extra `plot`."""
+    plt = pyplot()
+    bands = [(row, heading, ops) for row in rows for heading, ops in one_layer(row["schedule"])]
+    if not bands:
+        raise ValueError("no program to draw: none fits")
+    figure, axes = plt.subplots(len(bands), figsize=(11, 0.6 + 1.5 * len(bands)),
+                                layout="constrained", squeeze=False)
+    names = dict.fromkeys(op.kind if op.number else op.region or "other"
+                          for _, _, ops in bands for op in ops)
+    colors = {name: f"C{i % 10}" for i, name in enumerate(names)}
+    for (row, heading, ops), axis in zip(bands, axes[:, 0]):
+        zero = min(op.start for op in ops)
+        for op in ops:
+            if op.end > op.start:
+                name = op.kind if op.number else op.region or "other"
+                axis.broken_barh([((op.start - zero) * 1e6, (op.end - op.start) * 1e6)],
+                                 (0 if op.number else 1, 0.8), color=colors[name],
+                                 hatch="//" if op.asynchronous else None)
+        axis.set(yticks=(0.4, 1.4), yticklabels=("transfers", "compute"), xlabel="microseconds",
+                 title=f"{row['form']}, {row['model']} B={row['B']} on {row['slice']}: {heading}")
+    figure.legend([plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()],
+                  list(colors), loc="outside lower center", ncols=8, fontsize="small")
+    figure.savefig(path)
 
 
 # ------------------------------------------------------------------------------------------ growth
@@ -1632,131 +2575,58 @@ def complete(args):
 # ------------------------------------------------------------------------------- several devices
 
 
-class Form(NamedTuple):
-    """A program on several devices, and what it must send by formula: None where that is the
-    compiler's choice."""
-    name: str
-    mesh: Any
-    run: Callable
-    args: tuple
-    sent: dict
-    ways: int = 1
-
-
-def born(fn, shardings):
-    """fn, shardings -> its arrays, made where they live, on one process or many."""
-    return jax.jit(fn, out_shardings=shardings)()
-
-
-RINGS = {0: (shard.gather_matmul, shard.matmul_scatter),
-         1: (shard.gather_matmul_ring, shard.matmul_scatter_ring),
-         2: (partial(shard.gather_matmul_ring, both=True),
-             partial(shard.matmul_scatter_ring, both=True))}
-
-
-def matmul_form(name, cfg, B, n, ring):
-    """-> Form: a collective matmul of B rows."""
-    P, mesh, gathers = jax.P, shard.make_mesh(tensor=n), name.startswith("gather")
-    shard.check_rules(cfg, mesh, dict(F="tensor"))
-    shard.check_rules(cfg, mesh, dict(E="tensor"))
-    last, out = P(None, None, "tensor"), P("tensor") if gathers else P(None, "tensor")
-    enter, leave = RINGS[ring]
-    x, w = (born(lambda shape=shape: jnp.ones(shape), jax.NamedSharding(mesh, spec))
-            for shape, spec in (((B, 1, cfg.E if gathers else cfg.F), last),
-                                ((cfg.F, cfg.E) if gathers else (cfg.E, cfg.F), out)))
-    run = jax.shard_map(lambda x, w: enter(x, (w,))[0] if gathers else leave(x, w), mesh=mesh,
-                        in_specs=(last, out), out_specs=last)
-    sent = shard.tally([shard.trips(cfg, B, n, ring)[0 if gathers else 1]])
-    return Form(name, mesh, run, (x, w), sent, max(1, ring))
-
-
-def draw_tokens(cfg, seed, *shape):
-    """-> random tokens, the same in every process."""
-    return np.random.default_rng(seed).integers(0, cfg.V, shape).astype(np.int32)
-
-
-def fsdp_form(name, cfg, args, n):
-    """-> Form: the loss and its gradient, sharded by the compiler."""
-    mesh, tokens = shard.make_mesh(data=n), draw_tokens(cfg, args.seed, args.batch, args.prompt + 1)
-    shard.check_rows(tokens, mesh)
-    params = born(lambda: init(jax.random.key(args.seed), cfg),
-                  shard.shardings(cfg, mesh, shard.FSDP))
-    run = jax.value_and_grad(partial(shard.fsdp_loss, cfg=cfg, mesh=mesh))
-    return Form(name, mesh, run, (params, tokens), None)
-
-
-def loss_form(name, cfg, args, data, tensor, ring):
-    """-> Form: the loss and its gradient by hand, on a mesh of data x tensor."""
-    mesh, rules = shard.make_mesh(data=data, tensor=tensor), {**shard.TENSOR, **shard.FSDP}
-    sent = shard.comm_bytes(cfg, "train", args.batch, args.prompt, data, tensor, ring=ring)
-    params = born(lambda: shard.stack(init(jax.random.key(args.seed), cfg)), jax.tree.map(
-        partial(jax.NamedSharding, mesh), shard.stacked(shard.specs(cfg, rules))))
-    run = jax.value_and_grad(partial(shard.sharded_loss, cfg=cfg, mesh=mesh, enter=RINGS[ring][0],
-                                     leave=RINGS[ring][1]))
-    tokens = draw_tokens(cfg, args.seed, args.batch, args.prompt + 1)
-    return Form(name, mesh, run, (params, tokens), sent)
-
-
-def generate_form(name, cfg, args, n, layout, ring):
-    """-> Form: prefill and generate, with the cache over heads, batch or sequence."""
-    mesh, (rules, spec, _, _) = shard.make_mesh(tensor=n), shard.LAYOUTS[layout]
-    B, T, key = args.batch, args.prompt, jax.random.key(args.seed)
-    sent = [shard.comm_bytes(cfg, form, B, count, tensor=n, layout=layout, ring=ring)
-            for form, count in (("prefill", T), ("generate", args.new))]
-    both = {kind: tuple(map(sum, zip(*(part[kind] for part in sent if kind in part))))
-            for kind in {**sent[0], **sent[1]}}
-    params = born(lambda: init(key, cfg), shard.shardings(cfg, mesh, rules))
-    over, slots = jax.NamedSharding(mesh, spec), -(-(T + args.new) // n) * n
-    shard.check_layout(jax.eval_shape(lambda: init_cache(cfg, B, slots)), mesh, layout)
-    cache = born(lambda: init_cache(cfg, B, slots), init_cache(cfg, 1, 1)._replace(
-        k=over, v=over, length=jax.NamedSharding(mesh, jax.P())))
-    parts = dict(cfg=cfg, mesh=mesh, layout=layout, enter=RINGS[ring][0], leave=RINGS[ring][1])
-
-    def run(params, cache, prompts):
-        logits, cache = shard.tp_prefill(params, cache, prompts, jnp.full((B,), T), **parts)
-        return shard.tp_generate(params, cache, logits, key, args.new, **parts)[0]
-
-    return Form(name, mesh, run, (params, cache, draw_tokens(cfg, args.seed, B, T)), both)
-
-
-def all_forms(cfg, args, n):
-    """-> iterator of partial(fn, name, ...): each makes its Form when its turn comes."""
-    for ring, word in enumerate(("", " ring", " ring both ways")):
-        for name in ("gather_matmul", "matmul_scatter"):
-            yield partial(matmul_form, name + word, cfg, args.batch, n, ring)
-    yield partial(fsdp_form, "loss, fsdp by the compiler", cfg, args, n)
+def form_jobs(args, name, cfg, n):
+    """args, str, Config, int -> list of Job: every program on n devices, reference and rings."""
+    base = Job("train", name, cfg, args.batch, args.prompt, args.new, cfg.dtype,
+               "bfloat16" if cfg.dtype == "bfloat16" else "float32", mesh=(("tensor", n),))
+    jobs = [base._replace(phase=phase, ring=ring) for ring in RINGS for phase in PRODUCTS]
+    jobs.append(base._replace(by="compiler", mesh=(("data", n),)))
     pairs = [(n, 1), (1, n)] + ([(n // 2, 2)] if n % 2 == 0 and n > 2 else [])
-    for (data, tensor), ring in itertools.product(pairs, (0, 1)):
-        if tensor > 1 or not ring:
-            name = "loss, by hand" + ring * " ring"
-            yield partial(loss_form, name, cfg, args, data, tensor, ring)
-    for layout, ring in itertools.product(shard.LAYOUTS, (0, 1)):
-        name = f"prefill, generate over {layout}" + ring * " ring"
-        yield partial(generate_form, name, cfg, args, n, layout, ring)
+    jobs += [base._replace(ring=ring, mesh=(("data", data), ("tensor", tensor)))
+             for (data, tensor), ring in itertools.product(pairs, (0, 1)) if tensor > 1 or not ring]
+    jobs += [base._replace(phase=phase, layout=layout, ring=ring) for layout in shard.LAYOUTS
+             for ring in (0, 1) for phase in ("prefill", "generate")]
+    if args.chip:
+        jobs = [job._replace(flags=flags) for job in jobs for flags in (False, True)
+                if not flags or job.phase == "train" and TARGETS[args.chip[0]].extra == "tpu"]
+    return [job for job in jobs
+            if any(word in form_name(job) for word in args.form or [""])]
 
 
-def measure_form(form, link):
-    """Form, bytes/s -> dict: predicted, counted in the jaxpr, measured, and what it gave."""
-    counted = shard.traced_comm(form.run, *form.args)
-    program = jax.jit(form.run).lower(*form.args).compile()
-    result = program(*form.args)
+def measure_form(job, link, seed):
+    """Job, bytes/s, int -> dict: predicted, counted in the jaxpr, compiled, measured, and what it
+    gave."""
+    formula, prepared = sent(job), prepare(job, None, seed)
+    told = PHASES[job.phase].tell(job, result := prepared.call())
     # a fixed number: processes that each stopped by their own clock would wait for one another
-    times = seconds_of(lambda: jax.block_until_ready(program(*form.args)), at_most=5)
-    collectives = counted or compiled_collectives(program.as_text())
-    return {"form": form.name, "mesh": dict(form.mesh.shape),
-            "collectives": {kind: number for kind, (number, _) in collectives.items()},
-            **({} if form.sent is None else {
-                "predicted_bytes": sum(size for _, size in form.sent.values()),
-                "counted_bytes": sum(size for _, size in counted.values()),
-                "as_predicted": counted == form.sent,
-                "link_seconds": shard.comm_seconds(form.sent, link, form.ways)}),
-            "measured_seconds": statistics.median(times),
-            **({"loss": float(result[0])} if form.name.startswith("loss") else {}),
-            **({"tokens": np.asarray(result).tolist()} if "generate" in form.name else {})}
+    times, steps = seconds_of(prepared.call, at_most=5), told["steps"]
+    counted = prepared.row["counted"]
+    if job.phase in ("prefill", "generate"):
+        told["tokens"] = np.asarray(result[0] if job.phase == "generate" else
+                                    jnp.argmax(result[0], axis=-1)).tolist()
+    return {"form": form_name(job), "mesh": dict(job.mesh), **told,
+            "collectives": prepared.row["collectives"],
+            **({} if formula is None else {
+                "predicted_bytes": sum(size for _, size in formula.values()),
+                "counted_bytes": sum(size for _, size in counted.values()) // steps,
+                "as_predicted": counted == {kind: (steps * number, steps * size)
+                                            for kind, (number, size) in formula.items()},
+                "link_seconds": shard.comm_seconds(formula, link, max(1, job.ring))}),
+            "measured_seconds": statistics.median(times) / steps}
 
 
 def run_shard(args):
     """Prints, for each program on several devices, what it sends: predicted, counted; measured."""
+    name, cfg = args.model or (SHARDED, parse_model(SHARDED))
+    cfg = replace(cfg, dtype=args.dtype)
+    if args.chip:
+        jobs = []
+        for job in form_jobs(args, name, cfg, args.chips * TARGETS[args.chip[0]].devices):
+            try:
+                jobs.append(on_chips(job, args.chip[0], args.chips, dict(job.mesh), job.layout))
+            except ValueError as error:
+                say(f"{form_name(job)} cannot: {error}")
+        return run_chips(args, jobs)
     if args.processes > 1 and args.process is None:
         return start_processes(args)
     if args.process is not None or args.distributed:
@@ -1766,35 +2636,33 @@ def run_shard(args):
         jax.distributed.initialize(**found)
     else:
         jax.config.update("jax_num_cpu_devices", args.devices)
-    name, cfg = args.model or (SHARDED, parse_model(SHARDED))
-    n, first = jax.device_count(), jax.process_index() == 0
-    forms, rows = [form for form in all_forms(cfg, args, n)
-                   if any(word in form.args[0] for word in args.form or [""])], []
+    n, first, rows = jax.device_count(), jax.process_index() == 0, []
     if first:
         print(f"{name}, B={args.batch}, {n} device(s) in {jax.process_count()} process(es); sent: "
-              f"bytes a device, link: at {args.link / GB:g} GB/s\nCPU devices share this machine's "
-              "cores: bytes and steps carry over to other machines, time and overlap do not")
+              f"bytes a device and step, link: at {args.link / GB:g} GB/s\nCPU devices share this "
+              "machine's cores: bytes and steps carry over to other machines, time and overlap do "
+              "not")
         print(f"{'form':36} {'mesh':>9} {'predicted':>11} {'counted':>11} {'link us':>9} "
               f"{'measured ms':>11}  collectives")
-    for form in forms:
+    for job in form_jobs(args, name, cfg, n):
         try:
-            row = measure_form(form(), args.link)
+            row = measure_form(job, args.link, args.seed)
         except KeyboardInterrupt:
             say("\ninterrupted: what was measured so far")
             break
         except ValueError as error:  # the same in every process
             if first:
-                print(f"{form.args[0]:36} cannot: {error}")
+                print(f"{form_name(job):36} cannot: {error}")
             continue
         rows.append(row)
         if first:
-            sent, link = ("the compiler's",) * 2, "-"
+            amounts, link = ("the compiler's",) * 2, "-"
             if "predicted_bytes" in row:
-                sent = row["predicted_bytes"], row["counted_bytes"]
+                amounts = row["predicted_bytes"], row["counted_bytes"]
                 link = f"{row['link_seconds'] * 1e6:.3g}"
-            print(f"{row['form']:36} {'x'.join(map(str, row['mesh'].values())):>9} {sent[0]:>11} "
-                  f"{sent[1]:>11} {link:>9} {row['measured_seconds'] * 1e3:>11.2f}  "
-                  + ", ".join(f"{number} {kind}" for kind, number in row["collectives"].items()))
+            print(f"{row['form']:36} {'x'.join(map(str, row['mesh'].values())):>9} {amounts[0]:>11}"
+                  f" {amounts[1]:>11} {link:>9} {row['measured_seconds'] * 1e3:>11.2f}  "
+                  + ", ".join(f"{c['number']} {kind}" for kind, c in row["collectives"].items()))
     if not rows:
         raise ValueError(f"nothing to measure: --form {' --form '.join(args.form or ['any'])}")
     if first:
@@ -1837,7 +2705,7 @@ def checked(parse, known):
     def read(text):
         try:
             return parse(text)
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             raise argparse.ArgumentTypeError(
                 str(error) if known is None else f"{text!r}: expected {known}") from None
     return read
@@ -1871,6 +2739,12 @@ positive = checked(above_zero, "a number above 0")
 dtypes = checked(some_dtypes, f"some of {', '.join(DTYPES)}")
 model = checked(lambda text: (text, parse_model(text)), None)
 chip_name = checked(lambda text: (text, parse_chip(text)), None)
+ring_ways = checked(lambda text: [{"0": 0, "1": 1, "2": 2}[n] for n in text.split(",")],
+                    "some of 0, 1, 2")
+switch = checked(lambda text: [{"off": False, "on": True}[word] for word in text.split(",")],
+                 "off, on, or off,on")
+mesh_axes = checked(lambda text: {name: whole(n) for name, n in (
+    part.split("=") for part in text.split(","))}, "axes and sizes, as data=16,tensor=4")
 
 
 def writable(text):
@@ -1910,6 +2784,8 @@ def add_plan(command):
     command.add_argument("--tokens", type=positive, default=1e12, help="to train on (1e12)")
     command.add_argument("--mfu", type=positive, default=0.5, help="model flops utilisation of "
                          "training (0.5)")
+    command.add_argument("--compile", action="store_true", help="and ask the chip's compiler what "
+                         "fits (needs its extra)")
 
 
 def add_complete(command):
@@ -1928,8 +2804,19 @@ def add_complete(command):
     command.add_argument("--n-draft", type=number, default=4, help="tokens it proposes (4)")
 
 
+def add_chip(command):
+    """Parser -> None: what the phases take that chips which are not here can be asked for."""
+    command.add_argument("--chip", type=chip_name, metavar="NAME", help="predict and compile for "
+                         "this chip, measure nothing: one of " + ", ".join(TARGETS))
+    command.add_argument("--chips", type=number, default=1, help="so many of them (1)")
+    command.add_argument("--timeline", type=picture_path, metavar="FILE.png|svg", help="draw a "
+                         "layer of each row as the chip's compiler schedules it")
+
+
 def add_shard(command):
     """Parser -> None: what `shard` takes."""
+    add_chip(command)
+    command.add_argument("--dtype", choices=DTYPES[:2], default="float32", help="(float32)")
     command.add_argument("--model", type=model, metavar="NAME|SHAPE", help=f"({SHARDED})")
     command.add_argument("--devices", type=number, default=8, help="on a CPU, so many are made: "
                          "in all, or with --distributed in each process (8)")
@@ -1973,6 +2860,18 @@ def add_phase(command, name):
     else:
         command.add_argument("--cache", choices=DTYPES, help="dtype of the cache (the fastest here:"
                              " float32 on a CPU, elsewhere bfloat16 for narrow weights)")
+    if name != "serve":
+        add_chip(command)
+        command.add_argument("--mesh", type=mesh_axes, metavar="data=N,tensor=N", help="of the "
+                             "chips (train: all data; others: all tensor)")
+        command.add_argument("--layout", choices=tuple(shard.LAYOUTS), help="of a cache on several "
+                             "chips (the first that divides)")
+        command.add_argument("--ring", type=ring_ways, default=[0], help="collective matmuls: 0 "
+                             "the references (default), 1 or 2 rings of so many ways, or several")
+        command.add_argument("--flags", type=switch, default=[False], help="compile with the "
+                             "lecture's flags for a TPU: off (default), on, or off,on")
+        command.add_argument("--by", choices=("hand", "compiler"), default="hand", help="who "
+                             "chooses training's collectives (hand)")
     if name in ("verify", "speculate"):
         command.add_argument("--n-draft", type=number, default=4, help="tokens proposed (4)")
 
@@ -1999,8 +2898,9 @@ def parse(argv):
               "scale": ("how time grows with each size", add_scale),
               "complete": ("write on from a prompt", add_complete),
               "shard": ("what several devices send each other", add_shard)}
-    commands = parser.add_subparsers(dest="phase", metavar="|".join([*PHASES, *others]))
-    for name in [*PHASES, *others]:
+    phases = [name for name in PHASES if name not in PRODUCTS]
+    commands = parser.add_subparsers(dest="phase", metavar="|".join([*phases, *others]))
+    for name in [*phases, *others]:
         text, add = others.get(name, (f"measure {name} alone", partial(add_phase, name=name)))
         command = commands.add_parser(name, help=text)
         add_everywhere(command, default=argparse.SUPPRESS)
@@ -2011,10 +2911,23 @@ def parse(argv):
         parser.error(f"--quick is for all phases: leave out --quick or {args.phase}")
     if args.phase == "plan" and args.mfu > 1:
         parser.error(f"--mfu {args.mfu:g}: a share of 1 at most, as 0.5")
+    if getattr(args, "chip", None) and args.phase != "plan":
+        try:
+            check_compiler(args.chip[0])
+            slice_of(args.chip[0], args.chips)
+        except ValueError as error:
+            parser.error(str(error))
+        if TARGETS[args.chip[0]].extra != "tpu" and True in getattr(args, "flags", ()):
+            parser.error(f"--flags are a TPU compiler's: {args.chip[0]} has none")
+    elif args.phase in PHASES and args.phase != "serve":
+        given = [name for name in ("mesh", "layout", "timeline") if getattr(args, name)]
+        given += ["chips"] * (args.chips > 1) + ["ring"] * (args.ring != [0])
+        if given:
+            parser.error(f"--{given[0]} is for a --chip that is not here; or: bench.py shard")
     if args.phase == "train":
         if "int8" in args.dtype:
             parser.error("train takes --dtype float32 or bfloat16: int8 has no gradient")
-        if args.text or args.steps or args.save or args.kv_heads:
+        if args.text or args.steps or args.save or args.kv_heads and not args.chip:
             args.text = args.text or pathlib.Path(__file__).with_name("README.md")
             args.steps = args.steps or 100
             if len(args.dtype) > 1 or len(args.batch or [8]) > 1:
@@ -2074,16 +2987,17 @@ def default_batches(job):
 
 def jobs_of(args):
     """-> list of Job: those of one phase, or of the default run."""
+    chip = getattr(args, "chip", None)
     if args.phase:
         size = SMALL if args.phase == "train" and args.text else DEFAULT
         name, cfg = args.model or (size, parse_model(size))
         usual = {"train": [8], "verify": [1], "speculate": [1]}
         batches = args.batch or usual.get(args.phase, [1, 8, 32])
         shapes = {args.phase: (batches, args.prompt, args.new)}
-        if args.phase == "speculate":  # and what it replaces
+        if args.phase == "speculate" and not chip:  # and what it replaces
             shapes = {"generate": shapes["speculate"], **shapes}
         kinds = [(dtype, args.cache if args.phase != "train" and args.cache
-                  else default_cache(dtype)) for dtype in args.dtype]
+                  else default_cache(dtype, chip)) for dtype in args.dtype]
     else:
         name, kinds = DEFAULT if on_cpu() else "smollm2-360m", [
             (dtype, default_cache(dtype)) for dtype in DTYPES] + [("int8", "int8")]
@@ -2098,11 +3012,16 @@ def jobs_of(args):
                   "speculate": ([1], 96, 32), **({} if args.quick else {"serve": ([8], 64, 32)})}
     heads = getattr(args, "kv_heads", None) or [cfg.K]
     extra = {"n_draft": args.n_draft} if hasattr(args, "n_draft") else {}
-    return [Job(phase, name, computing_in(replace(cfg, K=K), dtype), B, prompt, new, dtype, cache,
-                **extra) for dtype, cache in kinds for K in heads
+    jobs = [Job(phase, name, computing_in(replace(cfg, K=K), dtype, chip), B, prompt, new, dtype,
+                cache, **extra) for dtype, cache in kinds for K in heads
             for phase, (batches, prompt, new) in shapes.items() for B in batches
             if args.phase or cache != "int8" or phase == "generate"
             if (phase, dtype) != ("train", "int8")]
+    if not chip:
+        return jobs
+    return [on_chips(job._replace(ring=ring, flags=flags, by=args.by), chip[0], args.chips,
+                     args.mesh, args.layout)
+            for job in jobs for ring in args.ring for flags in args.flags]
 
 
 def worst(jobs, rows):
@@ -2122,6 +3041,8 @@ def run(args):
     if args.phase in others:
         return others[args.phase](args)
     jobs = jobs_of(args)
+    if jobs[0].chip:
+        return run_chips(args, jobs)
     for job in jobs:
         check_memory(job)
     if args.phase == "train" and args.text:
