@@ -766,8 +766,8 @@ def build_speculate(job, mesh):
     rounds, draft = functions(job, mesh).speculate, ngram_draft(cfg, job.n_draft)
 
     def make(params, key):
-        text = jnp.zeros((job.B, S), jnp.int32).at[:, :T].set(np.resize(
-            encode(SENTENCE), T) % cfg.V)
+        known = np.resize(np.frombuffer(SENTENCE.encode(), np.uint8).astype(np.int32), T)
+        text = jnp.zeros((job.B, S), jnp.int32).at[:, :T].set(known % cfg.V)
         _, cache = prefill_jit(params, empty_cache(job, S), text[:, :T], jnp.full(job.B, T), cfg)
         return params, cache, text
 
@@ -956,8 +956,9 @@ REGIONS = ("embed", "qkv", "attention", "out", "mlp", "unembed", "sample", "loss
            "optimizer")  # that the model's functions name: jax.named_scope
 SCHEDULED = {"while": ("body",), "call": ("to_apply",), "conditional": (
     "true_computation", "branch_computations")}  # what runs another computation, and which
+HOLDING = {"fusion", "async-start", "call-start", "call-update"}  # a computation
 UNSEEN = {"tuple", "get-tuple-element", "parameter", "constant", "bitcast", "after-all",
-          "partition-id", "copy-done", "slice-done", "opt-barrier"}  # take no time of their own
+          "partition-id", "copy-done", "slice-done", "opt-barrier"}  # take no time
 WRAPPERS = {"tuple", "while", "conditional", "call", "get-tuple-element", "parameter", "constant"}
 MOVES = {"copy", "transpose", "bitcast", "slice", "concatenate", "reshape", "broadcast", "pad",
          "dynamic-slice", "dynamic-update-slice", "copy-start", "copy-done", *WRAPPERS}
@@ -1004,7 +1005,7 @@ def parse_program(text):
         if match:
             name, shape, opcode, rest = match.groups()
             arguments = rest if opcode == "parameter" else rest.split("), ")[0]
-            called = "|".join(("calls", *SCHEDULED.get(opcode, ())))
+            called = "|".join(("calls", *SCHEDULED.get(opcode.removesuffix("-start"), ())))
             calls, path, frame = (re.search(pattern, rest) for pattern in (
                 rf"(?:{called})=\{{?%?([\w.\-]+)", r'op_name="([^"]*)"', r"stack_frame_id=(\d+)"))
             found[name] = Instruction(
@@ -1021,7 +1022,8 @@ def arrays(shape):
     """str -> list of Array: `bf16[110,4,2048,256]{3,1,2,0:T(4,128)(2,1)S(1)}`, or a tuple of such.
     A layout gives dimensions from the last one in memory, and their tile."""
     found = []
-    for dtype, sizes, layout in re.findall(r"\b([a-z]+\w*)\[([\d,]*)\](?:\{([^{}]*)\})?", shape):
+    for dtype, sizes, layout in re.findall(
+            r"\b(pred|[a-z]+\d\w*)\[([\d,]*)\](?:\{([^{}]*)\})?", shape):
         bits = re.search(r"\d+", dtype)
         sizes = [int(size) for size in sizes.split(",") if size]
         order, tile = layout.split(":")[0], re.search(r"T\(([\d,]+)\)", layout)
@@ -1106,8 +1108,10 @@ def origins(program):
 def contents(program, op):
     """Text, Instruction -> list of Instruction: itself, or what a fusion holds, fusions inside it
     too."""
-    if op.opcode not in ("fusion", "async-start", "async-done"):
+    if op.opcode not in HOLDING:
         return [op]
+    if op.opcode == "call-update":
+        return contents(program, program.found[op.operands[0]])
     return [inner for name in program.inside.get(op.calls, ())
             for inner in contents(program, program.found[name])]
 
@@ -1159,11 +1163,8 @@ def moved(program, op):
     if op.opcode in UNSEEN | WRAPPERS:
         return 0, 0
     if op.opcode in ("copy-start", "slice-start"):
-        made = arrays(op.shape)
-        there, here = made[0] if op.opcode == "slice-start" else made[1], made[1]
-        source = arrays(given[0][1].shape)[0]
-        there = there if op.opcode == "copy-start" else here
-        return source.far * here.padded, there.far * there.padded
+        made = arrays(op.shape)[op.opcode == "slice-start"]
+        return arrays(given[0][1].shape)[0].far * made.padded, made.far * made.padded
     if op.opcode in PARTS:
         return far_bytes(op.shape) if given and far_bytes(given[0][1].shape) else 0, \
             far_bytes(op.shape)
@@ -1227,6 +1228,7 @@ class Op(NamedTuple):
     number: int = 0   # of arrays
     asynchronous: bool = False
     waited: float = 0.0  # seconds in which nothing hides the transfer
+    done: float = 0.0    # when what waits for it goes on
 
 
 def collective_of(program, op):
@@ -1241,8 +1243,8 @@ def collective_of(program, op):
         if "all-reduce-scatter" in op.calls:
             kind = "reduce_scatter"
         held = " ".join(other.line for other in contents(program, op))
-        start = op.opcode.endswith("-start") or "AsyncCollectiveStart" in held
-        done = op.opcode.endswith("-done") or "AsyncCollectiveDone" in held
+        start = op.opcode.endswith(("-start", "-update")) or "AsyncCollectiveStart" in held
+        done = "AsyncCollectiveDone" in held
         if op.opcode == "fusion" and not start and not done and kind != "reduce_scatter" \
                 and "async_collective" in op.calls:
             return None  # it goes on beside this product
@@ -1256,7 +1258,13 @@ def group_size(line):
     if listed:
         return listed[1].count(",") + 1
     counted = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
-    return int(counted[1]) if counted else 2
+    if counted:
+        return int(counted[1])
+    named = re.search(r"replica_groups=@?mesh\[(.*?)\] ?\{(.*?)\}", line)
+    if named:
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(axes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    return 2
 
 
 def trips(program, op):
@@ -1297,6 +1305,11 @@ def operations(text, job=None, target=None):
         products = product_flops_of(program, op) / target.flops
         return max(products, memory), not max(products, memory)
 
+    def finish_transfer(at, t):
+        end = max(t, ops[at].end)
+        ops[at] = ops[at]._replace(waited=end - t, done=end)
+        return end
+
     def walk(computation, t, times):
         started = {}
         for name in inside[computation]:
@@ -1309,8 +1322,14 @@ def operations(text, job=None, target=None):
                 took = walk(op.calls, t, times * again) - t
                 t += took * again
                 continue
-            if op.opcode in WRAPPERS:
+            if op.opcode in WRAPPERS or op.opcode in UNSEEN:
                 continue
+            begun = op.operands[0] if op.operands else None
+            if op.opcode.endswith("-done") and begun in started:
+                t = finish_transfer(started.pop(begun)[0], t)
+                continue
+            if op.opcode == "call-start" and not arrays(op.shape.split("(s32")[0]):
+                continue  # it waits for its data, which call-update brings
             home = origin(name)
             region = named_region(home.path) if home else None
             source = lines.get(home.frame, "") if home else ""
@@ -1326,15 +1345,11 @@ def operations(text, job=None, target=None):
             channel = (kind, (re.search(r"channel_id=\d+|$", inner.line)[0],
                               re.search(r'chain_id="\d+"|$', inner.line)[0]))
             if done:
-                key = op.operands[0] if op.operands and op.operands[0] in started else next(
-                    (key for key, (_, c) in started.items() if c == channel), None)
-                at, _ = started.pop(key, (None, None))
-                if at is not None:
-                    end = max(t, ops[at].end)
-                    ops[at] = ops[at]._replace(waited=end - t)
-                    t = end
+                same = [key for key, (_, its) in started.items() if its == channel]
+                t = finish_transfer(started.pop(same[0])[0], t) if same else t
                 continue
-            given = [found[operand] for operand in op.operands if operand in found]
+            given = [found[operand] for operand in op.operands
+                     if found[operand].opcode != "call-start" and arrays(found[operand].shape)]
             size = sum(a.bytes for operand in given for a in arrays(operand.shape))
             n = group_size(inner.line)
             sent_bytes = shard.SENT[kind](size, n)
@@ -1964,7 +1979,7 @@ def granted(name):
 
 def held_by(args, shards):
     """arguments, shardings -> dict: bytes of each kind on a device, and the largest arrays."""
-    found, largest = {"weights": 0, "cache": 0, "optimizer": 0, "inputs": 0}, []
+    found, largest = {"weights": 0, "cache": 0, "optimizer": 0, "inputs": 0}, {}
     kinds = {Params: "weights", Cache: "cache", Adam: "optimizer"}
     for arg, shard_ in zip(args, shards):
         for (path, a), where in zip(jax.tree.leaves_with_path(arg), jax.tree.leaves(shard_),
@@ -1973,10 +1988,12 @@ def held_by(args, shards):
                 a.dtype.itemsize if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else 8)
             kind = kinds.get(type(arg), "inputs")
             name = jax.tree_util.keystr(path)
+            alike = f"{kind}{re.sub('[0-9]+', '', name)}"  # a letter's layers together
+            largest[alike] = largest.get(alike, 0) + size
             small = kind == "cache" and name == ".length" or kind == "optimizer" and not a.ndim
             found["inputs" if small else kind] += size
-            largest.append((size, f"{kind}{name}"))
-    return found, [f"{name} {si(size, 'B')}" for size, name in sorted(largest, reverse=True)[:3]]
+    first = sorted(largest, key=largest.get, reverse=True)[:3]
+    return found, [f"{name} {si(largest[name], 'B')}" for name in first]
 
 
 def padding_of(text):
@@ -2016,7 +2033,7 @@ def compile_job(job):
             compiler_options=FLAGS if job.flags else None)
     except Exception as error:
         if not refused(error):
-            raise ValueError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
+            raise
         message, needed, _ = refused(error)
         return row | {"message": message, "needed_bytes": needed}
     text, target = compiled.as_text(), target_of(job.chip)
@@ -2055,8 +2072,8 @@ def compiler_process():
         mesh = tuple((axis, tuple(n) if isinstance(n, list) else n) for axis, n in told["mesh"])
         try:
             answer = compile_job(Job(**told | {"cfg": cfg, "mesh": mesh}))
-        except ValueError as error:
-            answer = {"error": str(error)}
+        except Exception as error:  # whatever it is, it is the answer
+            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -2178,8 +2195,8 @@ def print_chip_row(row):
         print("  time      unknown: a GPU's compiler chooses products by timing them")
         return
     print(f"  time      {si(row['compiler_seconds'], 's')} by the compiler's cycles and bytes ("
-          f"{row['unestimated']:.1%} without an estimate), {row['mfu']:.0%} MFU, {row['mbu']:.0%} "
-          "MBU: " + ", ".join(f"{region} {si(took, 's')}" for region, took in sorted(
+          f"{row['unestimated']:.1%} without an estimate), {row['mfu']:.0%} MFU"
+          + (f", {row['mbu']:.0%} MBU" if row["phase"] not in ("train", "prefill") else "") + ": " + ", ".join(f"{region} {si(took, 's')}" for region, took in sorted(
               row["regions"].items(), key=lambda item: -item[1]) if took > 0.005
               * row["compiler_seconds"]))
 
@@ -2210,14 +2227,16 @@ def one_layer(ops):
     step = [op for op in ops if op.times]
     loops = dict.fromkeys(op.loop for op in step if op.times > 1)
     if loops:
-        return [(f"trip of loop {i + 1}", [op for op in step if op.loop == loop])
-                for i, loop in enumerate(loops)]
+        names = ("a layer forwards", "a layer backwards") if len(loops) == 2 else [
+            f"a trip of loop {i + 1}" for i in range(len(loops))]
+        return [(name, [op for op in step if op.loop == loop])
+                for name, loop in zip(names, loops)]
     timed = [op for op in step if op.region in ("qkv", "mlp") and op.kind == "product"]
     begins = [b.start for a, b in zip(timed, timed[1:]) if (a.region, b.region) == ("mlp", "qkv")]
     if len(begins) < 2:
-        return [("step", step)]
+        return [("a step", step)]
     first, last = begins[len(begins) // 2 - 1:len(begins) // 2 + 1]
-    return [("layer", [op for op in step if op.end > first and op.start < last])]
+    return [("a layer", [op for op in step if op.end > first and op.start < last])]
 
 
 def draw_timeline(rows, path):
@@ -2237,9 +2256,11 @@ def draw_timeline(rows, path):
         for op in ops:
             if op.end > op.start:
                 name = op.kind if op.number else op.region or "other"
+                if op.done > op.start:  # from start to done, the link's own time darker
+                    axis.broken_barh([((op.start - zero) * 1e6, (op.done - op.start) * 1e6)],
+                                     (0, 0.8), color=colors[name], alpha=0.3)
                 axis.broken_barh([((op.start - zero) * 1e6, (op.end - op.start) * 1e6)],
-                                 (0 if op.number else 1, 0.8), color=colors[name],
-                                 hatch="//" if op.asynchronous else None)
+                                 (0 if op.number else 1, 0.8), color=colors[name])
         axis.set(yticks=(0.4, 1.4), yticklabels=("transfers", "compute"), xlabel="microseconds",
                  title=f"{row['form']}, {row['model']} B={row['B']} on {row['slice']}: {heading}")
     figure.legend([plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()],
