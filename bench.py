@@ -634,9 +634,71 @@ def plan(args):
         trained = training(job._replace(B=B or 4 * args.chips, dtype=cfg.dtype), chip, args.chips,
                            args.tokens, args.mfu, args.parameters)
         print_training(trained)
+    if args.compile:
+        compiled = compiled_plan(job._replace(new=min(16, args.context - 1)), args, numbers, ways)
     exact = {"exact": numbers["exact"]} if args.parameters else {}
     finish(args, model=name, chip=chip_name, chips=args.chips, context=args.context,
-           weights=args.weights, cache=args.cache, **first, million=ways, training=trained, **exact)
+           weights=args.weights, cache=args.cache, **first, million=ways, training=trained, **exact,
+           **({"compiled": compiled} if args.compile else {}))
+
+
+def largest(fits, low, high):
+    """int -> bool, int, int -> int: the largest that fits, of `low` (which does) to `high` - 1."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def compiled_plan(job, args, numbers, ways):
+    """Job, args, napkins, ways -> dict: what the chip's compiler accepts of a plan: the largest
+    batch, and a step at a million tokens on as many chips as the plan says."""
+    (name, _), rows = args.chip, []
+    told = {"max_batch": None, "million": rows}
+    job = job._replace(prompt=args.context - job.new, n_draft=1)
+
+    def tried(job, chips):
+        try:
+            row = ask(on_chips(job, name, chips, layout="sequence" if job.cfg.K % chips else "heads"))
+        except ValueError as error:
+            raise ValueError(f"--compile on {chips} chips: {error}") from None
+        say(f"B={job.B} S={job.prompt + job.new} on {chips} x {name}: "
+            + (f"fits, {si(row['peak_bytes'], 'B')} of {si(row['memory_bytes'], 'B')} a chip"
+               if row["fits"] else "refused"))
+        return row
+
+    with compilers() as ask:
+        most = max(n["max_batch"] for n in numbers.values())
+        told["max_batch"] = largest(lambda B: tried(job._replace(B=B), args.chips)["fits"], 0,
+                                    int(1.1 * most) + 2)
+        print(f"compiled: the largest batch that {name}'s compiler accepts is {told['max_batch']}, "
+              "beside " + ", ".join(f"{n['max_batch']} and {n['batch_with_room']} ({heading})"
+                                    for heading, n in numbers.items()))
+        kinds = {"as it is": {}, "grouped queries, K=1": {"K": 1}, "int8": {"dtype": "int8"},
+                 "both": {"K": 1, "dtype": "int8"}}
+        for way in ways:
+            asked = dict(kinds[way["way"]])
+            cache = asked.pop("dtype", job.cache_dtype)
+            chips = min((n for n in map(chips_of, TARGETS[name].slices.split())
+                         if n >= way["chips_needed"]), default=None)
+            if chips is None or way["chips_needed"] == 1:
+                chips = 1 if chips else chips_of(TARGETS[name].slices.split()[-1])
+            row = tried(job._replace(B=1, cfg=replace(job.cfg, **asked), cache_dtype=cache,
+                                     prompt=1_000_000 - job.new), chips)
+            rows.append({"way": way["way"], "chips": chips, **{key: row[key] for key in (
+                "fits", "peak_bytes", "memory_bytes", "compiler_seconds", "message")}})
+            print(f"compiled at 1,000,000 tokens, {way['way']}: {way['chips_needed']} chip(s) by the "
+                  f"plan; on {chips} " + (
+                      f"it fits: {si(row['peak_bytes'], 'B')} of {si(row['memory_bytes'], 'B')} a "
+                      "chip" if row["fits"] else f"it is refused: {row['message']}")
+                  + (f", {si(row['compiler_seconds'], 's')} a step by its cycles"
+                     if row["compiler_seconds"] else ""))
+    return told
+
+
+def chips_of(shape):
+    """str -> int: chips of a slice."""
+    return math.prod(map(int, shape.split("x")))
 
 
 def print_training(t):
@@ -1214,6 +1276,7 @@ class Op(NamedTuple):
     """An operation of a compiled program, where its schedule has it. Times are those of the first
     trip of its loop, in seconds; None where the compiler's estimates are worth nothing."""
     name: str
+    shape: str        # of its result
     region: str       # of the model, or None
     kind: str         # product, copy, elementwise; or of a collective, as in shard.comm_bytes
     source: str       # file, line and function
@@ -1337,7 +1400,7 @@ def operations(text, job=None, target=None):
             collective = collective_of(program, op)
             if collective is None:
                 took, estimated = seconds(op, read, written)
-                ops.append(Op(name, region, kind_of(program, op), source, read, written, t,
+                ops.append(Op(name, op.shape, region, kind_of(program, op), source, read, written, t,
                               t + took, times, computation, estimated))
                 t += took
                 continue
@@ -1362,7 +1425,7 @@ def operations(text, job=None, target=None):
             route = groups[0] if groups else ""
             begin = max(t, free.get(route, 0.0)) if start else t
             free[route] = begin + took
-            ops.append(Op(name, region, kind, source, read, written, begin, begin + took, times,
+            ops.append(Op(name, op.shape, region, kind, source, read, written, begin, begin + took, times,
                           computation, True, sent_bytes, len(given), start,
                           0.0 if start else took))
             if start:
@@ -1406,11 +1469,19 @@ def step_seconds(ops, read):
             "regions": {name: took for name, took in regions.items() if took}}
 
 
-def copied(ops, sizes):
-    """list of Op, set of int -> int: bytes of arrays of such sizes that a step copies from memory
-    to memory."""
-    return sum(op.written * op.times for op in ops
-               if op.kind == "copy" and op.read and op.written in sizes)
+def alike(shape):
+    """str -> str: dtype and sizes of a shape's first array, whatever their order and layout."""
+    dtype, sizes = re.search(r"(\w+)\[([\d,]*)\]", shape).groups()
+    return f"{dtype}{sorted(size for size in sizes.split(',') if size != '1')}"
+
+
+def copied(ops, text):
+    """list of Op, str -> int: bytes of arrays alike one of a program's arguments of two dimensions
+    or more, a weight or a cache, that a step copies from memory to memory."""
+    entry = text[text.index("\nENTRY"):]
+    held = {alike(shape) for shape in re.findall(r" = (\w+\[\d+(?:,\d+)+\]\S*) parameter\(", entry)}
+    return sum(op.written * op.times for op in ops if op.kind == "copy" and op.read and op.written
+               and alike(op.shape) in held)
 
 
 # ------------------------------------------------------------------------------------------ profile
@@ -1853,7 +1924,7 @@ def target_of(name):
 def slice_of(name, chips):
     """str, int -> str: the slice of so many chips; 1 is the first of the smallest. ValueError where
     there is none, naming the nearest."""
-    sizes = {math.prod(map(int, shape.split("x"))): shape for shape in TARGETS[name].slices.split()}
+    sizes = {chips_of(shape): shape for shape in TARGETS[name].slices.split()}
     if chips in sizes:
         return sizes[chips]
     if chips == 1:
@@ -2040,7 +2111,7 @@ def compile_job(job):
     ops = operations(text, job, target if target.clock else None)
     row |= program(step, args, compiled) | {
         "compile_seconds": time.perf_counter() - start, "padding": padding_of(text),
-        "collectives": collectives(ops), "copies": copied(ops, argument_sizes(text)),
+        "collectives": collectives(ops), "copies": copied(ops, text),
         "hbm_bytes": sum((op.read + op.written) * op.times for op in ops), "schedule": ops,
         **(step_seconds(ops, target.read) if target.clock else {})}
     if row["program_flops"] and job.by == "hand" and mesh:
@@ -2051,14 +2122,6 @@ def compile_job(job):
 def broadcast(shards, args):
     """shardings, arguments -> of each array, its sharding."""
     return jax.tree.map(lambda where, part: jax.tree.map(lambda _: where, part), shards, args)
-
-
-def argument_sizes(text):
-    """str -> set of int: bytes of the matrices among a program's arguments, with and without
-    padding: its weights and caches."""
-    entry = text[text.index("\nENTRY"):]
-    return {size for shape in re.findall(r" = (\w+\[\d+(?:,\d+)+\]\S*) parameter\(", entry)
-            for a in arrays(shape) for size in (a.bytes, a.padded) if size >= 1 << 16}
 
 
 def compiler_process():
@@ -2930,6 +2993,12 @@ def parse(argv):
     args.argv = sys.argv[1:] if argv is None else argv
     if args.quick and args.phase:
         parser.error(f"--quick is for all phases: leave out --quick or {args.phase}")
+    if args.phase == "plan" and args.compile:
+        try:
+            check_compiler(args.chip[0])
+            slice_of(args.chip[0], args.chips)
+        except ValueError as error:
+            parser.error(str(error))
     if args.phase == "plan" and args.mfu > 1:
         parser.error(f"--mfu {args.mfu:g}: a share of 1 at most, as 0.5")
     if getattr(args, "chip", None) and args.phase != "plan":
