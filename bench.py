@@ -43,7 +43,7 @@ import numpy as np
 import shard
 from infer import (TILE, Cache, decode_bytes, decode_flops, extend, generate, init_cache, kv_bytes,
                    load, model_draft, ngram_draft, prefill, prefill_flops, quantize_params,
-                   read_json, save, serve, speculate, tile_params, weight_bytes, wide_bytes)
+                   read_json, refill, save, serve, speculate, tile_params, weight_bytes, wide_bytes)
 from minillm import (Adam, Config, Params, adam_init, cast, causal_pairs, check_tokens, init, loss,
                      param_count, traced_flops, train_flops, train_step, unembed)
 
@@ -851,6 +851,19 @@ def build_serve(job, mesh):
         key, shape, 0, job.cfg.V)), (), lambda out, args: args)
 
 
+def build_refill(job, mesh):
+    """-> one row of a cache of B starts over with a prompt: `serve`'s other step."""
+    S = job.prompt + job.new
+
+    def step(params, cache, logits, prompt):
+        return refill(params, cache, logits, 0, prompt, jnp.full((1,), job.prompt), job.cfg)
+
+    return Program(step, lambda params, key: (
+        params, empty_cache(job, S), jax.random.normal(key, (job.B, job.cfg.V)),
+        jax.random.randint(key, (1, job.prompt), 0, job.cfg.V)),
+        (1, 2), lambda out, args: (args[0], out[1], out[0], args[3]))
+
+
 def build_product(job, mesh):
     """-> a collective matmul of B rows of ones: gather_matmul or matmul_scatter."""
     cfg, gathers = job.cfg, job.phase == "gather_matmul"
@@ -898,6 +911,7 @@ class Phase(NamedTuple):
 
 
 PRODUCTS = ("gather_matmul", "matmul_scatter")
+PARTIAL = (*PRODUCTS, "refill")  # no commands of their own
 PHASES = {"train": Phase("T", train_cost, build_train,
                          lambda job, out: {"steps": 1, "loss": float(out[2])}),
           "prefill": Phase("P", prefill_cost, build_prefill),
@@ -906,6 +920,7 @@ PHASES = {"train": Phase("T", train_cost, build_train,
           "verify": Phase("V", verify_cost, build_verify),
           "speculate": Phase("D", verify_cost, build_speculate, speculated),
           "serve": Phase("S", serve_cost, build_serve),
+          "refill": Phase("R", lambda job: prefill_cost(job._replace(B=1)), build_refill),
           **{name: Phase("M", product_cost, build_product) for name in PRODUCTS}}
 
 
@@ -1478,10 +1493,9 @@ def alike(shape):
 def copied(ops, text):
     """list of Op, str -> int: bytes of arrays alike one of a program's arguments of two dimensions
     or more, a weight or a cache, that a step copies from memory to memory."""
-    entry = text[text.index("\nENTRY"):]
-    held = {alike(shape) for shape in re.findall(r" = (\w+\[\d+(?:,\d+)+\]\S*) parameter\(", entry)}
+    held = {alike(shape) for shape in entry_arguments(text).values() if "," in alike(shape)}
     return sum(op.written * op.times for op in ops if op.kind == "copy" and op.read and op.written
-               and alike(op.shape) in held)
+               and alike(op.shape) in held and op.written >= arrays(op.shape)[0].padded)
 
 
 # ------------------------------------------------------------------------------------------ profile
@@ -1907,7 +1921,6 @@ FLAGS = {name: "true" for name in (  # the lecture's, for collectives beside pro
     "xla_enable_async_all_gather", "xla_enable_async_collective_permute",
     "xla_tpu_enable_async_collective_fusion",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps",
     "xla_tpu_overlap_compute_collective_tc")}
 COMPILERS = {  # what their process needs to know of the machine that is not here
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v4-8",
@@ -2049,35 +2062,46 @@ def granted(name):
 
 
 def held_by(args, shards):
-    """arguments, shardings -> dict: bytes of each kind on a device, and the largest arrays."""
-    found, largest = {"weights": 0, "cache": 0, "optimizer": 0, "inputs": 0}, {}
+    """arguments, shardings -> dict, list: bytes of each kind on a device, and the largest arrays."""
+    found, largest = {"weights": 0, "cache": 0, "optimizer": 0}, {}
     kinds = {Params: "weights", Cache: "cache", Adam: "optimizer"}
     for arg, shard_ in zip(args, shards):
         for (path, a), where in zip(jax.tree.leaves_with_path(arg), jax.tree.leaves(shard_),
                                     strict=True):
-            size = math.prod(where.shard_shape(a.shape)) * (
-                a.dtype.itemsize if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else 8)
+            size = math.prod(where.shard_shape(a.shape)) * a.dtype.itemsize
             kind = kinds.get(type(arg), "inputs")
-            name = jax.tree_util.keystr(path)
-            alike = f"{kind}{re.sub('[0-9]+', '', name)}"  # a letter's layers together
-            largest[alike] = largest.get(alike, 0) + size
-            small = kind == "cache" and name == ".length" or kind == "optimizer" and not a.ndim
-            found["inputs" if small else kind] += size
+            name = f"{kind}{re.sub('[0-9]+', '', jax.tree_util.keystr(path))}"  # of all layers
+            largest[name] = largest.get(name, 0) + size
+            if kind != "inputs" and a.ndim > 1 - (kind != "cache"):
+                found[kind] += size
     first = sorted(largest, key=largest.get, reverse=True)[:3]
     return found, [f"{name} {si(largest[name], 'B')}" for name in first]
 
 
-def padding_of(text):
-    """str -> dict: the bytes that tiles add to each argument that they enlarge."""
+def compiled_with(lowered, flags):
+    """Lowered, dict -> Compiled, list: with those flags, or those that this compiler takes: from
+    libtpu 0.0.50 on it refuses to fuse gathers with products but on v5e, naming wrong results."""
+    try:
+        return lowered.compile(compiler_options=flags or None), list(flags)
+    except Exception as error:
+        kept = {name: on for name, on in flags.items() if "fuse_all_gather" not in name}
+        if "AllGather is enabled on platform" not in str(error) or kept == flags:
+            raise
+        return lowered.compile(compiler_options=kept), list(kept)
+
+
+HELD = r"params\b|adam\.[mv]\b|cache\.[kv]\b"  # names of arguments that formulas count
+
+
+def entry_arguments(text):
+    """str -> dict: the arguments that a compiled program has left, by name: their shape."""
     entry = text[text.index("\nENTRY"):]
     found = {}
     for line in entry[:entry.index("\n}")].splitlines():
         match = re.match(r"\s+%?([\w.\-]+) = (\S+) parameter\(", line)
         if match:
             name = re.search(r'op_name="([^"]*)"', line)
-            more = sum(a.padded - a.bytes for a in arrays(match[2]))
-            if more:
-                found[name[1] if name else match[1]] = more
+            found[name[1] if name else match[1]] = match[2]
     return found
 
 
@@ -2093,15 +2117,14 @@ def compile_job(job):
                         args, jax.tree.map(lambda _, s: s, args, broadcast(shards, args)))
     formula, largest = held_by(args, broadcast(shards, args))
     row = {"compiler": told, "jax": jax.__version__, "memory_bytes": granted(job.chip),
-           "formula_bytes": sum(formula.values()) - formula["inputs"], "formula": formula,
-           "largest": largest, "fits": False, "message": None, **dict.fromkeys((
+           "formula_bytes": sum(formula.values()), "formula": formula,
+           "largest": largest, "fits": False, "message": None, "flags": [], **dict.fromkeys((
                "argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "peak_bytes",
                "collectives", "compiler_seconds", "regions", "copies", "program_flops", "padding",
                "unestimated", "hbm_bytes"))}
-    start = time.perf_counter()
+    start, lowered = time.perf_counter(), jax.jit(step, donate_argnums=donated).lower(*args)
     try:
-        compiled = jax.jit(step, donate_argnums=donated).lower(*args).compile(
-            compiler_options=FLAGS if job.flags else None)
+        compiled, row["flags"] = compiled_with(lowered, FLAGS if job.flags else {})
     except Exception as error:
         if not refused(error):
             raise
@@ -2110,7 +2133,11 @@ def compile_job(job):
     text, target = compiled.as_text(), target_of(job.chip)
     ops = operations(text, job, target if target.clock else None)
     row |= program(step, args, compiled) | {
-        "compile_seconds": time.perf_counter() - start, "padding": padding_of(text),
+        "compile_seconds": time.perf_counter() - start,
+        "inputs": sum(a.bytes for name, shape in entry_arguments(text).items()
+                      for a in arrays(shape) if not re.match(HELD, name)),
+        "padding": {name: more for name, shape in entry_arguments(text).items()
+                    if (more := sum(a.padded - a.bytes for a in arrays(shape)))},
         "collectives": collectives(ops), "copies": copied(ops, text),
         "hbm_bytes": sum((op.read + op.written) * op.times for op in ops), "schedule": ops,
         **(step_seconds(ops, target.read) if target.clock else {})}
@@ -2195,7 +2222,7 @@ def chip_row(job, ask):
     row = predicted_row(job, sheet(chip, job.chips))
     row |= {"flops": useful_flops(job, PHASES[job.phase].cost(job)), "chip": job.chip,
             "chips": job.chips, "slice": f"{TARGETS[job.chip].name} {slice_of(job.chip, job.chips)}",
-            "mesh": mesh, "layout": job.layout, "ring": job.ring, "by": job.by, "flags": job.flags,
+            "mesh": mesh, "layout": job.layout, "ring": job.ring, "by": job.by,
             "weight_bytes": row["weight_bytes"] * copies,
             "predicted_collectives": formula, "link_seconds": None if formula is None else sum(
                 size / chip.link * (2 if kind == "permute" and job.ring == 1 else 1)
@@ -2234,7 +2261,7 @@ def print_chip_row(row):
           f"{gb('cache_bytes')}: {si(row['predicted_seconds'], 's')} bound by {row['bound']}; links "
           f"{links}")
     print(f"  program   {row['compiler']}, jax {row['jax']}: not measured; bytes are of one "
-          "device")
+          "device" + ("; flags: " + ", ".join(row["flags"]) if row["flags"] else ""))
     formula = ", ".join(f"{name} {si(size, 'B')}" for name, size in row["formula"].items() if size)
     if row["message"]:
         over = row["needed_bytes"] - row["memory_bytes"]
@@ -2243,7 +2270,7 @@ def print_chip_row(row):
               + ", ".join(row["largest"]))
         return
     padded = sorted(row["padding"].items(), key=lambda item: -item[1])
-    print(f"  arguments {gb('argument_bytes')}: {formula}, padding "
+    print(f"  arguments {gb('argument_bytes')}: {formula}, inputs {gb('inputs')}, padding "
           f"{si(sum(row['padding'].values()), 'B')}"
           + (" (" + ", ".join(f"{name} {si(size, 'B')}" for name, size in padded[:2]) + ")"
              if padded else ""))
@@ -2982,7 +3009,7 @@ def parse(argv):
               "scale": ("how time grows with each size", add_scale),
               "complete": ("write on from a prompt", add_complete),
               "shard": ("what several devices send each other", add_shard)}
-    phases = [name for name in PHASES if name not in PRODUCTS]
+    phases = [name for name in PHASES if name not in PARTIAL]
     commands = parser.add_subparsers(dest="phase", metavar="|".join([*phases, *others]))
     for name in [*phases, *others]:
         text, add = others.get(name, (f"measure {name} alone", partial(add_phase, name=name)))

@@ -4,6 +4,7 @@ Everything is f32. f32 rounds at 6e-8 of a value; a logit of order 1 passes some
 in an order that differs between two ways to the same number, so TOLERANCE is 2e-5.
 """
 import concurrent.futures
+import importlib.util
 import inspect
 import itertools
 import json
@@ -31,7 +32,7 @@ import shard
 from infer import (Q8, Q8A8, Cache, accept, acceptance, decode_bytes, decode_flops, dequantize,
                    extend, generate, generate_reference, init_cache, kv_bytes, load, log_probs,
                    model_draft, ngram_draft, prefill, prefill_flops, quantize, quantize_params,
-                   resize, sample, save, serve, speculate)
+                   resize, sample, save, serve, speculate, weight_bytes)
 from minillm import (Config, adam_init, adamw, attention, block, cast, causal_attention, dims, dot,
                      forward, forward_flops, init, lookup, loss, matmul, param_count, rope, rotary,
                      traced_flops, train_flops, train_step, unembed)
@@ -598,7 +599,7 @@ CONTRACTS = [fn for module in (minillm, infer, shard)
              if getattr(fn, "__module__", "") == module.__name__ and not name.startswith("_")]
 ON_THE_HOST = {"serve", "check_prompt", "load", "save", "parse_config", "understood", "read_json",
                "read_safetensors", "write_safetensors", "model_draft",
-               "check_speculation", "tile_params"}  # each has tests of its own
+               "check_speculation", "rounds", "tile_params"}  # each has tests of its own
 
 
 @pytest.mark.parametrize("fn", CONTRACTS + [matmul, lookup, rope, causal_attention],
@@ -745,7 +746,7 @@ def test_prefill_of_some_rows_holds_the_temporaries_of_some_and_refuses_a_remain
 @example(B=32, T=256)
 @given(B=st.integers(1, 64), T=st.sampled_from([16, 64, 100, 192, 256, 1000, 3000]))
 def test_bench_prefills_groups_of_one_to_two_thousand_tokens_or_all(B, T):
-    rows = bench.rows_at_a_time(B, T)
+    rows = bench.rows_at_a_time(bench.Job("prefill", "", CONFIGS[0], B, T, 0))
     assert B % rows == 0 and (rows == B or 1024 <= rows * T <= 2048 < B * T)
 
 
@@ -1579,7 +1580,7 @@ def test_the_compilers_fsdp_is_the_loss_of_one_device():
     mesh, params, tokens = shard.make_mesh(data=8), weights(WIDE), draw_tokens(WIDE, 8, 7)
     alone = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, tokens, WIDE)
     placed = shard.place(params, WIDE, mesh, shard.FSDP)
-    assert placed.layers[0].wq.addressable_shards[3].data.shape == (8, 4, 2)
+    assert placed.layers[0].wq.addressable_shards[3].data.shape == (1, 4, 16)
     born = jax.jit(init, static_argnums=1, out_shardings=shard.shardings(WIDE, mesh, shard.FSDP))
     made = born(jax.random.key(0), WIDE)
     assert made.embed.sharding == placed.embed.sharding
@@ -1595,7 +1596,7 @@ def test_a_split_model_reads_and_generates_what_one_device_does(layout, K, ring,
     cfg, mesh, B, S = replace(WIDE, K=K), shard.make_mesh(tensor=4), 4, 24
     params, text, lengths = weights(cfg), draw_tokens(cfg, B, 8), np.array([3, 8, 5, 1])
     params = params if kind is None else quantize_params(params, cfg, kind)
-    rules, parts = shard.LAYOUTS[layout][0], dict(mesh=mesh, layout=layout, enter=RINGS[ring][0],
+    rules, parts = shard.LAYOUTS[layout].rules, dict(mesh=mesh, layout=layout, enter=RINGS[ring][0],
                                                   leave=RINGS[ring][1])
     how = dict(temperature=0.9, end=3)
 
@@ -1714,7 +1715,7 @@ def test_fsdp_keeps_one_layers_inputs_a_layer_and_one_gathered_layer():
     def temp(L):
         deep = replace(cfg, L=L)
         params = jax.eval_shape(shard.stack, abstract(deep))
-        split = shard.stacked(shard.specs(deep, {**shard.TENSOR, **shard.FSDP}))
+        split = shard.stacked(shard.specs(deep, mesh, {**shard.TENSOR, **shard.FSDP}))
         params = jax.tree.map(lambda a, spec: jax.ShapeDtypeStruct(
             a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec)), params, split)
         run = jax.jit(jax.value_and_grad(partial(shard.sharded_loss, cfg=deep, mesh=mesh)))
@@ -1769,17 +1770,19 @@ def test_what_cannot_be_split_is_refused_by_name_before_compiling():
 
 
 def test_two_processes_compute_what_one_device_does(beside):
-    name = "L1,E32,H4,K4,D8,F48,V64"
-    told, cfg = json.loads(beside["two"]().splitlines()[-1]), bench.parse_model(name)
-    assert told["machine"]["count"] == 4 and len(told["rows"]) == 3
+    told, name = json.loads(beside["two"]().splitlines()[-1]), "L1,E32,H4,K4,D8,F48,V64"
+    assert told["machine"]["count"] == 4
+    assert [row["form"] for row in told["rows"]] == 2 * ["train, by hand ring"] + [
+        "prefill over heads ring", "generate over heads ring"]
     assert all(row["as_predicted"] for row in told["rows"])
-    params, draw = init(jax.random.key(0), cfg), np.random.default_rng(0)
-    alone = loss_jit(params, draw.integers(0, 64, (4, 7)), cfg=cfg)
-    assert all(abs(row["loss"] - alone) < 1e-4 for row in told["rows"][:2])
-    prompts = np.random.default_rng(0).integers(0, 64, (4, 6)).astype(np.int32)
-    logits, cache = prefill_jit(params, init_cache(cfg, 4, 12), prompts, np.full(4, 6), cfg=cfg)
-    tokens, _, _ = generate_jit(params, cache, logits, jax.random.key(0), n=3, cfg=cfg)
-    assert np.array_equal(told["rows"][2]["tokens"], tokens)
+
+    def alone(phase):
+        job = bench.Job(phase, name, bench.parse_model(name), 4, 6, 3)
+        return bench.prepare(job, init(jax.random.key(0), job.cfg), 0).call()
+
+    assert all(abs(row["loss"] - alone("train")[2]) < 1e-4 for row in told["rows"][:2])
+    assert np.array_equal(told["rows"][2]["tokens"], np.argmax(alone("prefill")[0], -1))
+    assert np.array_equal(told["rows"][3]["tokens"], alone("generate")[0])
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -1870,7 +1873,7 @@ def result_of(capsys, *argv):
     return json.loads(out.splitlines()[-1]), out
 
 
-@pytest.mark.parametrize("phase", list(bench.PHASES))
+@pytest.mark.parametrize("phase", [name for name in bench.PHASES if name not in bench.PARTIAL])
 def test_a_phase_alone_ends_in_one_json_line_whose_flops_are_the_programs(phase, calm, capsys):
     many = phase in ("generate", "prefill")
     batches, dtypes = ([1, 2], ["float32", "bfloat16"]) if many else ([2], ["bfloat16"])
@@ -1888,8 +1891,8 @@ def test_a_phase_alone_ends_in_one_json_line_whose_flops_are_the_programs(phase,
             continue
         cfg = replace(bench.parse_model(TINY), dtype=row["dtype"])
         job = bench.Job(phase, TINY, cfg, row["B"], 6, 3, row["dtype"])
-        step, args, _ = bench.PHASES[phase].build(job, init(jax.random.key(0), cfg, cfg.dtype),
-                                                  jax.random.key(0))
+        step, make, *_ = bench.PHASES[phase].build(job, None)
+        args = make(init(jax.random.key(0), cfg, cfg.dtype), jax.random.key(0))
         assert row["alias_bytes"] <= row["argument_bytes"] <= row["peak_bytes"]
         assert row["argument_bytes"] >= sum(a.nbytes for a in jax.tree.leaves(args[0]))
         if phase == "speculate":  # in a loop of unknown length; a round is what verify is
@@ -2226,11 +2229,11 @@ def products(jaxpr, path=""):
             yield from products(inner, own)
 
 
-@pytest.mark.parametrize("phase", [name for name in bench.PHASES if name != "serve"])
+@pytest.mark.parametrize("phase", bench.PHASES.keys() - {"serve", *bench.PRODUCTS})
 def test_every_product_stands_in_a_named_region(phase):
     cfg = CONFIGS[1] if phase != "speculate" else bench.parse_model(TINY)
-    step, args, _ = bench.PHASES[phase].build(
-        bench.Job(phase, "", cfg, 2, 5, 2), weights(cfg), jax.random.key(0))
+    step, make, *_ = bench.PHASES[phase].build(bench.Job(phase, "", cfg, 2, 5, 2), None)
+    args = make(weights(cfg), jax.random.key(0))
     paths = list(products(jax.make_jaxpr(step)(*args).jaxpr))
     found = {bench.named_region(path) for path in paths}
     assert found == {"qkv", "attention", "out", "mlp", "unembed"}
@@ -2279,10 +2282,10 @@ ENTRY %main (a: f32[4]) -> (f32[4]) {
   ROOT %tuple.1 = (f32[4]{0}) tuple(%copy.1)
 }
 """  # noqa: E501
-    found = bench.attributed(text)
-    assert found["dot.1"][:2] == ("out", "product")  # inside the fusion, where its result goes
-    assert found["fusion.1"][:2] == ("mlp", "elementwise")
-    assert found["copy.1"][:2] == ("mlp", "copy")  # where it came from
+    found = {op.name: (op.region, op.kind) for op in bench.operations(text)}
+    assert found == {"dot.1": ("out", "product"),  # inside the fusion, where its result goes
+                     "fusion.1": ("mlp", "elementwise"),
+                     "copy.1": ("mlp", "copy")}  # where it came from
 
 
 def test_a_step_as_fast_as_predicted_stands_on_the_roof():
@@ -2312,6 +2315,338 @@ def test_a_picture_needs_its_extra(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         bench.main(["--plot", str(tmp_path / "x.png")])
     assert 'pip install ".[plot]"' in capsys.readouterr().err
+
+
+# ------------------------------------------------------------ bench: chips that are not here
+
+
+SPLIT = "L2,E512,H8,K8,D128,F1024,V1024"  # small, with dimensions that fill a TPU's tiles
+CACHES = [  # chip, chips, phase, layout, cache, K, B: each value at least once
+    ("tpu-v4", 4, "generate", "heads", "bfloat16", 4, 8),
+    ("tpu-v4", 1, "generate", "heads", "int8", 1, 1),
+    ("tpu-v5e", 1, "generate", "heads", "float32", 2, 1),
+    ("tpu-v5e", 8, "generate", "batch", "bfloat16", 1, 16),
+    ("tpu-v5p", 4, "generate", "sequence", "int8", 2, 4),
+    ("tpu-v6e", 1, "verify", "heads", "bfloat16", 4, 8),
+    ("tpu-v6e", 4, "verify", "sequence", "float32", 8, 2),
+    ("h100", 1, "generate", "heads", "bfloat16", 1, 1),
+    ("h100", 4, "verify", "batch", "int8", 2, 8),
+    ("tpu-v4", 1, "refill", "heads", "float32", 4, 4),
+    ("tpu-v5p", 1, "refill", "heads", "int8", 1, 8),
+    ("h100", 1, "refill", "heads", "bfloat16", 8, 2)]
+
+
+def on_chip(phase, model, chip, chips=1, B=8, prompt=240, new=16, dtype="bfloat16", cache=None,
+            mesh=None, layout=None, **more):
+    cfg = bench.parse_model(model)
+    job = bench.Job(phase, model, replace(cfg, dtype="bfloat16" if dtype == "int8" else dtype), B,
+                    prompt, new, dtype, cache or dtype, **more)
+    return bench.on_chips(job, chip, chips, mesh, layout)
+
+
+def cached_on_chip(chip, chips, phase, layout, cache, K, B, times):
+    """A job whose K arrays take 64 MiB a device, times `times`: more than is prefetched."""
+    S = times * chips * (1 << 26) // (B * K * 128 * jnp.dtype(cache).itemsize)
+    prompt, new = dict(generate=(S - 4, 4), verify=(S - 3, 0), refill=(256, S - 256))[phase]
+    return on_chip(phase, f"L2,E512,H8,K{K},D128,F512,V512", chip, chips, B, prompt, new,
+                   cache=cache, layout=layout if chips > 1 else None, n_draft=2)
+
+
+def fsdp_on_chip(chip, **more):
+    return on_chip("train", "L2,E1024,H16,K16,D128,F4096,V8192", chip, 64, B=64, prompt=128, **more)
+
+
+RINGED = [on_chip("generate", SPLIT, chip, 4, ring=ring) for chip, ring in (
+    ("tpu-v4", 1), ("tpu-v5e", 2))]
+ITEMISED = [on_chip("generate", SPLIT, "tpu-v5e", 4, dtype="int8", cache="int8"),
+            on_chip("prefill", SPLIT + ",untied", "tpu-v4", 1, B=3, prompt=100),
+            on_chip("verify", SPLIT, "h100", 2),
+            on_chip("train", SPLIT, "tpu-v6e", 8, dtype="float32", mesh={"data": 4, "tensor": 2})]
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """job -> its row, by the chip's compiler, in one process for all; skipped without its extra."""
+    rows = {}
+    with bench.compilers() as ask:
+        def row(job):
+            try:
+                bench.check_compiler(job.chip)
+            except ValueError as error:
+                pytest.skip(str(error))
+            if job not in rows:
+                rows[job] = ask(job)
+            return rows[job]
+
+        yield row
+
+
+@pytest.mark.parametrize("case", CACHES, ids=lambda case: "-".join(map(str, case)))
+def test_a_cache_on_a_chip_is_updated_in_place(case, compiled):
+    """Twice the slots add less than half of what one K array grows by, the scores of its queries
+    apart, and no step copies an array of the cache from memory to memory."""
+    jobs = [cached_on_chip(*case, times) for times in (1, 2)]
+    once, twice = map(compiled, jobs)
+    cache, K, B = case[4:]
+    T = {"generate": 1, "verify": 3, "refill": 256}[case[2]]
+    S = [bench.PHASES[job.phase].cost(job).S for job in jobs]
+    scores = 0 if case[2] == "refill" else 2 * B * 8 * T * (S[1] - S[0]) * 4
+    scales = cache == "int8"  # which some chips turn, a thirty-second of what they scale
+    assert max(once["copies"], twice["copies"] // 2) <= scales * 2 * 2 * (1 << 26) // 32
+    assert twice["temp_bytes"] - once["temp_bytes"] < (1 << 25) + scores
+    assert twice["alias_bytes"] - once["alias_bytes"] >= 4 * (1 << 26)
+
+
+@pytest.mark.parametrize("job", ITEMISED, ids=lambda job: f"{job.phase}-{job.chip}")
+def test_formula_inputs_and_padding_are_the_compilers_argument_bytes(job, compiled):
+    row = compiled(job)
+    formula, cfg = row["formula"], job.cfg
+    assert sum(formula[kind] for kind in ("weights", "cache", "optimizer")) == row["formula_bytes"]
+    assert row["formula_bytes"] + row["inputs"] + sum(row["padding"].values()) \
+        == row["argument_bytes"]
+    norms = (2 * cfg.L + 1) * cfg.E * (4 if job.phase == "train" else 2)
+    table = (not cfg.tied) * cfg.V * cfg.E * 2
+    n = job.chips
+    if job.phase == "train":
+        weights = norms + (param_count(cfg) * 4 - norms) // n
+        assert formula["weights"] == weights and formula["optimizer"] == 2 * weights
+        assert formula["cache"] == 0
+    elif job.dtype != "int8":
+        assert formula["weights"] == norms + (weight_bytes(cfg, job.dtype) + table - norms) // n
+    if job.phase == "generate":
+        assert formula["cache"] == kv_bytes(cfg, job.B, 256, job.cache_dtype) // n
+    if job.chip == "h100":
+        assert row["padding"] == {}
+
+
+def test_gemma_7b_generates_110_sequences_on_four_v4_chips_and_128_are_refused(compiled):
+    job = on_chip("generate", "gemma-7b", "tpu-v4", 4, B=110, prompt=2032)
+    row = compiled(job)
+    assert row["fits"] and row["copies"] == 0 and row["peak_bytes"] < row["memory_bytes"]
+    assert row["formula_bytes"] == sum(row["formula"][kind] for kind in ("weights", "cache"))
+    assert row["temp_bytes"] < 0.3e9 and row["alias_bytes"] >= kv_bytes(
+        job.cfg, 110, 2048, "bfloat16") // 4
+    many = job._replace(B=128)
+    needed = weight_bytes(job.cfg, "bfloat16") + kv_bytes(job.cfg, 128, 2048, "bfloat16")
+    assert needed > 4 * row["memory_bytes"]
+    refused = compiled(many)
+    assert refused["fits"] is False and refused["argument_bytes"] is None
+    assert refused["needed_bytes"] > refused["memory_bytes"] == row["memory_bytes"]
+    assert "exceeds available HBM" in refused["message"] and "cache.k" in refused["largest"][0]
+
+
+@pytest.mark.parametrize("chip", ["tpu-v4", "tpu-v5p"])
+def test_fsdp_on_a_torus_sends_what_the_formula_says_and_adds_up_no_whole_weight(chip, compiled):
+    job = fsdp_on_chip(chip)
+    assert dict(job.mesh) == {"data": (4, 4, 4), "tensor": 1}
+    formula = shard.comm_bytes(job.cfg, "train", job.B, job.prompt, (4, 4, 4), 1)
+    sent = compiled(job)["collectives"]
+    for kind in ("all_gather", "reduce_scatter"):
+        assert (sent[kind]["number"], sent[kind]["bytes"]) == formula[kind]
+    smallest = min(math.prod(minillm.sizes(name, job.cfg)) * 2
+                   for name in dims(job.cfg).layers[0] if " " in name)
+    assert sent["all_reduce"]["bytes"] < smallest
+    assert sent["all_gather"]["asynchronous"] == 0
+    with_flags = compiled(job._replace(flags=True))
+    flagged = with_flags["collectives"]
+    for kind in ("all_gather", "reduce_scatter"):
+        assert (flagged[kind]["number"], flagged[kind]["bytes"]) == formula[kind]
+    if chip == "tpu-v4" or with_flags["flags"] == list(bench.FLAGS):  # else it refused some
+        assert flagged["all_gather"]["asynchronous"] > 0
+
+
+@pytest.mark.parametrize("job", RINGED, ids=lambda job: f"{job.chip}-{job.ring}")
+def test_a_ring_on_a_chip_is_asynchronous_with_a_product_between_start_and_done(job, compiled):
+    row, n = compiled(job), job.chips
+    formula, sent = bench.sent(job), row["collectives"]["permute"]
+    assert (sent["number"], sent["bytes"]) == formula["permute"]
+    assert sent["number"] == sent["asynchronous"] == 4 * job.cfg.L * (n - 1) * job.ring \
+        + (n - 1) * job.ring
+    products = [op for op in row["schedule"] if op.kind == "product" and op.times]
+    trips = [op for op in row["schedule"] if op.kind == "permute" and op.times]
+    beside = [any(trip.start <= op.start and op.end <= trip.done for op in products)
+              for trip in trips]
+    # of a scatter's ring one may go alone: what it brings is added to a product made before
+    assert len(trips) == sent["number"] and len(trips) - sum(beside) <= 2 * job.cfg.L
+
+
+@pytest.mark.parametrize("phase", ["train", "prefill", "generate", "verify"])
+def test_the_same_program_multiplies_the_same_on_every_chip(phase, compiled):
+    """Seen here and on two chips; on several the parts of all make the whole."""
+    job = on_chip(phase, SPLIT, "tpu-v5e", B=4, prompt=64)
+    here = bench.PHASES[phase].build(job._replace(chip=""), None)
+    args = jax.eval_shape(here.make, bench.abstract(job), jax.random.key(0))
+    flops = traced_flops(here.step, *args)
+    assert compiled(job)["program_flops"] == flops
+    assert compiled(on_chip(phase, SPLIT, "h100", B=4, prompt=64))["program_flops"] == flops
+    split = compiled(on_chip(phase, SPLIT, "tpu-v5e", 4, B=4, prompt=64, mesh={"data": 4} if
+                             phase == "train" else None))["program_flops"]
+    assert split == flops or phase == "train" and split > flops  # layers are computed again
+
+
+@pytest.mark.parametrize("name", list(bench.TARGETS))
+def test_every_slice_resolves_and_another_number_names_the_nearest(name):
+    shapes = bench.TARGETS[name].slices.split()
+    assert [bench.slice_of(name, bench.chips_of(shape)) for shape in shapes] == shapes
+    assert bench.slice_of(name, 1) == shapes[0]
+    check(lambda: bench.slice_of(name, 6), name, "6 chips", "--chips 4", "or 8")
+    check(lambda: bench.slice_of(name, 5000), "5000 chips", shapes[-1])
+
+
+@given(shape=st.sampled_from("2x2x1 2x2x4 4x4x4 4x4x8 2x4 4x8".split()), i=st.integers(0, 7))
+def test_tensor_takes_the_last_axes_of_a_torus_and_data_what_is_left(shape, i):
+    n = bench.chips_of(shape)
+    tensor = min(2 ** i, n)
+    data = bench.torus_axes(shape, tensor)
+    assert math.prod(data if isinstance(data, tuple) else (data,)) * tensor == n
+    if tensor == 1:
+        assert data == tuple(int(size) for size in shape.split("x") if size != "1")
+    check(lambda: bench.torus_axes(shape, 2 * n), shape, "tensor")
+
+
+def test_what_no_chip_can_do_is_refused_by_name(monkeypatch):
+    few = SPLIT.replace("K8", "K2")
+    check(lambda: on_chip("generate", SPLIT, "tpu-v5e", 8, mesh={"data": 3, "tensor": 2}),
+          "'data': 3", "8 devices")
+    check(lambda: on_chip("generate", SPLIT, "tpu-v5e", 8, mesh={"pipe": 8}), "pipe", "tensor")
+    check(lambda: on_chip("generate", few, "tpu-v5e", 8, B=16, layout="heads"), "'heads'", "K=2",
+          "batch or sequence")
+    assert on_chip("generate", few, "tpu-v5e", 8, B=16).layout == "batch"
+    assert on_chip("generate", few, "tpu-v5e", 8, B=1).layout == "sequence"
+    check(lambda: bench.check_compiler("1,2,3,4"), "1,2,3,4", "tpu-v4", "h100")
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    for name, target in bench.TARGETS.items():
+        check(lambda: bench.check_compiler(name), name, f'pip install ".[{target.extra}]"')
+    monkeypatch.setattr(bench.platform, "machine", lambda: "arm64")
+    check(lambda: bench.check_compiler("tpu-v4"), "Linux", "x86-64")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["generate", "--chip", "9,9,9,9"], ["9,9,9,9", "tpu-v4"]),
+    (["prefill", "--layout", "heads"], ["--layout", "--chip"]),
+    (["train", "--mesh", "data=2"], ["--mesh", "--chip"]),
+    (["generate", "--mesh", "data=2,", "--chip", "tpu-v4"], ["data=2,", "tensor=4"]),
+    (["generate", "--ring", "3", "--chip", "tpu-v4"], ["'3'", "0, 1, 2"]),
+    (["serve", "--chip", "tpu-v4"], ["--chip"])])
+def test_a_bad_word_about_chips_gets_one_line(argv, words, capsys):
+    test_a_bad_command_line_gets_one_line_that_names_the_remedy(argv, words, capsys)
+
+
+def test_a_compiler_that_fails_says_why_in_its_own_words(compiled, monkeypatch):
+    compiled(RINGED[0])  # or skipped
+    with bench.compilers() as ask:
+        odd = RINGED[0]._replace(cfg=replace(RINGED[0].cfg, H=6, K=6))
+        check(lambda: ask(odd), "tpu-v4: its compiler", "H=6 cannot be split over 4 devices")
+        assert ask(RINGED[0])["fits"]  # and goes on
+    monkeypatch.setattr(bench, "COMPILERS", {"PYTHONSTARTUP": "", "PATH": "", "PYTHONHOME": "/no"})
+    with bench.compilers() as ask:
+        check(lambda: ask(RINGED[0]), "tpu-v4: its compiler ended")
+
+
+def test_a_phase_on_chips_prints_what_was_predicted_and_what_was_compiled(compiled, capsys,
+                                                                          tmp_path):
+    compiled(RINGED[0])
+    argv = ["generate", "--model", SPLIT, "--chip", "tpu-v4", "--chips", 4, "--batch", 8,
+            "--prompt", 240, "--new", 16, "--dtype", "bfloat16", "--ring", "0,1"]
+    with_picture = importlib.util.find_spec("matplotlib") is not None
+    result, out = result_of(capsys, *argv, *(
+        ["--timeline", tmp_path / "line.svg"] if with_picture else []))
+    reference, ring = result["rows"]
+    told = {**compiled(RINGED[0])}
+    assert {key: ring[key] for key in told if key not in ("compile_seconds", "schedule")} \
+        == {key: told[key] for key in told if key not in ("compile_seconds", "schedule")}
+    assert (ring["slice"], ring["mesh"], ring["layout"], ring["ring"]) == (
+        "v4 2x2x1", {"tensor": 4}, "heads", 1)
+    assert reference["collectives"].keys() == {"all_gather", "reduce_scatter", "all_reduce"}
+    assert sum(reference["regions"].values()) == pytest.approx(reference["compiler_seconds"])
+    assert 0 <= reference["unestimated"] < 0.05 and "measured_seconds" not in reference
+    assert reference["compiler_seconds"] >= reference["hbm_bytes"] / bench.CHIPS["tpu-v4"].read
+    assert "nothing is measured" in out and "libtpu" in out and "v4 2x2x1" in out
+    if with_picture:
+        drawn = (tmp_path / "line.svg").read_text()
+        assert drawn.count("transfers") >= 2 or drawn.count("<g id=\"axes_") == 2
+
+
+def test_a_plan_is_checked_by_the_chips_compiler(compiled, capsys):
+    """Of a model that fills a v5e with few sequences; fewer chips than the plan says do not hold a
+    million tokens."""
+    compiled(ITEMISED[0])
+    result, out = result_of(capsys, "plan", "--model", "L4,E512,H8,K8,D128,F1024,V1024", "--chip",
+                            "tpu-v5e", "--chips", 4, "--context", 300_000, "--compile")
+    checked, planned = result["compiled"], result["max_batch"]
+    assert 0.8 * planned <= checked["max_batch"] <= 1.1 * planned + 1
+    assert [way["fits"] for way in checked["million"]] == [True] * len(result["million"])
+    for way, plan in zip(checked["million"], result["million"], strict=True):
+        assert way["way"] == plan["way"] and way["chips"] >= plan["chips_needed"]
+    assert f"compiler accepts is {checked['max_batch']}" in out
+
+
+def test_tiles_and_memory_spaces_are_read_from_a_layout():
+    def read(shape):
+        return [tuple(a) for a in bench.arrays(shape)]
+
+    assert read("bf16[110,4,2048,256]{3,1,2,0:T(4,128)(2,1)}") == [
+        (461373440, 461373440, True)]
+    assert read("f32[110,256000]{1,0:T(8,128)S(1)}") == [(112640000, 112 * 256000 * 4, False)]
+    assert read("(s32[]{:T(128)}, pred[3,5]{0,1}, token[])") == [(4, 512, True), (15, 15, True)]
+    assert read("bf16[500,48]{0,1:T(8,128)(2,1)}") == [(48000, 48 * 512 * 2, True)]
+
+
+HIDDEN = """HloModule jit_step, is_scheduled=true
+
+%cond (c: (s32[], f32[1000000])) -> pred[] {
+  %c = (s32[], f32[1000000]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %limit = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%fused (p: f32[1000000]) -> f32[1000] {
+  %p = f32[1000000]{0} parameter(0)
+  ROOT %part = f32[1000]{0} dynamic-slice(%p), dynamic_slice_sizes={1000}
+}
+
+%body (b: (s32[], f32[1000000])) -> (s32[], f32[1000000]) {
+  %b = (s32[], f32[1000000]{0}) parameter(0)
+  %x = f32[1000000]{0} get-tuple-element(%b), index=1
+  %start = (f32[1000000]{0}, f32[4000000]{0}) all-gather-start(%x), replica_groups={{0,1,2,3}}, metadata={op_name="step/mlp/gather"}
+  %work = f32[1000000]{0} multiply(%x, %x), metadata={op_name="step/mlp/mul"}, backend_config={"estimated_cycles":"4000"}
+  %done = f32[4000000]{0} all-gather-done(%start)
+  %slow = f32[1000]{0} fusion(%x), kind=kLoop, calls=%fused, metadata={op_name="step/qkv/slice"}
+  %sum = f32[1000000]{0} all-reduce(%work), replica_groups=mesh['data'=2,'tensor'=2] {'tensor'}, metadata={op_name="step/out/psum"}
+  ROOT %next = (s32[], f32[1000000]{0}) tuple(%x, %sum)
+}
+
+ENTRY %main (a: f32[1000000]) -> f32[1000000] {
+  %a = f32[1000000]{0} parameter(0)
+  %loop = (s32[], f32[1000000]{0}) while(%a), condition=%cond, body=%body
+  ROOT %out = f32[1000000]{0} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+
+def test_a_schedule_hides_what_runs_beside_and_multiplies_loops_out():
+    """At 1e9 cycles, 4e12 bytes and 1e9 link bytes a second: the gather sends 12 MB in 12.002 ms,
+    of which 4 us of work hide what they last; the sum's 4 MB wait whole."""
+    target = bench.Target("tpu", "", "", clock=1e9, flops=1e12, read=4e12, link=1e9)
+    ops = {op.name: op for op in bench.operations(HIDDEN, target=target)}
+    assert set(ops) == {"start", "work", "slow", "sum"} and all(op.times == 3 for op in ops.values())
+    gather, total = ops["start"], ops["sum"]
+    assert (gather.kind, gather.sent, gather.asynchronous) == ("all_gather", 12_000_000, True)
+    assert gather.end - gather.start == pytest.approx(12.002e-3)
+    assert gather.waited == pytest.approx(12.002e-3 - 4e-6) and gather.done == gather.end
+    assert (total.kind, total.sent, total.asynchronous) == ("all_reduce", 4_000_000, False)
+    assert total.waited == pytest.approx(4.002e-3)
+    assert (ops["slow"].read, ops["slow"].written) == (4000, 4000)  # of what it slices, a part
+    assert not ops["work"].asynchronous and ops["work"].end - ops["work"].start == 4e-6
+    assert bench.collectives(ops.values()) == {
+        "all_gather": {"number": 3, "bytes": 36_000_000, "asynchronous": 3},
+        "all_reduce": {"number": 3, "bytes": 12_000_000, "asynchronous": 0}}
+    told = bench.step_seconds(ops.values(), 4e12)
+    assert told["compiler_seconds"] == pytest.approx(3 * (12.002e-3 + 4.002e-3 + 8000 / 4e12))
+    assert told["regions"]["mlp"] == pytest.approx(3 * 4e-6)
+    step = bench.operations(HIDDEN, bench.Job("generate", "", None, 1, 1, 3), target)
+    assert {op.times for op in step} == {1}  # a step is a trip
 
 
 # ---------------------------------------------------------------------------------------- README
