@@ -1517,6 +1517,7 @@ RINGS = bench.RINGS
 
 
 def abstract_mesh(**axes):
+    axes = shard.mesh_axes(**axes)
     return jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(
         jax.sharding.AxisType.Auto,) * len(axes))
 
@@ -1555,7 +1556,7 @@ def test_a_ring_is_its_reference_is_the_product_and_so_are_its_gradients(n):
 
 
 @pytest.mark.parametrize("data, tensor, ring, cfg", [
-    (8, 1, 0, WIDE), (1, 8, 1, replace(WIDE, K=8, tied=False)),
+    ((2, 4), 1, 0, WIDE), (1, 8, 1, replace(WIDE, K=8, tied=False)),
     (2, 4, 2, replace(WIDE, L=1, act="gelu", embed_scale=True))])
 def test_a_sharded_loss_its_gradients_and_training_are_one_devices(data, tensor, ring, cfg):
     mesh, params, tokens = shard.make_mesh(data=data, tensor=tensor), weights(cfg), \
@@ -1589,11 +1590,11 @@ def test_the_compilers_fsdp_is_the_loss_of_one_device():
     jax.tree.map(close, ours, alone)
 
 
-@pytest.mark.parametrize("layout, K, ring, dtype, kind", [
-    ("heads", 4, 1, "float32", None), ("batch", 2, 0, "int8", Q8),
-    ("sequence", 1, 0, "int8", None)])
-def test_a_split_model_reads_and_generates_what_one_device_does(layout, K, ring, dtype, kind):
-    cfg, mesh, B, S = replace(WIDE, K=K), shard.make_mesh(tensor=4), 4, 24
+@pytest.mark.parametrize("axes, layout, K, ring, dtype, kind", [
+    (dict(data=2, tensor=4), "heads", 4, 1, "float32", None),
+    (dict(tensor=4), "batch", 2, 0, "int8", Q8), (dict(tensor=4), "sequence", 1, 0, "int8", None)])
+def test_a_split_model_reads_and_generates_what_one_device_does(axes, layout, K, ring, dtype, kind):
+    cfg, mesh, B, S = replace(WIDE, K=K), shard.make_mesh(**axes), 4, 24
     params, text, lengths = weights(cfg), draw_tokens(cfg, B, 8), np.array([3, 8, 5, 1])
     params = params if kind is None else quantize_params(params, cfg, kind)
     rules, parts = shard.LAYOUTS[layout].rules, dict(mesh=mesh, layout=layout, enter=RINGS[ring][0],
@@ -1616,6 +1617,37 @@ def test_a_split_model_reads_and_generates_what_one_device_does(layout, K, ring,
     # an int8 slot at the edge of rounding may fall either way
     jax.tree.map(partial(close, tolerance=TOLERANCE if dtype == "float32" else 0.05), ours[:3],
                  alone[:3])
+
+
+@pytest.mark.parametrize("axes, layout", [(dict(data=(2, 2), tensor=2), "heads"),
+                                          (dict(tensor=4), "sequence")])
+def test_a_split_model_speculates_what_one_device_does(axes, layout):
+    mesh, params, text = shard.make_mesh(**axes), weights(WIDE), draw_tokens(WIDE, 4, 24)
+    cache = init_cache(WIDE, 4, 24)
+    _, cache = prefill_jit(params, cache, text[:, :7], np.array([7, 4, 5, 6]), cfg=WIDE)
+    cache = cache._replace(length=cache.length - 1)
+    how = dict(n=6, cfg=WIDE, draft=ngram_draft(WIDE, 3), state=None, temperature=0.7, end=3)
+    alone, ours = (jax.jit(lambda params, cache, fn=fn, **more: fn(
+        params, cache, text, jax.random.key(2), **how, **more), static_argnames=("mesh", "layout"))
+        (params, cache, **more) for fn, more in (
+            (speculate, {}), (shard.tp_speculate, dict(mesh=mesh, layout=layout))))
+    assert np.array_equal(ours[0], alone[0]) and np.array_equal(ours[3], alone[3])
+    assert np.array_equal(ours[1].length, alone[1].length)
+
+
+def test_axes_of_a_mesh_follow_the_devices_coordinates():
+    class Device:
+        def __init__(self, id, coords):
+            self.id, self.coords, self.process_index, self.platform = id, coords, 0, "tpu"
+
+    there = [Device(i, (i % 2, i // 2 % 2, i // 4)) for i in range(16)]
+    mesh = shard.make_mesh(there, data=(2, 2), tensor=4)
+    assert dict(mesh.shape) == {"data0": 2, "data1": 2, "tensor": 4}
+    assert all(mesh.devices[place].coords == place for place in np.ndindex(2, 2, 4))
+    assert shard.data_axes(mesh) == ("data0", "data1")
+    assert shard.spec("HD E", WIDE, mesh, {**shard.TENSOR, **shard.FSDP}) == jax.P(
+        ("tensor", "data0"), None, "data1")  # of 8 heads 4 x 2 parts, then of E
+    assert shard.spec("E", WIDE, mesh, {**shard.TENSOR, **shard.FSDP}) == jax.P(None)
 
 
 def test_a_cache_split_over_slots_takes_more_tokens_than_a_device_has_slots():
@@ -1660,7 +1692,7 @@ def test_activations_quantised_on_their_own_device_are_off_by_no_more_than_toget
 def test_every_form_sends_what_the_formula_says_to_the_byte(ring, dtype):
     enter, leave = RINGS[ring]
     cfg = replace(WIDE, dtype=dtype)
-    for data, tensor, cfg in ((1, 4, cfg), (4, 1, replace(cfg, L=1)),
+    for data, tensor, cfg in ((1, 4, cfg), ((2, 2), 1, replace(cfg, L=1)),
                               (2, 4, replace(cfg, tied=False, L=3))):
         run = partial(shard.sharded_loss, cfg=cfg, enter=enter, leave=leave,
                       mesh=abstract_mesh(data=data, tensor=tensor))
@@ -1669,17 +1701,20 @@ def test_every_form_sends_what_the_formula_says_to_the_byte(ring, dtype):
             == shard.comm_bytes(cfg, "train", 8, 6, data, tensor, ring=ring)
     cfg, B, T, key = replace(WIDE, dtype=dtype, L=1 if ring else 2), 4, 6, jax.random.key(0)
     cache = jax.eval_shape(lambda: init_cache(cfg, B, 24))
-    for tensor, layout in itertools.product((1, 4), shard.LAYOUTS):
-        parts = dict(cfg=cfg, mesh=abstract_mesh(tensor=tensor), layout=layout, enter=enter,
-                     leave=leave)
+    def verified(params, cache, tokens, **parts):
+        x, cache = shard.tp_extend(params, cache, tokens, **parts)
+        return shard.tp_unembed(params, x, **{k: v for k, v in parts.items() if k != "leave"})
+
+    for (data, tensor), layout in itertools.product(((1, 1), (1, 4), (2, 2)), shard.LAYOUTS):
+        parts = dict(cfg=cfg, mesh=abstract_mesh(data=data, tensor=tensor), layout=layout,
+                     enter=enter, leave=leave)
         for form, fn, args in (
-                ("extend", shard.tp_extend, (shaped(B, T),)),
+                ("verify", verified, (shaped(B, T),)), ("extend", shard.tp_extend, (shaped(B, T),)),
                 ("prefill", shard.tp_prefill, (shaped(B, T), shaped(B))),
                 ("generate", partial(shard.tp_generate, n=T),
                  (shaped(B, cfg.V, dtype="float32"), key))):
             sent = shard.traced_comm(partial(fn, **parts), abstract(cfg), cache, *args)
-            assert sent == shard.comm_bytes(cfg, form, B, T, tensor=tensor, layout=layout,
-                                            ring=ring)
+            assert sent == shard.comm_bytes(cfg, form, B, T, data, tensor, layout, ring)
             if ring and tensor > 1 and form == "extend" and layout == "heads":
                 assert sent["permute"][0] == 4 * cfg.L * ring * (tensor - 1)
                 assert "all_gather" not in sent
