@@ -659,7 +659,8 @@ def compiled_plan(job, args, numbers, ways):
 
     def tried(job, chips):
         try:
-            row = ask(on_chips(job, name, chips, layout="sequence" if job.cfg.K % chips else "heads"))
+            layout = "sequence" if job.cfg.K % chips else "heads"
+            row = ask(on_chips(job, name, chips, layout=layout))
         except ValueError as error:
             raise ValueError(f"--compile on {chips} chips: {error}") from None
         say(f"B={job.B} S={job.prompt + job.new} on {chips} x {name}: "
@@ -687,8 +688,8 @@ def compiled_plan(job, args, numbers, ways):
                                      prompt=1_000_000 - job.new), chips)
             rows.append({"way": way["way"], "chips": chips, **{key: row[key] for key in (
                 "fits", "peak_bytes", "memory_bytes", "compiler_seconds", "message")}})
-            print(f"compiled at 1,000,000 tokens, {way['way']}: {way['chips_needed']} chip(s) by the "
-                  f"plan; on {chips} " + (
+            print(f"compiled at 1,000,000 tokens, {way['way']}: {way['chips_needed']} chip(s) by "
+                  f"the plan; on {chips} " + (
                       f"it fits: {si(row['peak_bytes'], 'B')} of {si(row['memory_bytes'], 'B')} a "
                       "chip" if row["fits"] else f"it is refused: {row['message']}")
                   + (f", {si(row['compiler_seconds'], 's')} a step by its cycles"
@@ -1043,8 +1044,6 @@ PARTS = {"slice", "dynamic-slice", "gather"}  # read a part of their first opera
 WRITES = {"dynamic-update-slice": 1, "scatter": 2}  # write an operand, this one, into their first
 COLLECTIVES = {"all-gather": "all_gather", "all-reduce": "all_reduce", "all-to-all": "all_to_all",
                "reduce-scatter": "reduce_scatter", "collective-permute": "permute"}
-HOPS = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}  # trips to the
-# farthest device of a ring both ways; a permute is one hop
 HOP_SECONDS = 1e-6
 ABSURD = 1e12  # cycles: what stands where the compiler has no estimate
 
@@ -1301,7 +1300,7 @@ class Op(NamedTuple):
     end: float
     times: int        # how often a step runs it; 0: it stands around the loop of steps
     loop: str         # the computation that it stands in
-    estimated: bool   # has the compiler an estimate of its cycles?
+    estimated: bool = True  # has the compiler an estimate of its cycles?
     sent: int = 0     # bytes that a device sends
     number: int = 0   # of arrays
     asynchronous: bool = False
@@ -1309,25 +1308,42 @@ class Op(NamedTuple):
     done: float = 0.0    # when what waits for it goes on
 
 
-def collective_of(program, op):
-    """Text, Instruction -> (kind, Instruction that says who sends to whom, is it a start, an end)
-    or None. On a TPU one may hide in a fusion: a scatter as an all-reduce of which a part is kept,
-    an asynchronous gather in what starts it, each product beside it, and what ends it."""
-    for inner in contents(program, op):
-        plain = re.sub("-(start|done)$", "", inner.opcode)
-        if plain not in COLLECTIVES:
-            continue
-        kind = COLLECTIVES[plain]
-        if "all-reduce-scatter" in op.calls:
-            kind = "reduce_scatter"
-        held = " ".join(other.line for other in contents(program, op))
-        start = op.opcode.endswith(("-start", "-update")) or "AsyncCollectiveStart" in held
-        done = "AsyncCollectiveDone" in held
-        if op.opcode == "fusion" and not start and not done and kind != "reduce_scatter" \
-                and "async_collective" in op.calls:
-            return None  # it goes on beside this product
-        return kind, inner, start, done
-    return None
+class Transfer(NamedTuple):
+    """What an instruction has to do with a collective."""
+    kind: str      # as in shard.comm_bytes
+    stage: str     # it is the "whole", a "start" or a "done"
+    channel: str   # the same for a start and its done
+    route: str     # who sends to whom: what has the same follows one another
+    sent: int      # bytes that a device sends
+    number: int    # of arrays
+    seconds: float  # over the link
+
+
+def transfer(program, op, target):
+    """Text, Instruction, Target or None -> Transfer or None.
+
+    On a TPU a collective may hide in a fusion: a scatter as an all-reduce of which a part is kept;
+    an asynchronous gather in what starts it, in each product beside it, and in what ends it.
+    """
+    held = contents(program, op)
+    inner = next((inner for inner in held
+                  if re.sub("-(start|done)$", "", inner.opcode) in COLLECTIVES), None)
+    marks = " ".join(other.line for other in held if other.opcode == "custom-call")
+    stage = "done" if "AsyncCollectiveDone" in marks else "start" if op.opcode.endswith(
+        ("-start", "-update")) or "AsyncCollectiveStart" in marks else "whole"
+    if inner is None or stage == "whole" and "async_collective" in op.calls:
+        return None
+    kind = COLLECTIVES[re.sub("-(start|done)$", "", inner.opcode)]
+    kind = "reduce_scatter" if "all-reduce-scatter" in op.calls else kind
+    given = [program.found[name] for name in op.operands]
+    given = [a for a in given if a.opcode != "call-start" and arrays(a.shape)]
+    n = group_size(inner.line)
+    sent = shard.SENT[kind](sum(a.bytes for each in given for a in arrays(each.shape)), n)
+    seconds = 0.0 if target is None else hops(kind, n, target) * HOP_SECONDS + sent / (
+        target.link / (2 if kind == "permute" else 1))  # which goes one way alone
+    channel, route = ("".join(re.findall(pattern, inner.line)) for pattern in (
+        r"channel_id=\d+|chain_id=\S+", r"(?:replica_groups|source_target_pairs)=\S+"))
+    return Transfer(kind, stage, channel, route, sent, len(given), seconds)
 
 
 def group_size(line):
@@ -1356,100 +1372,98 @@ def trips(program, op):
     return limits[0] if len(limits) == 1 else None
 
 
-def operations(text, job=None, target=None):
-    """str -> list of Op: a compiled program's, in the order of its schedule.
+def hops(kind, n, target):
+    """str, int, Target -> int: links that a collective among n devices passes one after another:
+    on each axis of the slice, of which the last ones come first, to the farthest device; an
+    all-reduce twice, a permute one."""
+    found, left = 0, n
+    for size in reversed(target.torus or (n,)):
+        along = math.gcd(size, left)
+        left //= along
+        found += along // 2 if along >= target.wraps else along - 1
+    return {"permute": 1, "all_reduce": 2 * found}.get(kind, found)
 
-    Everything that is said of a compiled program is a sum over these. `target` is a Target whose
+
+def estimate(program, op, moved_bytes, target):
+    """Text, Instruction, int, Target -> seconds, bool: the larger of its cycles and its bytes; if
+    the compiler has no estimate, of its flops and its bytes, and False."""
+    if op.opcode.endswith("-start"):
+        return 0.0, True
+    cycles = float("".join(re.findall(r'"estimated_cycles":"(\d+)"', op.line)) or 0)
+    memory = moved_bytes / target.read
+    if 0 < cycles < ABSURD:
+        return max(cycles / target.clock, memory), True
+    took = max(product_flops_of(program, op) / target.flops, memory)
+    return took, not took
+
+
+def step_loop(program, job):
+    """Text, Job or None -> str: the loop whose trips are steps, if the phase has one: the entry's
+    longest."""
+    loops = [name for name in program.inside[program.entry]
+             if program.found[name].opcode == "while"]
+    if job is None or job.phase not in ("generate", "speculate") or not loops:
+        return ""
+    return max(loops, key=lambda name: len(program.inside[program.found[name].calls]))
+
+
+def operations(text, job=None, target=None):
+    """str, Job, Target -> list of Op: a compiled program's, in the order of its schedule.
+
+    Everything that is said of a compiled program is a sum over these. `target` is given where its
     compiler's cycles can be used: an operation takes its cycles or its bytes, whichever take
-    longer; what has no estimate its flops or its bytes; a transfer its bytes over the link and a
-    microsecond a hop, and delays only what waits for it. For generating, a step is one trip of
-    the outermost loop.
+    longer; a transfer its bytes over the link and a microsecond a hop, and delays only what waits
+    for it. For generating, a step is one trip of the outermost loop.
     """
     program, lines = parse_program(text), source_lines(text)
-    found, inside, entry = program
     origin, ops, free = origins(program), [], {}
-    loops = [name for name in inside[entry] if found[name].opcode == "while"]
-    stepped = job is not None and job.phase in ("generate", "speculate") and loops and max(
-        loops, key=lambda name: len(inside[found[name].calls]))
+    stepped = step_loop(program, job)
 
-    def seconds(op, read, written):
-        cycles = re.search(r'"estimated_cycles":"(\d+)"', op.line)
-        cycles = float(cycles[1]) if cycles else 0
-        if target is None or op.opcode in UNSEEN or op.opcode.endswith(("-start", "-done")):
-            return 0.0, True
-        memory = (read + written) / target.read
-        if 0 < cycles < ABSURD:
-            return max(cycles / target.clock, memory), True
-        products = product_flops_of(program, op) / target.flops
-        return max(products, memory), not max(products, memory)
+    def end_transfer(at, t):  # -> when what waits for it goes on
+        done = max(t, ops[at].end)
+        ops[at] = ops[at]._replace(waited=done - t, done=done)
+        return done
 
-    def finish_transfer(at, t):
-        end = max(t, ops[at].end)
-        ops[at] = ops[at]._replace(waited=end - t, done=end)
-        return end
-
-    def walk(computation, t, times):
-        started = {}
-        for name in inside[computation]:
-            op = found[name]
-            if op.opcode in SCHEDULED and op.calls in inside:
-                again = (trips(program, op) or 1) if op.opcode == "while" else 1
-                if name == stepped:
-                    walk(op.calls, t, 1)
-                    continue
-                took = walk(op.calls, t, times * again) - t
-                t += took * again
-                continue
-            if op.opcode in WRAPPERS or op.opcode in UNSEEN:
-                continue
-            begun = op.operands[0] if op.operands else None
-            if op.opcode.endswith("-done") and begun in started:
-                t = finish_transfer(started.pop(begun)[0], t)
-                continue
-            if op.opcode == "call-start" and not arrays(op.shape.split("(s32")[0]):
-                continue  # it waits for its data, which call-update brings
-            home = origin(name)
-            region = named_region(home.path) if home else None
-            source = lines.get(home.frame, "") if home else ""
-            read, written = moved(program, op)
-            collective = collective_of(program, op)
-            if collective is None:
-                took, estimated = seconds(op, read, written)
-                ops.append(Op(name, op.shape, region, kind_of(program, op), source, read, written, t,
-                              t + took, times, computation, estimated))
-                t += took
-                continue
-            kind, inner, start, done = collective
-            channel = (kind, (re.search(r"channel_id=\d+|$", inner.line)[0],
-                              re.search(r'chain_id="\d+"|$', inner.line)[0]))
-            if done:
-                same = [key for key, (_, its) in started.items() if its == channel]
-                t = finish_transfer(started.pop(same[0])[0], t) if same else t
-                continue
-            given = [found[operand] for operand in op.operands
-                     if found[operand].opcode != "call-start" and arrays(found[operand].shape)]
-            size = sum(a.bytes for operand in given for a in arrays(operand.shape))
-            n = group_size(inner.line)
-            sent_bytes = shard.SENT[kind](size, n)
-            took = 0.0
-            if target is not None:
-                ways = 0.5 if kind == "permute" else 1
-                took = sent_bytes / (target.link * ways) + HOP_SECONDS * (
-                    HOPS[kind] * max(1, n // 2) if kind in HOPS else 1)
-            groups = re.search(r"(?:replica_groups|source_target_pairs)=\S+", inner.line)
-            route = groups[0] if groups else ""
-            begin = max(t, free.get(route, 0.0)) if start else t
-            free[route] = begin + took
-            ops.append(Op(name, op.shape, region, kind, source, read, written, begin, begin + took, times,
-                          computation, True, sent_bytes, len(given), start,
-                          0.0 if start else took))
-            if start:
-                started[name] = len(ops) - 1, channel
-            else:
-                t += took
+    def add(op, t, times, computation, started):  # -> when the next one may start
+        home = origin(op.name)
+        read, written = moved(program, op)
+        link = transfer(program, op, target)
+        if link and link.stage == "done":
+            at = next((at for at, channel in started.values() if channel == link.channel), None)
+            return t if at is None else end_transfer(at, t)
+        region, source = (named_region(home.path), lines.get(home.frame, "")) if home else (None, "")
+        base = Op(op.name, op.shape, region, link.kind if link else kind_of(program, op), source,
+                  read, written, t, t, times, computation)
+        if link is None:
+            took, told = estimate(program, op, read + written, target) if target else (0.0, True)
+            ops.append(base._replace(end=t + took, estimated=told))
+            return t + took
+        begin = max(t, free.get(link.route, 0.0)) if link.stage == "start" else t
+        free[link.route] = end = begin + link.seconds
+        ops.append(base._replace(start=begin, end=end, sent=link.sent, number=link.number))
+        if link.stage == "whole":
+            return end_transfer(len(ops) - 1, t)
+        ops[-1] = ops[-1]._replace(asynchronous=True)
+        started[op.name] = len(ops) - 1, link.channel
         return t
 
-    walk(entry, 0.0, 0 if stepped else 1)
+    def walk(computation, t, times):  # -> when it ends
+        started = {}
+        for op in (program.found[name] for name in program.inside[computation]):
+            if op.opcode in SCHEDULED and op.calls in program.inside:
+                again = (trips(program, op) or 1) if op.opcode == "while" else 1
+                if op.name == stepped:
+                    walk(op.calls, t, 1)
+                else:
+                    t += (walk(op.calls, t, times * again) - t) * again
+            elif op.opcode.endswith("-done") and op.operands[0] in started:
+                t = end_transfer(started.pop(op.operands[0])[0], t)
+            elif op.opcode not in WRAPPERS | UNSEEN and not (  # a call may wait for call-update,
+                    op.opcode == "call-start" and op.shape.startswith("((), ")):  # with its data
+                t = add(op, t, times, computation, started)
+        return t
+
+    walk(program.entry, 0.0, 0 if stepped else 1)
     return ops
 
 
@@ -1480,8 +1494,24 @@ def step_seconds(ops, read):
     if memory > total:
         regions["memory"] = memory - total
     blind = sum((op.end - op.start) * op.times for op in ops if not op.estimated)
-    return {"compiler_seconds": max(total, memory), "unestimated": blind / max(total, memory, 1e-12),
+    whole = max(total, memory)
+    return {"compiler_seconds": whole, "unestimated": blind / whole if whole else 0.0,
             "regions": {name: took for name, took in regions.items() if took}}
+
+
+def beside(ops):
+    """list of Op -> dict: by region, seconds of a step that run between the start and the done of
+    an asynchronous transfer."""
+    spans, found = {}, {}
+    for op in ops:
+        if op.asynchronous and op.times:
+            spans.setdefault(op.loop, []).append((op.start, op.done))
+    for op in ops:
+        if not op.number and op.end > op.start and any(
+                start <= op.start and op.end <= done for start, done in spans.get(op.loop, ())):
+            region = op.region or "?"
+            found[region] = found.get(region, 0.0) + (op.end - op.start) * op.times
+    return found
 
 
 def alike(shape):
@@ -1898,15 +1928,17 @@ class Target(NamedTuple):
     read: float = 0.0  # bytes/s, from the sheet
     link: float = 0.0
     devices: int = 1  # that JAX sees, a chip
+    wraps: int = 4    # the size from which an axis of a slice is a ring
+    torus: tuple = ()  # the slice's own
 
 
 TORUS, PLANE = "2x2x1 2x2x2 2x2x4 4x4x4 4x4x8", "2x2 2x4 4x4 4x8 8x8"
 HOSTS = "1x1x1 1x1x2 1x1x4 1x1x8 1x2x8 1x4x8 1x8x8"  # partitions, hosts, GPUs a host
 TARGETS = {
     "tpu-v4": Target("tpu", "v4", TORUS, 1.05e9, 1.05e9 * 239e3),
-    "tpu-v5e": Target("tpu", "v5e", PLANE + " 16x16", 1.5e9, 1.5e9 * 115e3),
+    "tpu-v5e": Target("tpu", "v5e", PLANE + " 16x16", 1.5e9, 1.5e9 * 115e3, wraps=16),
     "tpu-v5p": Target("tpu", "v5p", TORUS, 1.75e9, 1.75e9 * 236e3),
-    "tpu-v6e": Target("tpu", "v6e", PLANE, 1.75e9, 1.75e9 * 352e3),
+    "tpu-v6e": Target("tpu", "v6e", PLANE, 1.75e9, 1.75e9 * 352e3, wraps=16),
     "tpu-v7x": Target("tpu", "tpu7x", TORUS, 2.2e9, 2.2e9 * 403e3, devices=2),
     **{name: Target("gpu", name, HOSTS, 0.0, 0.0) for name in ("a100", "h100", "h200", "b200")}}
 GPUS = {  # core_count, fpus_per_core, shared_memory_per_core, .._optin, memory_bandwidth,
@@ -1928,10 +1960,11 @@ COMPILERS = {  # what their process needs to know of the machine that is not her
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
-def target_of(name):
-    """str -> Target, with the sheet's bandwidths for one of its devices."""
+def target_of(name, chips):
+    """str, int -> Target, with the sheet's bandwidths for one of its devices."""
     target, chip = TARGETS[name], CHIPS[name]
-    return target._replace(read=chip.read / target.devices, link=chip.link)
+    return target._replace(read=chip.read / target.devices, link=chip.link,
+                           torus=tuple(map(int, slice_of(name, chips).split("x"))))
 
 
 def slice_of(name, chips):
@@ -2062,7 +2095,7 @@ def granted(name):
 
 
 def held_by(args, shards):
-    """arguments, shardings -> dict, list: bytes of each kind on a device, and the largest arrays."""
+    """arguments, shardings -> dict, list: bytes of each kind on a device; the largest arrays."""
     found, largest = {"weights": 0, "cache": 0, "optimizer": 0}, {}
     kinds = {Params: "weights", Cache: "cache", Adam: "optimizer"}
     for arg, shard_ in zip(args, shards):
@@ -2121,7 +2154,7 @@ def compile_job(job):
            "largest": largest, "fits": False, "message": None, "flags": [], **dict.fromkeys((
                "argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "peak_bytes",
                "collectives", "compiler_seconds", "regions", "copies", "program_flops", "padding",
-               "unestimated", "hbm_bytes"))}
+               "unestimated", "hbm_bytes", "beside"))}
     start, lowered = time.perf_counter(), jax.jit(step, donate_argnums=donated).lower(*args)
     try:
         compiled, row["flags"] = compiled_with(lowered, FLAGS if job.flags else {})
@@ -2130,7 +2163,7 @@ def compile_job(job):
             raise
         message, needed, _ = refused(error)
         return row | {"message": message, "needed_bytes": needed}
-    text, target = compiled.as_text(), target_of(job.chip)
+    text, target = compiled.as_text(), target_of(job.chip, job.chips)
     ops = operations(text, job, target if target.clock else None)
     row |= program(step, args, compiled) | {
         "compile_seconds": time.perf_counter() - start,
@@ -2140,7 +2173,7 @@ def compile_job(job):
                     if (more := sum(a.padded - a.bytes for a in arrays(shape)))},
         "collectives": collectives(ops), "copies": copied(ops, text),
         "hbm_bytes": sum((op.read + op.written) * op.times for op in ops), "schedule": ops,
-        **(step_seconds(ops, target.read) if target.clock else {})}
+        **(step_seconds(ops, target.read) | {"beside": beside(ops)} if target.clock else {})}
     if row["program_flops"] and job.by == "hand" and mesh:
         row["program_flops"] *= mesh.size  # each device's part
     return row | {"fits": row["peak_bytes"] <= row["memory_bytes"]}
@@ -2221,8 +2254,8 @@ def chip_row(job, ask):
     formula = sent(job) if job.mesh else {}
     row = predicted_row(job, sheet(chip, job.chips))
     row |= {"flops": useful_flops(job, PHASES[job.phase].cost(job)), "chip": job.chip,
-            "chips": job.chips, "slice": f"{TARGETS[job.chip].name} {slice_of(job.chip, job.chips)}",
-            "mesh": mesh, "layout": job.layout, "ring": job.ring, "by": job.by,
+            "chips": job.chips, "mesh": mesh, "layout": job.layout, "ring": job.ring, "by": job.by,
+            "slice": f"{TARGETS[job.chip].name} {slice_of(job.chip, job.chips)}",
             "weight_bytes": row["weight_bytes"] * copies,
             "predicted_collectives": formula, "link_seconds": None if formula is None else sum(
                 size / chip.link * (2 if kind == "permute" and job.ring == 1 else 1)
@@ -2246,6 +2279,13 @@ def form_name(job):
         + " with flags" * job.flags
 
 
+def listed(regions):
+    """dict -> str: its seconds, the longest first, without what is below 0.5% of all."""
+    least = 0.005 * sum(regions.values())
+    return ", ".join(f"{region} {si(took, 's')}" for region, took in sorted(
+        regions.items(), key=lambda item: -item[1]) if took > least)
+
+
 def print_chip_row(row):
     """A row's lines: predict and program, for one chip."""
     def gb(name):
@@ -2258,8 +2298,8 @@ def print_chip_row(row):
           f"({row['slice']}" + (f"; mesh {mesh})" if mesh else ")"))
     links = "the compiler's choice" if row["link_seconds"] is None else si(row["link_seconds"], "s")
     print(f"  predict   {si(row['flops'], 'FLOP')}, weights {gb('weight_bytes')}, cache "
-          f"{gb('cache_bytes')}: {si(row['predicted_seconds'], 's')} bound by {row['bound']}; links "
-          f"{links}")
+          f"{gb('cache_bytes')}: {si(row['predicted_seconds'], 's')} bound by {row['bound']}; "
+          f"links {links}")
     print(f"  program   {row['compiler']}, jax {row['jax']}: not measured; bytes are of one "
           "device" + ("; flags: " + ", ".join(row["flags"]) if row["flags"] else ""))
     formula = ", ".join(f"{name} {si(size, 'B')}" for name, size in row["formula"].items() if size)
@@ -2280,15 +2320,16 @@ def print_chip_row(row):
     print("  sends     " + ("; ".join(
         f"{c['number']} {kind} {si(c['bytes'], 'B')} ({c['asynchronous']} asynchronous)"
         for kind, c in row["collectives"].items()) or "nothing") + ", a step")
+    if row["beside"]:
+        print("  beside    what is asynchronous runs: " + listed(row["beside"]))
     print(f"  copies    {gb('copies')} of arrays of a weight's or a cache's size, a step")
     if row["compiler_seconds"] is None:
         print("  time      unknown: a GPU's compiler chooses products by timing them")
         return
     print(f"  time      {si(row['compiler_seconds'], 's')} by the compiler's cycles and bytes ("
           f"{row['unestimated']:.1%} without an estimate), {row['mfu']:.0%} MFU"
-          + (f", {row['mbu']:.0%} MBU" if row["phase"] not in ("train", "prefill") else "") + ": " + ", ".join(f"{region} {si(took, 's')}" for region, took in sorted(
-              row["regions"].items(), key=lambda item: -item[1]) if took > 0.005
-              * row["compiler_seconds"]))
+          + (f", {row['mbu']:.0%} MBU" if row["phase"] not in ("train", "prefill") else "") + ": "
+          + listed(row["regions"]))
 
 
 def run_chips(args, jobs):

@@ -722,9 +722,9 @@ def comm_bytes(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0):
     """cfg, form, int -> dict: collective -> (number, bytes each device sends), as the program says.
 
     `form` is "train" (`sharded_loss` with its gradient, B rows of T + 1 tokens), "extend",
-    "prefill" (T tokens), "generate" (T steps) or "verify" (`extend` and logits of all T); `data` may
-    be a tuple, as of `make_mesh`; `ring` is 0 for the reference collectives, 1 or 2 for rings of so
-    many ways. ValueError for another form, or where it cannot be split so.
+    "prefill" (T tokens), "generate" (T steps) or "verify" (`extend` and logits of all T); `data`
+    may be a tuple, as of `make_mesh`; `ring` is 0 for the reference collectives, 1 or 2 for rings
+    of so many ways. ValueError for another form, or where it cannot be split so.
     """
     if ring not in (0, 1, 2) or layout not in LAYOUTS:
         raise ValueError(f"ring={ring}, layout={layout!r}: expected 0, 1 or 2, and one of "

@@ -1597,8 +1597,9 @@ def test_a_split_model_reads_and_generates_what_one_device_does(axes, layout, K,
     cfg, mesh, B, S = replace(WIDE, K=K), shard.make_mesh(**axes), 4, 24
     params, text, lengths = weights(cfg), draw_tokens(cfg, B, 8), np.array([3, 8, 5, 1])
     params = params if kind is None else quantize_params(params, cfg, kind)
-    rules, parts = shard.LAYOUTS[layout].rules, dict(mesh=mesh, layout=layout, enter=RINGS[ring][0],
-                                                  leave=RINGS[ring][1])
+    enter, leave = RINGS[ring]
+    rules, parts = shard.LAYOUTS[layout].rules, dict(mesh=mesh, layout=layout, enter=enter,
+                                                     leave=leave)
     how = dict(temperature=0.9, end=3)
 
     def everything(prefill, extend, generate, params, cache):
@@ -1701,6 +1702,7 @@ def test_every_form_sends_what_the_formula_says_to_the_byte(ring, dtype):
             == shard.comm_bytes(cfg, "train", 8, 6, data, tensor, ring=ring)
     cfg, B, T, key = replace(WIDE, dtype=dtype, L=1 if ring else 2), 4, 6, jax.random.key(0)
     cache = jax.eval_shape(lambda: init_cache(cfg, B, 24))
+
     def verified(params, cache, tokens, **parts):
         x, cache = shard.tp_extend(params, cache, tokens, **parts)
         return shard.tp_unembed(params, x, **{k: v for k, v in parts.items() if k != "leave"})
@@ -2471,7 +2473,7 @@ def test_gemma_7b_generates_110_sequences_on_four_v4_chips_and_128_are_refused(c
 
 
 @pytest.mark.parametrize("chip", ["tpu-v4", "tpu-v5p"])
-def test_fsdp_on_a_torus_sends_what_the_formula_says_and_adds_up_no_whole_weight(chip, compiled):
+def test_fsdp_on_a_torus_of_chips_sends_the_formula_and_adds_up_no_whole_weight(chip, compiled):
     job = fsdp_on_chip(chip)
     assert dict(job.mesh) == {"data": (4, 4, 4), "tensor": 1}
     formula = shard.comm_bytes(job.cfg, "train", job.B, job.prompt, (4, 4, 4), 1)
@@ -2665,7 +2667,8 @@ def test_a_schedule_hides_what_runs_beside_and_multiplies_loops_out():
     of which 4 us of work hide what they last; the sum's 4 MB wait whole."""
     target = bench.Target("tpu", "", "", clock=1e9, flops=1e12, read=4e12, link=1e9)
     ops = {op.name: op for op in bench.operations(HIDDEN, target=target)}
-    assert set(ops) == {"start", "work", "slow", "sum"} and all(op.times == 3 for op in ops.values())
+    assert set(ops) == {"start", "work", "slow", "sum"}
+    assert all(op.times == 3 for op in ops.values())
     gather, total = ops["start"], ops["sum"]
     assert (gather.kind, gather.sent, gather.asynchronous) == ("all_gather", 12_000_000, True)
     assert gather.end - gather.start == pytest.approx(12.002e-3)
