@@ -1431,7 +1431,8 @@ def operations(text, job=None, target=None):
         if link and link.stage == "done":
             at = next((at for at, channel in started.values() if channel == link.channel), None)
             return t if at is None else end_transfer(at, t)
-        region, source = (named_region(home.path), lines.get(home.frame, "")) if home else (None, "")
+        region = named_region(home.path) if home else None
+        source = lines.get(home.frame, "") if home else ""
         base = Op(op.name, op.shape, region, link.kind if link else kind_of(program, op), source,
                   read, written, t, t, times, computation)
         if link is None:
@@ -2383,15 +2384,14 @@ def draw_timeline(rows, path):
                           for _, _, ops in bands for op in ops)
     colors = {name: f"C{i % 10}" for i, name in enumerate(names)}
     for (row, heading, ops), axis in zip(bands, axes[:, 0]):
-        zero = min(op.start for op in ops)
+        zero, spans = min(op.start for op in ops), {}
         for op in ops:
-            if op.end > op.start:
-                name = op.kind if op.number else op.region or "other"
-                if op.done > op.start:  # from start to done, the link's own time darker
-                    axis.broken_barh([((op.start - zero) * 1e6, (op.done - op.start) * 1e6)],
-                                     (0, 0.8), color=colors[name], alpha=0.3)
-                axis.broken_barh([((op.start - zero) * 1e6, (op.end - op.start) * 1e6)],
-                                 (0 if op.number else 1, 0.8), color=colors[name])
+            name, track = (op.kind, 0) if op.number else (op.region or "other", 1)
+            spans.setdefault((name, track, 1.0), []).append((op.start, op.end))
+            spans.setdefault((name, track, 0.3), []).append((op.start, op.done))  # till it is done
+        for (name, track, alpha), times in spans.items():
+            axis.broken_barh([((start - zero) * 1e6, (end - start) * 1e6) for start, end in times
+                              if end > start], (track, 0.8), color=colors[name], alpha=alpha)
         axis.set(yticks=(0.4, 1.4), yticklabels=("transfers", "compute"), xlabel="microseconds",
                  title=f"{row['form']}, {row['model']} B={row['B']} on {row['slice']}: {heading}")
     figure.legend([plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()],
