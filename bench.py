@@ -1200,59 +1200,69 @@ def kind_of(program, op):
     return "copy" if held <= MOVES else "elementwise"
 
 
+def parameter_of(program, computation, place):
+    """Text, str, int -> str or None: the name of a computation's parameter."""
+    return next((name for name in program.inside[computation]
+                 if program.found[name].opcode == "parameter"
+                 and f"parameter({place})" in program.found[name].line), None)
+
+
+def part_read(program, name, computation, whole):
+    """Text, str, str, int -> int: bytes that a fusion reads of its parameter, of `whole`: where it
+    only slices it, those; where it only writes into it, none."""
+    total = 0
+    for user in (program.found[user] for user in program.inside[computation]):
+        if name not in user.operands:
+            continue
+        if user.opcode == "bitcast":
+            total += part_read(program, user.name, computation, whole)
+        elif user.opcode in PARTS and user.operands[0] == name:
+            total += sum(a.padded for a in arrays(user.shape))
+        elif user.opcode == "fusion":
+            inner = parameter_of(program, user.calls, user.operands.index(name))
+            total += part_read(program, inner, user.calls, whole) if inner else whole
+        elif user.opcode not in WRITES or user.operands[0] != name:
+            return whole
+    return min(total, whole)
+
+
+def part_written(program, name):
+    """Text, str -> int: bytes that an instruction, at the root of a fusion, writes: of an update in
+    place what is new."""
+    root = program.found[name]
+    if root.opcode in ("bitcast", "tuple", "fusion"):
+        below = [program.inside[root.calls][-1]] if root.opcode == "fusion" else root.operands
+        return sum(part_written(program, name) for name in below)
+    new = root.operands[WRITES[root.opcode]] if root.opcode in WRITES else None
+    return sum(a.padded for a in arrays(program.found[new].shape)) if new in program.found \
+        else far_bytes(root.shape)
+
+
 def moved(program, op):
     """Text, Instruction -> int, int: bytes that it reads and writes in main memory.
 
     Of what is sliced, gathered or updated in place only that part. A prefetch counts where it
     starts.
     """
-    found, inside, _ = program
-
-    def within(computation, place):  # -> the parameter's name
-        return next((name for name in inside[computation] if found[name].opcode == "parameter"
-                     and f"parameter({place})" in found[name].line), None)
-
-    def read(name, computation, whole):
-        total = 0
-        for user in (found[u] for u in inside[computation] if name in found[u].operands):
-            if user.opcode == "bitcast":
-                total += read(user.name, computation, whole)
-            elif user.opcode in PARTS and user.operands[0] == name:
-                total += sum(a.padded for a in arrays(user.shape))
-            elif user.opcode == "fusion":
-                inner = within(user.calls, user.operands.index(name))
-                total += read(inner, user.calls, whole) if inner else whole
-            elif user.opcode not in WRITES or user.operands[0] != name:
-                return whole
-        return min(total, whole)
-
-    def written(name):
-        root = found[name]
-        if root.opcode in ("bitcast", "tuple", "fusion"):
-            below = [inside[root.calls][-1]] if root.opcode == "fusion" else root.operands
-            return sum(map(written, below))
-        if root.opcode in WRITES and root.operands[WRITES[root.opcode]] in found:
-            return sum(a.padded for a in arrays(found[root.operands[WRITES[root.opcode]]].shape))
-        return far_bytes(root.shape)
-
-    given = [(place, found[name]) for place, name in enumerate(op.operands) if name in found]
+    given = [(place, program.found[name]) for place, name in enumerate(op.operands)
+             if name in program.found]
+    whole = sum(far_bytes(operand.shape) for _, operand in given)
     if op.opcode in UNSEEN | WRAPPERS:
         return 0, 0
     if op.opcode in ("copy-start", "slice-start"):
         made = arrays(op.shape)[op.opcode == "slice-start"]
         return arrays(given[0][1].shape)[0].far * made.padded, made.far * made.padded
     if op.opcode in PARTS:
-        return far_bytes(op.shape) if given and far_bytes(given[0][1].shape) else 0, \
-            far_bytes(op.shape)
+        return min(whole, far_bytes(op.shape)), far_bytes(op.shape)
     if op.opcode in WRITES:
-        return 0, written(op.name)
-    if op.opcode == "fusion":
-        reads = 0
-        for place, operand in given:
-            inner, whole = within(op.calls, place), far_bytes(operand.shape)
-            reads += read(inner, op.calls, whole) if whole and inner else whole
-        return reads, min(written(inside[op.calls][-1]), far_bytes(op.shape) or 0)
-    return sum(far_bytes(operand.shape) for _, operand in given), far_bytes(op.shape)
+        return 0, part_written(program, op.name)
+    if op.opcode != "fusion":
+        return whole, far_bytes(op.shape)
+    reads = 0
+    for place, operand in given:
+        inner, size = parameter_of(program, op.calls, place), far_bytes(operand.shape)
+        reads += part_read(program, inner, op.calls, size) if size and inner else size
+    return reads, min(part_written(program, program.inside[op.calls][-1]), far_bytes(op.shape))
 
 
 def product_flops_of(program, op):
@@ -1416,8 +1426,16 @@ def operations(text, job=None, target=None):
     for it. For generating, a step is one trip of the outermost loop.
     """
     program, lines = parse_program(text), source_lines(text)
-    origin, ops, free = origins(program), [], {}
-    stepped = step_loop(program, job)
+    origin, ops, free, stepped = origins(program), [], {}, step_loop(program, job)
+
+    def described(op, link, t, times, computation):
+        home, (read, written) = origin(op.name), moved(program, op)
+        took, told = (0.0, True) if link or not target else estimate(
+            program, op, read + written, target)
+        return Op(op.name, op.shape, named_region(home.path) if home else None,
+                  link.kind if link else kind_of(program, op),
+                  lines.get(home.frame, "") if home else "", read, written, t, t + took, times,
+                  computation, told)
 
     def end_transfer(at, t):  # -> when what waits for it goes on
         done = max(t, ops[at].end)
@@ -1425,26 +1443,19 @@ def operations(text, job=None, target=None):
         return done
 
     def add(op, t, times, computation, started):  # -> when the next one may start
-        home = origin(op.name)
-        read, written = moved(program, op)
         link = transfer(program, op, target)
         if link and link.stage == "done":
             at = next((at for at, channel in started.values() if channel == link.channel), None)
             return t if at is None else end_transfer(at, t)
-        region = named_region(home.path) if home else None
-        source = lines.get(home.frame, "") if home else ""
-        base = Op(op.name, op.shape, region, link.kind if link else kind_of(program, op), source,
-                  read, written, t, t, times, computation)
+        ops.append(described(op, link, t, times, computation))
         if link is None:
-            took, told = estimate(program, op, read + written, target) if target else (0.0, True)
-            ops.append(base._replace(end=t + took, estimated=told))
-            return t + took
+            return ops[-1].end
         begin = max(t, free.get(link.route, 0.0)) if link.stage == "start" else t
         free[link.route] = end = begin + link.seconds
-        ops.append(base._replace(start=begin, end=end, sent=link.sent, number=link.number))
+        ops[-1] = ops[-1]._replace(start=begin, end=end, sent=link.sent, number=link.number,
+                                   asynchronous=link.stage == "start")
         if link.stage == "whole":
             return end_transfer(len(ops) - 1, t)
-        ops[-1] = ops[-1]._replace(asynchronous=True)
         started[op.name] = len(ops) - 1, link.channel
         return t
 
@@ -1797,27 +1808,17 @@ def print_attention(job):
 def split_counts(job, ways):
     """Job, int -> list of dict: what tensor parallelism over so many devices would send, by formula
     and counted in the jaxpr, which needs no device."""
-    cfg, B, T = job.cfg, job.B, job.prompt
     mesh = jax.sharding.AbstractMesh((ways,), ("tensor",),
                                      axis_types=(jax.sharding.AxisType.Auto,))
-    params = jax.eval_shape(lambda: init(jax.random.key(0), cfg, cfg.dtype))
-    cache = jax.eval_shape(lambda: init_cache(cfg, B, T + 1, job.cache_dtype))
-    tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
-    logits = jax.ShapeDtypeStruct((B, cfg.V), jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    programs = {
-        "prefill": (lambda p, c, t: shard.tp_prefill(p, c, t, jnp.full((B,), T), cfg, mesh),
-                    params, cache, tokens),
-        "generate": (lambda p, c, lg, k: shard.tp_generate(p, c, lg, k, 1, cfg, mesh),
-                     params, cache, logits, key)}
     found = []
-    for form, (fn, *given) in programs.items():
-        formula = shard.comm_bytes(cfg, form, B, T if form == "prefill" else 1, tensor=ways)
-        counted = shard.traced_comm(fn, *given)
-        found.append({"form": form, "devices": ways, "B": B, "T": T if form == "prefill" else 1,
-                      **{f"{name}_{what}": sum(pair[i] for pair in sent.values())
-                         for name, sent in (("predicted", formula), ("counted", counted))
-                         for i, what in enumerate(("collectives", "bytes"))}})
+    for phase, T in (("prefill", job.prompt), ("generate", 1)):
+        own = job._replace(phase=phase, new=1, mesh=(("tensor", ways),))
+        formula, (step, make, *_) = sent(own), PHASES[phase].build(own, mesh)
+        counted = shard.traced_comm(step, *jax.eval_shape(make, abstract(own), jax.random.key(0)))
+        found.append({"form": phase, "devices": ways, "B": job.B, "T": T, **{
+            f"{name}_{what}": sum(pair[i] for pair in told.values())
+            for name, told in (("predicted", formula), ("counted", counted))
+            for i, what in enumerate(("collectives", "bytes"))}})
     return found
 
 
@@ -2020,6 +2021,10 @@ def on_chips(job, name, chips, mesh=None, layout=None):
     if set(mesh) - {"data", "tensor"} or data * tensor != n:
         raise ValueError(f"a mesh of {mesh} on {chips} x {name}: axes data and tensor, {n} devices "
                          "in all")
+    if job.phase == "train" and (job.B % data or job.by == "compiler" and tensor > 1):
+        raise ValueError(f"B={job.B} rows over {data} devices of data" + (
+            f": --batch {-(-job.B // data) * data}" if job.B % data else f" and {tensor} of tensor:"
+            " by the compiler training is split over data alone"))
     job = job._replace(chip=name, chips=chips)
     if n == 1:
         return job
@@ -2177,7 +2182,7 @@ def compile_job(job):
         **(step_seconds(ops, target.read) | {"beside": beside(ops)} if target.clock else {})}
     if row["program_flops"] and job.by == "hand" and mesh:
         row["program_flops"] *= mesh.size  # each device's part
-    return row | {"fits": row["peak_bytes"] <= row["memory_bytes"]}
+    return row | {"fits": target.extra == "tpu" or row["peak_bytes"] <= row["memory_bytes"]}
 
 
 def broadcast(shards, args):
