@@ -2380,9 +2380,10 @@ def draw_timeline(rows, path):
     """list of rows, path -> None: one layer of each as scheduled: what computes on one track,
     transfers on another, from start to done. Needs the extra `plot`."""
     plt = pyplot()
-    bands = [(row, heading, ops) for row in rows for heading, ops in one_layer(row["schedule"])]
+    bands = [(row, heading, ops) for row in rows if row["compiler_seconds"]
+             for heading, ops in one_layer(row["schedule"])]
     if not bands:
-        raise ValueError("no program to draw: none fits")
+        raise ValueError("--timeline has no program to draw: none fits")
     figure, axes = plt.subplots(len(bands), figsize=(11, 0.6 + 1.5 * len(bands)),
                                 layout="constrained", squeeze=False)
     names = dict.fromkeys(op.kind if op.number else op.region or "other"
@@ -3082,6 +3083,8 @@ def parse(argv):
             parser.error(str(error))
         if TARGETS[args.chip[0]].extra != "tpu" and True in getattr(args, "flags", ()):
             parser.error(f"--flags are a TPU compiler's: {args.chip[0]} has none")
+        if TARGETS[args.chip[0]].extra != "tpu" and args.timeline:
+            parser.error(f"--timeline takes a TPU's times: {args.chip[0]}'s compiler gives none")
     elif args.phase in PHASES and args.phase != "serve":
         given = [name for name in ("mesh", "layout", "timeline") if getattr(args, name)]
         given += ["chips"] * (args.chips > 1) + ["ring"] * (args.ring != [0])

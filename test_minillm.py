@@ -2472,6 +2472,18 @@ def test_gemma_7b_generates_110_sequences_on_four_v4_chips_and_128_are_refused(c
     assert "exceeds available HBM" in refused["message"] and "cache.k" in refused["largest"][0]
 
 
+def test_the_readmes_row_of_four_v4_chips_is_what_their_compiler_says(compiled, capsys):
+    shown = re.search(r"```\n(generate over heads: gemma-7b.*?)```", README, re.S)[1].splitlines()
+    job = on_chip("generate", "gemma-7b", "tpu-v4", 4, B=110, prompt=2032)
+    row = bench.chip_row(job, compiled) | {"form": bench.form_name(job)}
+    bench.print_chip_row(row)
+    said = capsys.readouterr().out.strip().splitlines()
+    for ours, theirs in zip(said, shown, strict=True):  # versions differ, and so may their cycles
+        assert ours == theirs or ours.split()[0] in ("program", "time")
+    told = float(re.search(r"time +([\d.]+) ms", shown[-1])[1])
+    assert row["compiler_seconds"] * 1e3 == pytest.approx(told, rel=0.05)
+
+
 @pytest.mark.parametrize("chip", ["tpu-v4", "tpu-v5p"])
 def test_fsdp_on_a_torus_of_chips_sends_the_formula_and_adds_up_no_whole_weight(chip, compiled):
     job = fsdp_on_chip(chip)
