@@ -41,9 +41,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import shard
-from infer import (TILE, Cache, decode_bytes, decode_flops, extend, generate, init_cache, kv_bytes,
-                   load, model_draft, ngram_draft, prefill, prefill_flops, quantize_params,
-                   read_json, refill, save, serve, speculate, tile_params, weight_bytes, wide_bytes)
+from infer import (TILE, Cache, array_bytes, decode_bytes, decode_flops, extend, generate,
+                   init_cache, kv_bytes, load, model_draft, ngram_draft, prefill, prefill_flops,
+                   quantize_params, read_arrays, read_json, refill, save, serve, speculate,
+                   tile_params, weight_bytes, wide_bytes)
 from minillm import (Adam, Config, Params, adam_init, cast, causal_pairs, check_tokens, init, loss,
                      param_count, traced_flops, train_flops, train_step, unembed)
 
@@ -605,6 +606,8 @@ def print_plan(columns, chips):
 
 def plan(args):
     """Prints the napkin of a model on chips that need not be here."""
+    if args.compile:
+        check_compiler(args.chip[0])
     name, cfg = args.model
     if args.kv_heads:
         cfg = replace(cfg, K=args.kv_heads)
@@ -659,13 +662,13 @@ def compiled_plan(job, args, numbers, ways):
 
     def tried(job, chips):
         try:
-            layout = "sequence" if job.cfg.K % chips else "heads"
+            layout = "sequence" if job.cfg.K % (chips * TARGETS[name].devices) else "heads"
             row = ask(on_chips(job, name, chips, layout=layout))
         except ValueError as error:
             raise ValueError(f"--compile on {chips} chips: {error}") from None
         say(f"B={job.B} S={job.prompt + job.new} on {chips} x {name}: "
-            + (f"fits, {si(row['peak_bytes'], 'B')} of {si(row['memory_bytes'], 'B')} a chip"
-               if row["fits"] else "refused"))
+            + (f"fits, {si(row['peak_bytes'], 'B')} of {si(row['memory_bytes'], 'B')} a device"
+               if row["fits"] else f"refused: {row['message']}"))
         return row
 
     with compilers() as ask:
@@ -1042,8 +1045,8 @@ MOVES = {"copy", "transpose", "bitcast", "slice", "concatenate", "reshape", "bro
          "dynamic-slice", "dynamic-update-slice", "copy-start", "copy-done", *WRAPPERS}
 PARTS = {"slice", "dynamic-slice", "gather"}  # read a part of their first operand
 WRITES = {"dynamic-update-slice": 1, "scatter": 2}  # write an operand, this one, into their first
-COLLECTIVES = {"all-gather": "all_gather", "all-reduce": "all_reduce", "all-to-all": "all_to_all",
-               "reduce-scatter": "reduce_scatter", "collective-permute": "permute"}
+KINDS = {"all-gather": "all_gather", "all-reduce": "all_reduce", "all-to-all": "all_to_all",
+         "reduce-scatter": "reduce_scatter", "collective-permute": "permute"}
 HOP_SECONDS = 1e-6
 ABSURD = 1e12  # cycles: what stands where the compiler has no estimate
 
@@ -1313,7 +1316,7 @@ class Op(NamedTuple):
     estimated: bool = True  # has the compiler an estimate of its cycles?
     sent: int = 0     # bytes that a device sends
     number: int = 0   # of arrays
-    asynchronous: bool = False
+    asynchronous: bool = False  # does anything run between its start and its done?
     waited: float = 0.0  # seconds in which nothing hides the transfer
     done: float = 0.0    # when what waits for it goes on
 
@@ -1337,20 +1340,19 @@ def transfer(program, op, target):
     """
     held = contents(program, op)
     inner = next((inner for inner in held
-                  if re.sub("-(start|done)$", "", inner.opcode) in COLLECTIVES), None)
+                  if re.sub("-(start|done)$", "", inner.opcode) in KINDS), None)
     marks = " ".join(other.line for other in held if other.opcode == "custom-call")
     stage = "done" if "AsyncCollectiveDone" in marks else "start" if op.opcode.endswith(
         ("-start", "-update")) or "AsyncCollectiveStart" in marks else "whole"
     if inner is None or stage == "whole" and "async_collective" in op.calls:
         return None
-    kind = COLLECTIVES[re.sub("-(start|done)$", "", inner.opcode)]
+    kind = KINDS[re.sub("-(start|done)$", "", inner.opcode)]
     kind = "reduce_scatter" if "all-reduce-scatter" in op.calls else kind
     given = [program.found[name] for name in op.operands]
     given = [a for a in given if a.opcode != "call-start" and arrays(a.shape)]
     n = group_size(inner.line)
     sent = shard.SENT[kind](sum(a.bytes for each in given for a in arrays(each.shape)), n)
-    seconds = 0.0 if target is None else hops(kind, n, target) * HOP_SECONDS + sent / (
-        target.link / (2 if kind == "permute" else 1))  # which goes one way alone
+    seconds = 0.0 if target is None else link_seconds(kind, sent, n, target)
     channel, route = ("".join(re.findall(pattern, inner.line)) for pattern in (
         r"channel_id=\d+|chain_id=\S+", r"(?:replica_groups|source_target_pairs)=\S+"))
     return Transfer(kind, stage, channel, route, sent, len(given), seconds)
@@ -1368,10 +1370,12 @@ def group_size(line):
     if named:
         axes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         return math.prod(int(axes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
-    return 2
+    if "source_target_pairs" in line:
+        return 2
+    raise ValueError(f"a collective among unknown devices: {line.strip()[:200]}")
 
 
-def trips(program, op):
+def repeats(program, op):
     """Text, Instruction -> int or None: how often a `while` runs, where its text says so."""
     told = re.search(r'known_trip_count":\{"n":"(\d+)"', op.line)
     if told:
@@ -1382,16 +1386,23 @@ def trips(program, op):
     return limits[0] if len(limits) == 1 else None
 
 
-def hops(kind, n, target):
-    """str, int, Target -> int: links that a collective among n devices passes one after another:
-    on each axis of the slice, of which the last ones come first, to the farthest device; an
-    all-reduce twice, a permute one."""
-    found, left = 0, n
-    for size in reversed(target.torus or (n,)):
-        along = math.gcd(size, left)
+def link_seconds(kind, size, n, target):
+    """str, bytes, int, Target -> seconds: of a collective among n devices, along the slice's axes,
+    of which the last ones come first.
+
+    A microsecond a hop to the farthest device; an all-reduce goes there twice, a permute one. Bytes
+    go both ways around a ring, or over two axes; one way along a line, as a permute does.
+    """
+    far, ways, left = 0, 0, n
+    for length in reversed(target.torus or (target.wraps,)):
+        along = math.gcd(length, left)
         left //= along
-        found += along // 2 if along >= target.wraps else along - 1
-    return {"permute": 1, "all_reduce": 2 * found}.get(kind, found)
+        rings = along >= target.wraps
+        far += along // 2 if rings else along - 1
+        ways += (1 + rings) * (along > 1)
+    far = {"permute": 1, "all_reduce": 2 * far}.get(kind, far)
+    return far * HOP_SECONDS + size / (
+        target.link / 2 * (1 if kind == "permute" else min(2, max(1, ways))))
 
 
 def estimate(program, op, moved_bytes, target):
@@ -1404,7 +1415,7 @@ def estimate(program, op, moved_bytes, target):
     if 0 < cycles < ABSURD:
         return max(cycles / target.clock, memory), True
     took = max(product_flops_of(program, op) / target.flops, memory)
-    return took, not took
+    return took, took == 0  # what takes no time needs no estimate
 
 
 def step_loop(program, job):
@@ -1439,7 +1450,8 @@ def operations(text, job=None, target=None):
 
     def end_transfer(at, t):  # -> when what waits for it goes on
         done = max(t, ops[at].end)
-        ops[at] = ops[at]._replace(waited=done - t, done=done)
+        ops[at] = ops[at]._replace(waited=done - t, done=done, asynchronous=any(
+            not op.number for op in ops[at + 1:]))
         return done
 
     def add(op, t, times, computation, started):  # -> when the next one may start
@@ -1452,8 +1464,7 @@ def operations(text, job=None, target=None):
             return ops[-1].end
         begin = max(t, free.get(link.route, 0.0)) if link.stage == "start" else t
         free[link.route] = end = begin + link.seconds
-        ops[-1] = ops[-1]._replace(start=begin, end=end, sent=link.sent, number=link.number,
-                                   asynchronous=link.stage == "start")
+        ops[-1] = ops[-1]._replace(start=begin, end=end, sent=link.sent, number=link.number)
         if link.stage == "whole":
             return end_transfer(len(ops) - 1, t)
         started[op.name] = len(ops) - 1, link.channel
@@ -1463,7 +1474,7 @@ def operations(text, job=None, target=None):
         started = {}
         for op in (program.found[name] for name in program.inside[computation]):
             if op.opcode in SCHEDULED and op.calls in program.inside:
-                again = (trips(program, op) or 1) if op.opcode == "while" else 1
+                again = (repeats(program, op) or 1) if op.opcode == "while" else 1
                 if op.name == stepped:
                     walk(op.calls, t, 1)
                 else:
@@ -1636,9 +1647,26 @@ def utilisation(done, seconds, ceiling, what, row):
     return None
 
 
+def read_by_all(job, cost):
+    """Job, Cost -> Cost: as all devices of a mesh read it together: what several hold, so often. In
+    training each reads all that it gathers."""
+    shape = shard.mesh_axes(**dict(job.mesh))
+    if not shape or job.phase in PRODUCTS:
+        return cost
+    mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
+    moved = cost.weight_bytes * mesh.size // shape.get("tensor", 1)
+    if job.phase != "train":
+        rules, cfg = shard.LAYOUTS[job.layout].rules, job.cfg
+        moved = sum(array_bytes(name, cfg, job.dtype) * mesh.size // math.prod(
+            mesh.shape[axis] for axes in shard.spec(name, cfg, mesh, rules)
+            for axis in shard.split_over(axes)) for name in jax.tree.leaves(read_arrays(cfg)))
+    first, *others = cost.parts
+    return cost._replace(weight_bytes=moved, parts=(first._replace(bytes=moved), *others))
+
+
 def predicted_row(job, ceilings):
     """Job, dict -> dict: the half of a row that is known before anything runs."""
-    cost = PHASES[job.phase].cost(job)
+    cost = read_by_all(job, PHASES[job.phase].cost(job))
     padding = cost.flops.get("padding", 0)
     return {"phase": job.phase, "model": job.model, "K": job.cfg.K, "dtype": job.dtype,
             "cache_dtype": job.cache_dtype, "B": job.B, "T": cost.T, "S": cost.S,
@@ -1911,7 +1939,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise ValueError('--plot needs the extra plot: pip install ".[plot]"') from None
+        raise ValueError('a picture needs the extra plot: pip install ".[plot]"') from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
     return pyplot
@@ -1936,7 +1964,8 @@ class Target(NamedTuple):
 
 TORUS, PLANE = "2x2x1 2x2x2 2x2x4 4x4x4 4x4x8", "2x2 2x4 4x4 4x8 8x8"
 HOSTS = "1x1x1 1x1x2 1x1x4 1x1x8 1x2x8 1x4x8 1x8x8"  # partitions, hosts, GPUs a host
-TARGETS = {
+TARGETS = {  # clocks: the sheet's peak over what the matrix units multiply a cycle; flops: 8192^3
+    # in bf16 over the cycles that the compiler gives it
     "tpu-v4": Target("tpu", "v4", TORUS, 1.05e9, 1.05e9 * 239e3),
     "tpu-v5e": Target("tpu", "v5e", PLANE + " 16x16", 1.5e9, 1.5e9 * 115e3, wraps=16),
     "tpu-v5p": Target("tpu", "v5p", TORUS, 1.75e9, 1.75e9 * 236e3),
@@ -1965,14 +1994,21 @@ COMPILERS = {  # what their process needs to know of the machine that is not her
 def target_of(name, chips):
     """str, int -> Target, with the sheet's bandwidths for one of its devices."""
     target, chip = TARGETS[name], CHIPS[name]
-    return target._replace(read=chip.read / target.devices, link=chip.link,
+    return target._replace(read=chip.read / target.devices, link=chip.link / target.devices,
                            torus=tuple(map(int, slice_of(name, chips).split("x"))))
+
+
+def known_target(name):
+    """str -> Target: ValueError for a chip that no compiler is known for."""
+    if name not in TARGETS:
+        raise ValueError(f"chip {name!r} has no compiler here: one of " + ", ".join(TARGETS))
+    return TARGETS[name]
 
 
 def slice_of(name, chips):
     """str, int -> str: the slice of so many chips; 1 is the first of the smallest. ValueError where
     there is none, naming the nearest."""
-    sizes = {chips_of(shape): shape for shape in TARGETS[name].slices.split()}
+    sizes = {chips_of(shape): shape for shape in known_target(name).slices.split()}
     if chips in sizes:
         return sizes[chips]
     if chips == 1:
@@ -1985,9 +2021,7 @@ def slice_of(name, chips):
 
 def check_compiler(name):
     """str -> None: ValueError unless its compiler is here."""
-    if name not in TARGETS:
-        raise ValueError(f"chip {name!r} has no compiler here: one of " + ", ".join(TARGETS))
-    extra = TARGETS[name].extra
+    extra = known_target(name).extra
     there = (sys.platform, platform.machine()) == ("linux", "x86_64")
     if not there or importlib.util.find_spec(EXTRAS[extra]) is None:
         raise ValueError(f'{name} needs its compiler, the extra {extra}: pip install ".[{extra}]"'
@@ -2019,13 +2053,16 @@ def on_chips(job, name, chips, mesh=None, layout=None):
     mesh = mesh or ({"data": n} if job.phase == "train" else {"tensor": n})
     data, tensor = mesh.get("data", 1), mesh.get("tensor", 1)
     if set(mesh) - {"data", "tensor"} or data * tensor != n:
-        raise ValueError(f"a mesh of {mesh} on {chips} x {name}: axes data and tensor, {n} devices "
-                         "in all")
+        raise ValueError(f"a mesh of {mesh} on {chips} x {name}: axes data and tensor, and {n} "
+                         f"devices in all, not {math.prod(mesh.values())}")
     if job.phase == "train" and (job.B % data or job.by == "compiler" and tensor > 1):
         raise ValueError(f"B={job.B} rows over {data} devices of data" + (
             f": --batch {-(-job.B // data) * data}" if job.B % data else f" and {tensor} of tensor:"
             " by the compiler training is split over data alone"))
     job = job._replace(chip=name, chips=chips)
+    if job.ring and tensor == 1:
+        raise ValueError(f"ring={job.ring} on a mesh of {mesh}: rings go around an axis tensor of "
+                         "two or more")
     if n == 1:
         return job
     if data > 1 or job.phase == "train":
@@ -2040,8 +2077,9 @@ def on_chips(job, name, chips, mesh=None, layout=None):
     fit = [name for name, size in (("heads", job.cfg.K), ("batch", job.B // (n // tensor)))
            if size % tensor == 0] + ["sequence"]
     if layout not in (None, *fit):
-        raise ValueError(f"layout {layout!r} does not divide over {tensor} devices with K="
-                         f"{job.cfg.K} and B={job.B}: --layout {' or '.join(fit)}")
+        raise ValueError(f"layout {layout!r} does not divide over {tensor} devices of tensor with "
+                         f"K={job.cfg.K} and B={job.B // (n // tensor)} rows a copy: --layout "
+                         + " or ".join(fit))
     return job._replace(layout=layout or fit[0])
 
 
@@ -2111,10 +2149,15 @@ def held_by(args, shards):
             kind = kinds.get(type(arg), "inputs")
             name = f"{kind}{re.sub('[0-9]+', '', jax.tree_util.keystr(path))}"  # of all layers
             largest[name] = largest.get(name, 0) + size
-            if kind != "inputs" and a.ndim > 1 - (kind != "cache"):
+            if kind != "inputs" and name not in ("cache.length", "optimizer.step"):
                 found[kind] += size
     first = sorted(largest, key=largest.get, reverse=True)[:3]
     return found, [f"{name} {si(largest[name], 'B')}" for name in first]
+
+
+def broadcast(shards, args):
+    """shardings, arguments -> of each array, its sharding."""
+    return jax.tree.map(lambda where, part: jax.tree.map(lambda _: where, part), shards, args)
 
 
 def compiled_with(lowered, flags):
@@ -2151,10 +2194,10 @@ def compile_job(job):
     step, make, donated, _ = PHASES[job.phase].build(job, mesh)
     args = jax.eval_shape(make, abstract(job), jax.random.key(0))
     one = jax.sharding.SingleDeviceSharding(devices[0])
-    shards = placed(job, mesh, args) if mesh else jax.tree.map(lambda _: one, args)
+    shards = broadcast(placed(job, mesh, args) if mesh else (one,) * len(args), args)
     args = jax.tree.map(lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
-                        args, jax.tree.map(lambda _, s: s, args, broadcast(shards, args)))
-    formula, largest = held_by(args, broadcast(shards, args))
+                        args, shards)
+    formula, largest = held_by(args, shards)
     row = {"compiler": told, "jax": jax.__version__, "memory_bytes": granted(job.chip),
            "formula_bytes": sum(formula.values()), "formula": formula,
            "largest": largest, "fits": False, "message": None, "flags": [], **dict.fromkeys((
@@ -2180,14 +2223,11 @@ def compile_job(job):
         "collectives": collectives(ops), "copies": copied(ops, text),
         "hbm_bytes": sum((op.read + op.written) * op.times for op in ops), "schedule": ops,
         **(step_seconds(ops, target.read) | {"beside": beside(ops)} if target.clock else {})}
-    if row["program_flops"] and job.by == "hand" and mesh:
-        row["program_flops"] *= mesh.size  # each device's part
+    if row["program_flops"]:  # of a step; in a shard_map each device's part
+        row["program_flops"] = row["program_flops"] * (
+            mesh.size if mesh and job.by == "hand" else 1) // (
+            job.new if job.phase == "generate" else 1)
     return row | {"fits": target.extra == "tpu" or row["peak_bytes"] <= row["memory_bytes"]}
-
-
-def broadcast(shards, args):
-    """shardings, arguments -> of each array, its sharding."""
-    return jax.tree.map(lambda where, part: jax.tree.map(lambda _: where, part), shards, args)
 
 
 def compiler_process():
@@ -2256,18 +2296,16 @@ def chip_row(job, ask):
     """Job, ask -> dict: predicted from the sheet, then compiled; nothing is measured."""
     chip, mesh = CHIPS[job.chip], {axis: math.prod(n) if isinstance(n, tuple) else n
                                    for axis, n in job.mesh}
-    copies = mesh.get("data", 1) if job.phase != "train" else 1
     formula = sent(job) if job.mesh else {}
     row = predicted_row(job, sheet(chip, job.chips))
     row |= {"flops": useful_flops(job, PHASES[job.phase].cost(job)), "chip": job.chip,
             "chips": job.chips, "mesh": mesh, "layout": job.layout, "ring": job.ring, "by": job.by,
-            "slice": f"{TARGETS[job.chip].name} {slice_of(job.chip, job.chips)}",
-            "weight_bytes": row["weight_bytes"] * copies,
-            "predicted_collectives": formula, "link_seconds": None if formula is None else sum(
-                size / chip.link * (2 if kind == "permute" and job.ring == 1 else 1)
-                for kind, (_, size) in formula.items())}
+            "slice": "one of " * (job.chips == 1) + f"{TARGETS[job.chip].name} "
+            + slice_of(job.chip, job.chips),
+            "predicted_collectives": formula, "link_seconds": None if formula is None else
+            shard.comm_seconds(formula, chip.link / 2, max(1, job.ring))}
     say(f"{form_name(job)} {job.dtype} B={job.B} on {row['slice']}: predicted "
-        f"{row['predicted_seconds'] * 1e3:.1f} ms, compiling ...")
+        f"{si(row['predicted_seconds'], 's')}, compiling ...")
     row |= ask(job)
     if row["compiler_seconds"]:
         row["mfu"] = row["flops"] / row["compiler_seconds"] / (
@@ -2344,14 +2382,18 @@ def run_chips(args, jobs):
     check_compiler(name)
     with compilers() as ask:
         for job in jobs:
-            rows.append(chip_row(job, ask) | {"form": form_name(job)})
+            try:
+                rows.append(chip_row(job, ask) | {"form": form_name(job)})
+            except ValueError as error:
+                if args.phase != "shard":
+                    raise
+                say(f"{form_name(job)} cannot: {error}")
     print(f"{name} ({CHIPS[name].source}): nothing is measured; predict: from the sheet and the "
           "shapes; program: what the chip's own compiler made")
     for row in rows:
         print_chip_row(row)
     if args.timeline:
         draw_timeline(rows, args.timeline)
-        print(f"timeline: {args.timeline}")
     for row in rows:
         row.pop("schedule", None)
     finish(args, machine={"jax": jax.__version__, "python": platform.python_version()},
@@ -2383,7 +2425,7 @@ def draw_timeline(rows, path):
     bands = [(row, heading, ops) for row in rows if row["compiler_seconds"]
              for heading, ops in one_layer(row["schedule"])]
     if not bands:
-        raise ValueError("--timeline has no program to draw: none fits")
+        return say("--timeline has nothing to draw: no program fits")
     figure, axes = plt.subplots(len(bands), figsize=(11, 0.6 + 1.5 * len(bands)),
                                 layout="constrained", squeeze=False)
     names = dict.fromkeys(op.kind if op.number else op.region or "other"
@@ -2403,6 +2445,7 @@ def draw_timeline(rows, path):
     figure.legend([plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()],
                   list(colors), loc="outside lower center", ncols=8, fontsize="small")
     figure.savefig(path)
+    print(f"timeline: {path}")
 
 
 # ------------------------------------------------------------------------------------------ growth
@@ -2784,6 +2827,8 @@ def run_shard(args):
                 jobs.append(on_chips(job, args.chip[0], args.chips, dict(job.mesh), job.layout))
             except ValueError as error:
                 say(f"{form_name(job)} cannot: {error}")
+        if not jobs:
+            raise ValueError(f"nothing to compile: --form {' --form '.join(args.form or ['any'])}")
         return run_chips(args, jobs)
     if args.processes > 1 and args.process is None:
         return start_processes(args)
@@ -2901,7 +2946,7 @@ ring_ways = checked(lambda text: [{"0": 0, "1": 1, "2": 2}[n] for n in text.spli
                     "some of 0, 1, 2")
 switch = checked(lambda text: [{"off": False, "on": True}[word] for word in text.split(",")],
                  "off, on, or off,on")
-mesh_axes = checked(lambda text: {name: whole(n) for name, n in (
+mesh_sizes = checked(lambda text: {name: whole(n) for name, n in (
     part.split("=") for part in text.split(","))}, "axes and sizes, as data=16,tensor=4")
 
 
@@ -3020,7 +3065,7 @@ def add_phase(command, name):
                              " float32 on a CPU, elsewhere bfloat16 for narrow weights)")
     if name != "serve":
         add_chip(command)
-        command.add_argument("--mesh", type=mesh_axes, metavar="data=N,tensor=N", help="of the "
+        command.add_argument("--mesh", type=mesh_sizes, metavar="data=N,tensor=N", help="of the "
                              "chips (train: all data; others: all tensor)")
         command.add_argument("--layout", choices=tuple(shard.LAYOUTS), help="of a cache on several "
                              "chips (the first that divides)")
@@ -3067,29 +3112,29 @@ def parse(argv):
     args.argv = sys.argv[1:] if argv is None else argv
     if args.quick and args.phase:
         parser.error(f"--quick is for all phases: leave out --quick or {args.phase}")
-    if args.phase == "plan" and args.compile:
-        try:
-            check_compiler(args.chip[0])
-            slice_of(args.chip[0], args.chips)
-        except ValueError as error:
-            parser.error(str(error))
     if args.phase == "plan" and args.mfu > 1:
         parser.error(f"--mfu {args.mfu:g}: a share of 1 at most, as 0.5")
-    if getattr(args, "chip", None) and args.phase != "plan":
+    if getattr(args, "chip", None) and (args.phase != "plan" or args.compile):
         try:
-            check_compiler(args.chip[0])
             slice_of(args.chip[0], args.chips)
         except ValueError as error:
             parser.error(str(error))
+    if getattr(args, "chip", None) and args.phase != "plan":
+        here = [name for name in ("text", "steps", "save", "profile", "plot")
+                if getattr(args, name, None)]
+        if here:
+            parser.error(f"--{here[0]} is for this machine: leave out --{here[0]} or --chip")
         if TARGETS[args.chip[0]].extra != "tpu" and True in getattr(args, "flags", ()):
             parser.error(f"--flags are a TPU compiler's: {args.chip[0]} has none")
         if TARGETS[args.chip[0]].extra != "tpu" and args.timeline:
             parser.error(f"--timeline takes a TPU's times: {args.chip[0]}'s compiler gives none")
-    elif args.phase in PHASES and args.phase != "serve":
-        given = [name for name in ("mesh", "layout", "timeline") if getattr(args, name)]
-        given += ["chips"] * (args.chips > 1) + ["ring"] * (args.ring != [0])
+    elif args.phase in (*PHASES, "shard") and args.phase != "serve":
+        usual = dict(mesh=None, layout=None, timeline=None, chips=1, ring=[0], flags=[False],
+                     by="hand")
+        given = [name for name, value in usual.items() if getattr(args, name, value) != value]
         if given:
-            parser.error(f"--{given[0]} is for a --chip that is not here; or: bench.py shard")
+            parser.error(f"--{given[0]} is for a --chip that is not here"
+                         + ("; or: bench.py shard" if args.phase != "shard" else ""))
     if args.phase == "train":
         if "int8" in args.dtype:
             parser.error("train takes --dtype float32 or bfloat16: int8 has no gradient")

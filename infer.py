@@ -772,18 +772,26 @@ def wide_bytes(cfg, dtype):
     return jnp.dtype(cfg.dtype if dtype == jnp.int8 else dtype).itemsize
 
 
-def weight_bytes(cfg, dtype=None):
-    """cfg, dtype -> int: all that a step reads of the parameters; of an untied table, only rows.
+def array_bytes(name, cfg, dtype):
+    """str, cfg, dtype -> int: of one array, as `dims` names it, where weights are of that dtype.
 
     In int8 each output of a matrix has an f32 scale, and norm scales stay in cfg.dtype.
     """
-    dtype = jnp.dtype(dtype or cfg.dtype)
-    wide, total = wide_bytes(cfg, dtype), 0
-    for name in jax.tree.leaves(dims(cfg)._replace(embed="V E" if cfg.tied else None)):
-        outputs = math.prod(sizes(name.split()[0], cfg))
-        matrix = " " in name and dtype == jnp.int8
-        total += math.prod(sizes(name, cfg)) * (1 if matrix else wide) + 4 * outputs * matrix
-    return total
+    matrix, count = " " in name and jnp.dtype(dtype) == jnp.int8, math.prod(sizes(name, cfg))
+    if matrix:
+        return count + 4 * math.prod(sizes(name.split()[0], cfg))
+    return count * wide_bytes(cfg, jnp.dtype(dtype))
+
+
+def read_arrays(cfg):
+    """cfg -> Params: names of the arrays that a step reads whole; of an untied table only rows."""
+    return dims(cfg)._replace(embed="V E" if cfg.tied else None)
+
+
+def weight_bytes(cfg, dtype=None):
+    """cfg, dtype -> int: all that a step reads of the parameters."""
+    return sum(array_bytes(name, cfg, dtype or cfg.dtype)
+               for name in jax.tree.leaves(read_arrays(cfg)))
 
 
 def decode_bytes(cfg, B, S, T=1, cache_dtype="float32", dtype=None):

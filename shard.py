@@ -2,9 +2,10 @@
 
 BT(E/t) reads: E, split over the t devices of the mesh axis "tensor". Training splits weights over
 "data" too (FSDP) and gathers them a layer at a time. Generating splits weights and cache over
-"tensor" alone: gathering would send all weights through the links for every token, and links are
-slower than memory. Functions that name an axis run inside `jax.shard_map`, on a device's own part;
-those that take a mesh call it. Letters as in minillm.py.
+"tensor", and rows over "data", where each part has a copy of the weights: gathering would send all
+weights through the links for every token, and links are slower than memory. Functions that name an
+axis run inside `jax.shard_map`, on a device's own part; those that take a mesh call it. Letters as
+in minillm.py.
 """
 import math
 from functools import partial
@@ -23,7 +24,7 @@ from minillm import (block, causal, causal_attention, check_tokens, dims, dot, e
 
 P = jax.P
 TENSOR = dict(H="tensor", K="tensor", F="tensor", V="tensor")  # letters to mesh axes
-FSDP = dict(matrix="data")  # the first letter of each matrix that an axis of data divides
+FSDP = dict(matrix="data")  # every matrix, over each axis of data: see `spec`
 
 # ------------------------------------------------------------------------------- who holds what
 
@@ -71,9 +72,10 @@ def split_over(axes):
 def spec(name, cfg, mesh, rules):
     """str, cfg, Mesh, dict -> P: the mesh axes that each dimension of one array is split over.
 
-    Rules are of letters, but for "matrix": each data axis in turn splits the first letter that it
-    divides, further where "tensor" already does, and vectors stay whole. ValueError where it
-    divides none.
+    Rules are of letters, but for "matrix": each data axis in turn splits a letter that it divides,
+    further where "tensor" already does: the first letter, or else from the last one backwards, with
+    which a TPU's compiler still scatters. Vectors stay whole. ValueError where an axis divides no
+    letter.
     """
     letters = name.replace(" ", "")
     held = {letter: [*split_over(rules.get(letter))] for letter in letters}
@@ -345,9 +347,9 @@ def fsdp_loss(params, tokens, cfg, mesh):
 def gather_data(w, split):
     """Params, specs -> Params: what FSDP split is whole again, one axis of the torus after another.
 
-    Gathered over several axes at once, or scattered along a dimension that the array has (which is
-    what the gradient of a tiled gather does), a TPU's compiler adds up whole gradients instead: an
-    all-reduce, twice the bytes. So the parts get an axis of their own, which is then folded.
+    The gradient is scattered and added up, an axis at a time too. Gathered over all axes at once, a
+    TPU's compiler makes an all-reduce of each gather and scatter: twice the bytes, and whole
+    gradients on every chip.
     """
     def whole(w, spec):
         for i, axes in enumerate(spec):
@@ -734,7 +736,7 @@ def comm_bytes(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0):
     copies = math.prod(mesh.shape[axis] for axis in data_axes(mesh))
     n = copies * (tensor if layout == "batch" and form != "train" else 1)
     if B % n:
-        raise ValueError(f"B={B} rows cannot be split over {n} devices")
+        raise ValueError(f"B={B} rows cannot be split over {n} devices: choose a multiple of {n}")
     check_split(cfg, mesh, {**TENSOR, **FSDP} if form == "train" else LAYOUTS[layout].rules)
     if form == "train":
         return tally(train_comm(cfg, B, T, mesh, ring))
@@ -755,7 +757,7 @@ def comm_bytes(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0):
 
 def comm_seconds(sent, link, ways=1):
     """dict, bytes/s, int -> seconds: of what `comm_bytes` gives, over links of so many bytes a
-    second each way. Permutes go `ways` ways, all others are taken as rings of one. Latency, a
-    microsecond or so for each step, is not in it."""
-    return sum(size / link / (ways if kind == "permute" else 1)
+    second each way. Permutes go `ways` ways around a ring, all others both. Latency, a microsecond
+    or so for each hop, is not in it."""
+    return sum(size / link / (ways if kind == "permute" else 2)
                for kind, (_, size) in sent.items())
