@@ -1648,20 +1648,22 @@ def utilisation(done, seconds, ceiling, what, row):
 
 
 def read_by_all(job, cost):
-    """Job, Cost -> Cost: as all devices of a mesh read it together: what several hold, so often. In
-    training each reads all that it gathers."""
+    """Job, Cost -> Cost: of which all devices of a mesh read a part's weights together: what several
+    hold, so often. In training each reads all that it gathers. Weights count once a copy."""
     shape = shard.mesh_axes(**dict(job.mesh))
     if not shape or job.phase in PRODUCTS:
         return cost
     mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
-    moved = cost.weight_bytes * mesh.size // shape.get("tensor", 1)
+    copies = mesh.size // shape.get("tensor", 1)
+    moved, held = cost.weight_bytes * copies, cost.weight_bytes
     if job.phase != "train":
+        held *= copies
         rules, cfg = shard.LAYOUTS[job.layout].rules, job.cfg
         moved = sum(array_bytes(name, cfg, job.dtype) * mesh.size // math.prod(
             mesh.shape[axis] for axes in shard.spec(name, cfg, mesh, rules)
             for axis in shard.split_over(axes)) for name in jax.tree.leaves(read_arrays(cfg)))
     first, *others = cost.parts
-    return cost._replace(weight_bytes=moved, parts=(first._replace(bytes=moved), *others))
+    return cost._replace(weight_bytes=held, parts=(first._replace(bytes=moved), *others))
 
 
 def predicted_row(job, ceilings):
@@ -2341,7 +2343,9 @@ def print_chip_row(row):
           + f", B={row['B']} T={row['T']} S={row['S']}, on {row['chips']} x {row['chip']} "
           f"({row['slice']}" + (f"; mesh {mesh})" if mesh else ")"))
     links = "the compiler's choice" if row["link_seconds"] is None else si(row["link_seconds"], "s")
-    print(f"  predict   {si(row['flops'], 'FLOP')}, weights {gb('weight_bytes')}, cache "
+    read = row["parts"][0]["bytes"]
+    often = f" (read {si(read, 'B')})" * (read > 1.01 * row["weight_bytes"])
+    print(f"  predict   {si(row['flops'], 'FLOP')}, weights {gb('weight_bytes')}{often}, cache "
           f"{gb('cache_bytes')}: {si(row['predicted_seconds'], 's')} bound by {row['bound']}; "
           f"links {links}")
     print(f"  program   {row['compiler']}, jax {row['jax']}: not measured; bytes are of one "
