@@ -475,7 +475,7 @@ def napkin(job, chip, chips, parameters=None, batch=None):
     rounded count in place of the exact one; job.prompt is the context, job.new is 0. Copies of the
     model that share no chips share the batch."""
     cfg, dtype, count = job.cfg, job.dtype, parameters or param_count(job.cfg)
-    table = (not cfg.tied) * cfg.V * cfg.E * wide_bytes(cfg, jnp.dtype(dtype))
+    table = (not cfg.tied) * cfg.V * cfg.E * wide_bytes(cfg, dtype)
     weights = count * jnp.dtype(dtype).itemsize if parameters else weight_bytes(cfg, dtype) + table
     n = degree(cfg, chips)
     copies, memory = chips // n, n * chip.memory
@@ -1648,8 +1648,8 @@ def utilisation(done, seconds, ceiling, what, row):
 
 
 def read_by_all(job, cost):
-    """Job, Cost -> Cost: of which all devices of a mesh read a part's weights together: what several
-    hold, so often. In training each reads all that it gathers. Weights count once a copy."""
+    """Job, Cost -> Cost: what all devices of a mesh read together: weights as often as devices hold
+    them, and in training all that each gathers. As such they count once a copy of the model."""
     shape = shard.mesh_axes(**dict(job.mesh))
     if not shape or job.phase in PRODUCTS:
         return cost

@@ -165,8 +165,10 @@ def init_cache(cfg, B, S, dtype="float32"):
         slots = jnp.zeros((B, cfg.K, S, cfg.D), dtype)
         return Q8(slots, jnp.zeros((B, cfg.K, S, 1))) if slots.dtype == jnp.int8 else slots
 
-    k, v = (tuple(empty() for _ in range(cfg.L)) for _ in "kv")
-    return Cache(k, v, jnp.zeros((B,), jnp.int32))
+    def layers():
+        return tuple(empty() for _ in range(cfg.L))
+
+    return Cache(layers(), layers(), jnp.zeros((B,), jnp.int32))
 
 
 def resize(cache, S):
@@ -769,7 +771,7 @@ def kv_bytes(cfg, B, S, dtype="float32"):
 
 def wide_bytes(cfg, dtype):
     """cfg, dtype -> int: bytes of a number that is not int8, where weights are of that dtype."""
-    return jnp.dtype(cfg.dtype if dtype == jnp.int8 else dtype).itemsize
+    return jnp.dtype(cfg.dtype if jnp.dtype(dtype) == jnp.int8 else dtype).itemsize
 
 
 def array_bytes(name, cfg, dtype):
@@ -780,7 +782,7 @@ def array_bytes(name, cfg, dtype):
     matrix, count = " " in name and jnp.dtype(dtype) == jnp.int8, math.prod(sizes(name, cfg))
     if matrix:
         return count + 4 * math.prod(sizes(name.split()[0], cfg))
-    return count * wide_bytes(cfg, jnp.dtype(dtype))
+    return count * wide_bytes(cfg, dtype)
 
 
 def read_arrays(cfg):
@@ -995,7 +997,8 @@ def save(path, cfg, params, shard_bytes=5e9):
         "max_position_embeddings": 131072, "tie_word_embeddings": cfg.tied,
         "torch_dtype": params.embed.dtype.name}, indent=2))
     shards, room = [{}], shard_bytes
-    for letters, name, w in zip(*map(jax.tree.leaves, (dims(cfg), tensor_names(cfg), params))):
+    for letters, name, w in zip(*map(jax.tree.leaves, (dims(cfg), tensor_names(cfg), params)),
+                                strict=True):
         if shards[-1] and w.nbytes > room:
             shards, room = [*shards, {}], shard_bytes
         room -= w.nbytes

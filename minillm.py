@@ -343,8 +343,7 @@ def causal_backward(saved, dy):
     dy = by_key_head(dy, K)
     total = jnp.sum(dy.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     q_turned, dy_turned = laid_out(q.swapaxes(2, 3)), laid_out(dy.swapaxes(2, 3))
-    dq, dk = [], jnp.zeros((len(k), K, D, T))
-    dv = dk
+    dq, dk, dv = [], *jnp.zeros((2, len(k), K, D, T))
     for (start, stop), p in zip(query_blocks(T), weights):
         rows = slice(start * G, stop * G)
         dp = jnp.einsum("BKMD,BKSD->BKMS", dy[:, :, rows], v[:, :, :stop], **f32)
@@ -419,8 +418,13 @@ def lookup(table, tokens):
     return table[tokens]
 
 
-lookup.defvjp(lambda table, tokens: (table[tokens], (table, tokens)), lambda saved, dy: (
-    jnp.zeros(saved[0].shape).at[saved[1]].add(dy).astype(saved[0].dtype), None))
+def lookup_backward(saved, dy):
+    """(VE, BT), BTE -> VE, None: each token adds to its row, in f32."""
+    table, tokens = saved
+    return jnp.zeros(table.shape).at[tokens].add(dy).astype(table.dtype), None
+
+
+lookup.defvjp(lambda table, tokens: (table[tokens], (table, tokens)), lookup_backward)
 
 
 @jax.named_scope("embed")
@@ -474,7 +478,8 @@ class Adam(NamedTuple):
 
 def adam_init(params):
     """Params -> Adam: zeros, in the parameters' shapes and dtypes."""
-    return Adam(jnp.zeros((), jnp.int32), *(jax.tree.map(jnp.zeros_like, params) for _ in "mv"))
+    m, v = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    return Adam(jnp.zeros((), jnp.int32), m, v)
 
 
 @jax.named_scope("optimizer")
