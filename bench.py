@@ -808,7 +808,7 @@ def build_generate(job, mesh):
                        params, behind(cache, job.prompt), logits, jax.random.key(0), job.new),
                    lambda params, key: (params, empty_cache(job, job.prompt + job.new),
                                         jax.random.normal(key, (job.B, job.cfg.V))),
-                   (1,), lambda out, args: (args[0], out[2], out[1]))
+                   (1, 2), lambda out, args: (args[0], out[2], out[1]))
 
 
 def build_verify(job, mesh):
