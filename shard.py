@@ -114,7 +114,8 @@ def specs_of(params, cfg, mesh, rules):
 def check_rules(cfg, mesh, rules):
     """cfg, Mesh, dict -> None: ValueError unless rules name axes that divide their letters."""
     letters = {letter: split_over(axes) for letter, axes in rules.items() if letter != "matrix"}
-    for name in set(jax.tree.leaves(dims(cfg))):
+    names = set(jax.tree.leaves(dims(cfg)._replace(layers=dims(cfg).layers[0])))
+    for name in names:
         axes = [axis for letter in name.replace(" ", "") for axis in letters.get(letter, ())]
         if len(set(axes)) < len(axes):
             raise ValueError(f"rules {rules} split two letters of one array, {name!r}, over the "
@@ -127,7 +128,8 @@ def check_rules(cfg, mesh, rules):
         if size % n:
             raise ValueError(f"{letter}={size} cannot be split over {n} devices of axis "
                              f"{rules[letter]!r}: choose an axis whose size divides {size}")
-    specs(cfg, mesh, rules)
+    for name in names:
+        spec(name, cfg, mesh, rules)
 
 
 def check_split(cfg, mesh, rules):
