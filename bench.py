@@ -1074,6 +1074,7 @@ class Text(NamedTuple):
     found: dict   # Instruction by name
     inside: dict  # names by computation, in the order of the schedule
     entry: str    # the computation that runs first
+    devices: int  # that it runs on
 
 
 def parse_program(text):
@@ -1094,7 +1095,8 @@ def parse_program(text):
         elif line.endswith("{") and not line.startswith(("HloModule", " ")):
             computation = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line)[1]
             entry = computation if line.startswith("ENTRY") else entry
-    return Text(found, inside, entry)
+    told = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
+    return Text(found, inside, entry, int(told[1]) if told else 1)
 
 
 def arrays(shape):
@@ -1153,7 +1155,7 @@ def origins(program):
     The compiler drops the name of some operations that it makes, such as a product of one row.
     Those belong where their result is used, inside a fusion as outside, or where it came from.
     """
-    found, inside, _ = program
+    found, inside = program.found, program.inside
     users = {}
     for name, op in found.items():
         for place, operand in enumerate(op.operands):
@@ -1348,9 +1350,9 @@ def transfer(program, op, target):
         return None
     kind = KINDS[re.sub("-(start|done)$", "", inner.opcode)]
     kind = "reduce_scatter" if "all-reduce-scatter" in op.calls else kind
-    given = [program.found[name] for name in op.operands]
+    given = [program.found[name] for name in op.operands if name in program.found]
     given = [a for a in given if a.opcode != "call-start" and arrays(a.shape)]
-    n = group_size(inner.line)
+    n = group_size(inner.line, program.devices)
     sent = shard.SENT[kind](sum(a.bytes for each in given for a in arrays(each.shape)), n)
     seconds = 0.0 if target is None else link_seconds(kind, sent, n, target)
     channel, route = ("".join(re.findall(pattern, inner.line)) for pattern in (
@@ -1358,8 +1360,10 @@ def transfer(program, op, target):
     return Transfer(kind, stage, channel, route, sent, len(given), seconds)
 
 
-def group_size(line):
-    """str -> int: devices that a collective is among."""
+def group_size(line, devices):
+    """str, int -> int: devices that a collective is among, of so many."""
+    if "replica_groups={}" in line:
+        return devices
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     if listed:
         return listed[1].count(",") + 1
