@@ -511,13 +511,18 @@ def napkin(job, chip, chips, parameters=None, batch=None):
         "tensor_parallel_degree": useful_degree(job._replace(B=B), chip, parameters)}
 
 
+WAYS = {  # out of a large cache: its model and dtype, instead of these
+    "as it is": lambda cfg, dtype: (cfg, dtype),
+    "grouped queries, K=1": lambda cfg, dtype: (replace(cfg, K=1), dtype),
+    "int8": lambda cfg, dtype: (cfg, "int8"),
+    "both": lambda cfg, dtype: (replace(cfg, K=1), "int8")}
+
+
 def million(job, chip, chips, weights, context=1_000_000):
     """Job, Chip, int, bytes -> list of dict: what a very long sequence's cache takes, and the ways
     out of it."""
-    cfg, found, told = job.cfg, [], []
-    ways = {"as it is": (cfg, job.cache_dtype),
-            "grouped queries, K=1": (replace(cfg, K=1), job.cache_dtype),
-            "int8": (cfg, "int8"), "both": (replace(cfg, K=1), "int8")}
+    found, told = [], []
+    ways = {name: way(job.cfg, job.cache_dtype) for name, way in WAYS.items()}
     for way, (cfg, dtype) in ways.items():
         if (cfg, dtype) in [known for name, known in ways.items() if name in told]:
             continue
@@ -658,7 +663,7 @@ def compiled_plan(job, args, numbers, ways):
     batch, and a step at a million tokens on as many chips as the plan says."""
     (name, _), rows = args.chip, []
     told = {"max_batch": None, "million": rows}
-    job = job._replace(prompt=args.context - job.new, n_draft=1)
+    job = job._replace(prompt=args.context - job.new)
 
     def tried(job, chips):
         try:
@@ -678,16 +683,13 @@ def compiled_plan(job, args, numbers, ways):
         print(f"compiled: the largest batch that {name}'s compiler accepts is {told['max_batch']}, "
               "beside " + ", ".join(f"{n['max_batch']} and {n['batch_with_room']} ({heading})"
                                     for heading, n in numbers.items()))
-        kinds = {"as it is": {}, "grouped queries, K=1": {"K": 1}, "int8": {"dtype": "int8"},
-                 "both": {"K": 1, "dtype": "int8"}}
         for way in ways:
-            asked = dict(kinds[way["way"]])
-            cache = asked.pop("dtype", job.cache_dtype)
+            cfg, cache = WAYS[way["way"]](job.cfg, job.cache_dtype)
             chips = min((n for n in map(chips_of, TARGETS[name].slices.split())
                          if n >= way["chips_needed"]), default=None)
             if chips is None or way["chips_needed"] == 1:
                 chips = 1 if chips else chips_of(TARGETS[name].slices.split()[-1])
-            row = tried(job._replace(B=1, cfg=replace(job.cfg, **asked), cache_dtype=cache,
+            row = tried(job._replace(B=1, cfg=cfg, cache_dtype=cache,
                                      prompt=1_000_000 - job.new), chips)
             rows.append({"way": way["way"], "chips": chips, **{key: row[key] for key in (
                 "fits", "peak_bytes", "memory_bytes", "compiler_seconds", "message")}})
@@ -940,7 +942,7 @@ def mesh_of(job, devices=None):
 
 
 def placed(job, mesh, args):
-    """Job, Mesh, arguments -> of each array, its sharding on the real machine."""
+    """Job, Mesh, arguments -> their shardings on the real machine, one for what is alike."""
     cfg, rows = job.cfg, jax.P(shard.data_axes(mesh) or None)
     rules = shard.LAYOUTS[job.layout].rules
     if job.phase == "train":
@@ -959,8 +961,7 @@ def placed(job, mesh, args):
             return Adam(jax.P(), spec(a.m), spec(a.v))
         if isinstance(a, Cache):
             shard.check_layout(a, mesh, job.layout)
-            return jax.tree.map(lambda spec, part: jax.tree.map(lambda _: spec, part),
-                                shard.cache_specs(mesh, job.layout), a)
+            return shard.cache_specs(mesh, job.layout)
         return rows
 
     split = tuple(map(spec, args))
@@ -996,7 +997,7 @@ class Prepared(NamedTuple):
     """A phase that is ready to run."""
     call: Callable  # -> result, of one run after another
     row: dict       # what the program says
-    text: str       # of the compiled program; None where it runs on the host
+    ops: list       # of the compiled program; None where it runs on the host
 
 
 def prepare(job, params, seed):
@@ -1010,13 +1011,13 @@ def prepare(job, params, seed):
         args = jax.jit(born, out_shardings=placed(job, mesh, jax.eval_shape(born, key)))(key)
     else:
         args = make(tile_params(params, cfg) if tiles_pay(job) else params, key)
-    row, text = {"compile_seconds": 0.0}, None
+    row, ops = {"compile_seconds": 0.0}, None
     if job.phase != "serve":
         start = time.perf_counter()
         compiled = jax.jit(step, donate_argnums=donated).lower(*args).compile()
-        seconds, text = time.perf_counter() - start, compiled.as_text()
-        row = program(step, args, compiled) | {"compile_seconds": seconds, "collectives":
-                                               collectives(operations(text, job=job))}
+        seconds, ops = time.perf_counter() - start, operations(compiled.as_text(), job)
+        row = program(step, args, compiled) | {"compile_seconds": seconds,
+                                               "collectives": collectives(ops)}
         if mesh:
             row["counted"] = shard.traced_comm(step, *args)
         step = compiled
@@ -1027,7 +1028,7 @@ def prepare(job, params, seed):
         args = feed(out, args)
         return out
 
-    return Prepared(call, row, text)
+    return Prepared(call, row, ops)
 
 
 # ---------------------------------------------------------------------------------- compiled text
@@ -1547,10 +1548,10 @@ def alike(shape):
     return f"{dtype}{sorted(size for size in sizes.split(',') if size != '1')}"
 
 
-def copied(ops, text):
-    """list of Op, str -> int: bytes of arrays alike one of a program's arguments of two dimensions
+def copied(ops, arguments):
+    """list of Op, dict -> int: bytes of arrays alike one of a program's arguments of two dimensions
     or more, a weight or a cache, that a step copies from memory to memory."""
-    held = {alike(shape) for shape in entry_arguments(text).values() if "," in alike(shape)}
+    held = {alike(shape) for shape in arguments.values() if "," in alike(shape)}
     return sum(op.written * op.times for op in ops if op.kind == "copy" and op.read and op.written
                and alike(op.shape) in held and op.written >= arrays(op.shape)[0].padded)
 
@@ -1590,7 +1591,7 @@ def profile(prepared, folder=None):
     """
     with tempfile.TemporaryDirectory() as temporary:
         wall, spans = trace(prepared.call, folder or temporary)
-    where = {op.name: (op.region, op.kind, op.source) for op in operations(prepared.text)}
+    where = {op.name: (op.region, op.kind, op.source) for op in prepared.ops}
     took = {}
     spans = sorted(span for span in spans if span[2] in where)
     busy = until = 0
@@ -1712,7 +1713,7 @@ def measure(job, params, ceilings, seed, folder=None):
     say(f", measured {row['measured_seconds'] * 1e3:.1f} ms")
     if folder:
         folder = pathlib.Path(folder) / f"{job.phase}-{job.dtype}-{job.cache_dtype}-{job.B}"
-        if prepared.text:
+        if prepared.ops:
             row["profile"] = profile(prepared, folder)
         else:
             trace(prepared.call, folder)
@@ -2219,14 +2220,14 @@ def compile_job(job):
         message, needed, _ = refused(error)
         return row | {"message": message, "needed_bytes": needed}
     text, target = compiled.as_text(), target_of(job.chip, job.chips)
-    ops = operations(text, job, target if target.clock else None)
+    ops, given = operations(text, job, target if target.clock else None), entry_arguments(text)
     row |= program(step, args, compiled) | {
         "compile_seconds": time.perf_counter() - start,
-        "inputs": sum(a.bytes for name, shape in entry_arguments(text).items()
+        "inputs": sum(a.bytes for name, shape in given.items()
                       for a in arrays(shape) if not re.match(HELD, name)),
-        "padding": {name: more for name, shape in entry_arguments(text).items()
+        "padding": {name: more for name, shape in given.items()
                     if (more := sum(a.padded - a.bytes for a in arrays(shape)))},
-        "collectives": collectives(ops), "copies": copied(ops, text),
+        "collectives": collectives(ops), "copies": copied(ops, given),
         "hbm_bytes": sum((op.read + op.written) * op.times for op in ops), "schedule": ops,
         **(step_seconds(ops, target.read) | {"beside": beside(ops)} if target.clock else {})}
     if row["program_flops"]:  # of a step; in a shard_map each device's part
@@ -2264,7 +2265,6 @@ def compilers():
             stdout=subprocess.PIPE, stderr=errors)
 
         def ask(job):
-            check_compiler(job.chip)
             try:
                 print(json.dumps(job._replace(cfg=job.cfg.__dict__)._asdict()), file=process.stdin,
                       flush=True)
@@ -2302,9 +2302,9 @@ def chip_row(job, ask):
     """Job, ask -> dict: predicted from the sheet, then compiled; nothing is measured."""
     chip, mesh = CHIPS[job.chip], {axis: math.prod(n) if isinstance(n, tuple) else n
                                    for axis, n in job.mesh}
-    formula = sent(job) if job.mesh else {}
+    formula, cost = sent(job) if job.mesh else {}, PHASES[job.phase].cost(job)
     row = predicted_row(job, sheet(chip, job.chips))
-    row |= {"flops": useful_flops(job, PHASES[job.phase].cost(job)), "chip": job.chip,
+    row |= {"flops": useful_flops(job, cost), "chip": job.chip,
             "chips": job.chips, "mesh": mesh, "layout": job.layout, "ring": job.ring, "by": job.by,
             "slice": "one of " * (job.chips == 1) + f"{TARGETS[job.chip].name} "
             + slice_of(job.chip, job.chips),
@@ -2315,7 +2315,7 @@ def chip_row(job, ask):
     row |= ask(job)
     if row["compiler_seconds"]:
         row["mfu"] = row["flops"] / row["compiler_seconds"] / (
-            job.chips * chip.flops[PHASES[job.phase].cost(job).parts[0].dtype])
+            job.chips * chip.flops[cost.parts[0].dtype])
         row["mbu"] = (row["weight_bytes"] + row["cache_bytes"]) / row["compiler_seconds"] / (
             job.chips * chip.read)
     return row
