@@ -41,12 +41,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import shard
-from infer import (TILE, Cache, array_bytes, decode_bytes, decode_flops, extend, generate,
-                   init_cache, kv_bytes, load, model_draft, ngram_draft, prefill, prefill_flops,
+from infer import (Cache, array_bytes, decode_bytes, decode_flops, extend, generate, init_cache,
+                   kv_bytes, load, model_draft, ngram_draft, prefill, prefill_flops,
                    quantize_params, read_arrays, read_json, refill, save, serve, speculate,
-                   tile_params, weight_bytes, wide_bytes)
+                   weight_bytes, wide_bytes)
 from minillm import (Adam, Config, Params, adam_init, cast, causal_pairs, check_tokens, init, loss,
-                     param_count, traced_flops, train_flops, train_step, unembed)
+                     param_count, size_of, traced_flops, train_flops, train_step, unembed)
 
 MB, GB = 1e6, 1e9
 SENTENCE = "So long and thanks for all the fish; "
@@ -63,6 +63,7 @@ DTYPES = ("float32", "bfloat16", "int8")
 gemma = partial(Config, V=256000, act="gelu", embed_scale=True)
 llama2 = partial(Config, D=128, V=32000, eps=1e-5, tied=False)
 llama3 = partial(Config, K=8, V=128256, rope_base=5e5, eps=1e-5)
+qwen3 = partial(Config, K=8, D=128, V=151936, rope_base=1e6, qk_norm=True)
 smollm2 = partial(Config, D=64, V=49152, rope_base=1e5, eps=1e-5)
 MODELS = {  # from each model's own config.json on huggingface.co
     "gemma-2b": gemma(L=18, E=2048, H=8, K=1, D=256, F=16384),
@@ -78,6 +79,12 @@ MODELS = {  # from each model's own config.json on huggingface.co
     "llama-3.2-3b": llama3(L=28, E=3072, H=24, D=128, F=8192, rope_scaling=(32, 1, 4, 8192)),
     "mistral-7b": Config(L=32, E=4096, H=32, K=8, D=128, F=14336, V=32768, rope_base=1e6,
                          eps=1e-5, tied=False),
+    "qwen3-0.6b": qwen3(L=28, E=1024, H=16, F=3072),
+    "qwen3-1.7b": qwen3(L=28, E=2048, H=16, F=6144),
+    "qwen3-4b": qwen3(L=36, E=2560, H=32, F=9728),
+    "qwen3-8b": qwen3(L=36, E=4096, H=32, F=12288, tied=False),
+    "qwen3-14b": qwen3(L=40, E=5120, H=40, F=17408, tied=False),
+    "qwen3-32b": qwen3(L=64, E=5120, H=64, F=25600, tied=False),
     "smollm2-135m": smollm2(L=30, E=576, H=9, K=3, F=1536),
     "smollm2-360m": smollm2(L=32, E=960, H=15, K=5, F=2560),
     "smollm2-1.7b": smollm2(L=24, E=2048, H=32, K=32, F=8192, rope_base=1.3e5),
@@ -335,7 +342,7 @@ def prefill_cost(job):
     """All weights once, and the cache written once. (`rows_at_a_time` may read weights again
     for each thousand tokens or two: nothing beside their flops.)"""
     cfg, B, T = job.cfg, job.B, job.prompt
-    return cost(job, T, T, B * T, prefill_flops(cfg, B, T, job.dtype), weight_bytes(cfg, job.dtype),
+    return cost(job, T, T, B * T, prefill_flops(cfg, B, T), weight_bytes(cfg, job.dtype),
                 kv_bytes(cfg, B, T, job.cache_dtype), cfg.dtype)
 
 
@@ -343,7 +350,7 @@ def extend_cost(job, T, S):
     """T tokens behind others: all weights, and all slots of the cache whether filled or not."""
     cfg, B, S = job.cfg, job.B, slots(job, S)
     moved = decode_bytes(cfg, B, S, T, cache_dtype=job.cache_dtype, dtype=job.dtype)
-    return cost(job, T, S, B * T, decode_flops(cfg, B, S, T, dtype=job.dtype), moved["weights"],
+    return cost(job, T, S, B * T, decode_flops(cfg, B, S, T), moved["weights"],
                 moved["cache_read"] + moved["cache_write"], cached_dtype(job))
 
 
@@ -403,7 +410,7 @@ def predict(cost, ceilings):
 def multiplied(cfg):
     """cfg -> int: parameters that each token is multiplied with: not norms, nor an untied table of
     which rows are read."""
-    return param_count(cfg) - (2 * cfg.L + 1) * cfg.E - (not cfg.tied) * cfg.V * cfg.E
+    return sum(size_of(name, cfg) for name in jax.tree.leaves(read_arrays(cfg)) if " " in name)
 
 
 def crossover(cfg):
@@ -445,7 +452,6 @@ def step_parts(job, chip, chips, parameters=None):
     flops and bytes together. `parameters` replaces the exact count of what is multiplied."""
     cost = PHASES[job.phase].cost(job)
     weights, attention = cost.parts
-    weights = weights._replace(flops=weights.flops - cost.flops.get("padding", 0))
     if parameters:
         weights = weights._replace(flops=2 * job.B * cost.T * parameters,
                                    bytes=parameters * jnp.dtype(job.dtype).itemsize)
@@ -985,14 +991,6 @@ def program(step, args, compiled):
             "peak_bytes": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"]}
 
 
-def tiles_pay(job):
-    """Job -> bool: do weights stream faster in tiles? On a CPU, in f32, for 2 to 16 rows of new
-    tokens, where every weight's outputs are a multiple of 64."""
-    cfg, rows = job.cfg, job.B * PHASES[job.phase].cost(job).T
-    return (on_cpu() and job.dtype == "float32" and job.phase not in ("train", "prefill")
-            and 2 <= rows <= 16 and not any(n % TILE for n in (cfg.E, cfg.F, cfg.K * cfg.D)))
-
-
 class Prepared(NamedTuple):
     """A phase that is ready to run."""
     call: Callable  # -> result, of one run after another
@@ -1010,7 +1008,7 @@ def prepare(job, params, seed):
             return make(in_dtype(init(key, cfg, cfg.dtype), cfg, job.dtype), key)
         args = jax.jit(born, out_shardings=placed(job, mesh, jax.eval_shape(born, key)))(key)
     else:
-        args = make(tile_params(params, cfg) if tiles_pay(job) else params, key)
+        args = make(params, key)
     row, ops = {"compile_seconds": 0.0}, None
     if job.phase != "serve":
         start = time.perf_counter()
@@ -1674,11 +1672,10 @@ def read_by_all(job, cost):
 def predicted_row(job, ceilings):
     """Job, dict -> dict: the half of a row that is known before anything runs."""
     cost = read_by_all(job, PHASES[job.phase].cost(job))
-    padding = cost.flops.get("padding", 0)
     return {"phase": job.phase, "model": job.model, "K": job.cfg.K, "dtype": job.dtype,
             "cache_dtype": job.cache_dtype, "B": job.B, "T": cost.T, "S": cost.S,
             "tokens": cost.tokens,
-            "flops": sum(cost.flops.values()) - padding, "padding_flops": padding,
+            "flops": sum(cost.flops.values()),
             "weight_bytes": cost.weight_bytes, "cache_bytes": cost.cache_bytes,
             **predict(cost, ceilings)}
 
@@ -1735,7 +1732,7 @@ COLUMNS = (  # heading, width, text of a row
     ("cache", -8, lambda r: r["cache_dtype"] if r["phase"] != "train" else "-"),
     ("B", 3, lambda r: r["B"]), ("T", 4, lambda r: r["T"]), ("S", 5, lambda r: r["S"]),
     ("|", 1, lambda r: "|"),
-    ("GFLOP", 7, lambda r: f"{(r['flops'] + r['padding_flops']) / GB:.2f}"),
+    ("GFLOP", 7, lambda r: f"{r['flops'] / GB:.2f}"),
     ("weights MB", 10, megabytes("weight_bytes")), ("cache MB", 8, megabytes("cache_bytes")),
     ("predict ms", 10, milliseconds("predicted_seconds")), ("bound", 5, lambda r: r["bound"]),
     ("|", 1, lambda r: "|"),
@@ -1834,8 +1831,7 @@ def print_attention(job):
             ("a causal pass", "a generate step"),
             (prefill_flops(job.cfg, 1, T), decode_flops(job.cfg, 1, S)),
             (f"T = {T}", f"S = {S}"), crossover(job.cfg)):
-        useful = sum(flops.values()) - flops.get("padding", 0)
-        share = (flops["scores"] + flops["values"]) / useful
+        share = (flops["scores"] + flops["values"]) / sum(flops.values())
         print(f"attention is {share:.1%} of the flops of {name} at {size}, "
               f"and as much as the weights' at {size[0]} = {equal}")
 
@@ -2288,13 +2284,11 @@ def compilers():
 
 
 def useful_flops(job, cost):
-    """Job, Cost -> int: without padding, and of a causal pass only the pairs at and below the
-    diagonal."""
-    flops = {name: count for name, count in cost.flops.items() if name != "padding"}
+    """Job, Cost -> int: without what is computed again, and of a causal pass only the pairs at and
+    below the diagonal."""
+    flops, T = dict(cost.flops), job.prompt
     if job.phase in ("train", "prefill"):
-        T = job.prompt
-        for name in ("scores", "values"):
-            flops[name] = flops[name] * (T * (T + 1) // 2) // causal_pairs(T)
+        flops["scores"] = flops["values"] = flops["values"] * (T * (T + 1) // 2) // causal_pairs(T)
     return sum(flops.values())
 
 

@@ -15,19 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minillm import (Config, Layer, Params, attention, block, causal_attention, causal_pairs,
-                     check_tokens, dims, embed, forward, matmul, product_flops, rotary, sizes,
-                     unembed)
+from minillm import (Config, attention, block, causal_attention, causal_pairs, check_tokens, dims,
+                     embed, forward, known, matmul, normalised, product, product_flops, rotary,
+                     size_of, sizes, unembed)
 
 # --------------------------------------------------------------------------------------------- int8
 
 
 class Q8(NamedTuple):
-    """int8 numbers and their f32 scales: q * scale. As a weight, it is widened for its product.
-
-    A byte a weight is read where the hardware's compiler fuses the widening, as on a GPU or TPU. A
-    CPU writes the wide weights to memory first, and is slower than if they had been wide.
-    """
+    """int8 numbers and their f32 scales: q * scale. As a weight, it is widened for its product."""
     q: Any      # int8
     scale: Any  # f32, in the shape of q but for contracted letters, which are 1
 
@@ -45,15 +41,11 @@ class Q8(NamedTuple):
 
 
 class Q8A8(Q8):
-    """int8 weights that meet int8 activations: each row of x is quantised, sums are int32.
-
-    This streams a byte a weight on a CPU too.
-    """
+    """int8 weights that meet int8 activations: each row of x is quantised, sums are int32."""
     def matmul(self, x):
         """MC -> MO."""
         x, w = quantize(x, -1), self.q.reshape(-1, x.shape[-1])
-        y = jax.lax.dot_general(x.q, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-        return y * x.scale * self.scale.reshape(-1)
+        return product(x.q, w, jnp.int32) * x.scale * self.scale.reshape(-1)
 
 
 def quantize(x, axes):
@@ -83,57 +75,6 @@ def quantize_params(params, cfg, kind=Q8A8):
         return kind(*quantize(w, contracted)) if " " in name else w.astype(cfg.dtype)
 
     return jax.tree.map(leaf, dims(cfg)._replace(embed="V E" if cfg.tied else "rows"), params)
-
-
-# -------------------------------------------------------------------------------------------- tiles
-
-
-TILE = 64      # outputs that stand side by side in memory
-FEW_ROWS = 64  # above, putting a weight back together costs less than a copy of x for each tile
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=("tiles",), meta_fields=("shape",))
-@dataclasses.dataclass(frozen=True)
-class Tiled:
-    """A weight, of the `shape` that `dims` gives it, in tiles of 64 outputs, each input x output.
-
-    For a CPU and 2 to 16 f32 rows. XLA's library turns a weight that is stored output x input anew
-    at each product, before it multiplies; a tile is in the form that it wants. Eight rows of a
-    1536 x 576 weight read it at 24 GB/s instead of 11, and a step at batch 8 takes 0.55 to 0.75 of
-    the time. One row gains nothing; 32 gain on jax 0.12 alone; bf16 and int8 gain or lose a tenth.
-    """
-    tiles: Any    # [O / 64, C, 64]
-    shape: tuple
-
-    dtype = property(lambda self: self.tiles.dtype)
-
-    def matmul(self, x):
-        """MC -> MO."""
-        f32 = dict(preferred_element_type=jnp.float32)
-        if len(x) > FEW_ROWS:
-            whole = self.tiles.swapaxes(0, 1).reshape(x.shape[1], -1)
-            return jnp.einsum("MC,CO->MO", x, whole, **f32)
-        each = jnp.broadcast_to(x, (len(self.tiles), *x.shape))  # else the tiles are turned, too
-        y = jnp.einsum("nMC,nCO->nMO", each, self.tiles, **f32)
-        return y.swapaxes(0, 1).reshape(len(x), -1)
-
-
-def tile_params(params, cfg):
-    """Params, cfg -> Params: every layer's weights as Tiled; not the table: rows of it are read.
-
-    ValueError where a weight's outputs are no multiple of 64, or it is int8 or tiled already.
-    """
-    def leaf(name, w):
-        if " " not in name:
-            return w
-        outputs, contracted = (math.prod(sizes(letters, cfg)) for letters in name.split())
-        if outputs % TILE or hasattr(w, "matmul"):  # what brings its own product: see dot
-            raise ValueError(f"a {type(w).__name__} of {outputs} outputs in {w.dtype}: tiles take "
-                             f"wide weights, plain arrays of a multiple of {TILE} outputs; use the "
-                             "parameters as they are")
-        return Tiled(w.reshape(-1, TILE, contracted).swapaxes(1, 2), w.shape)
-
-    return params._replace(layers=jax.tree.map(leaf, dims(cfg).layers, params.layers))
 
 
 # ---------------------------------------------------------------------------------------- the cache
@@ -183,11 +124,6 @@ def resize(cache, S):
     return Cache(*jax.tree.map(fit, cache[:2]), cache.length)
 
 
-def concrete(x):
-    """array -> bool: can its values be looked at now, or only once the program runs?"""
-    return not isinstance(x, jax.core.Tracer)
-
-
 def check_room(cache, new, S=None):
     """Cache, int -> None: ValueError unless every row has room for `new` more tokens in S slots.
 
@@ -197,7 +133,8 @@ def check_room(cache, new, S=None):
     if new < 0:
         raise ValueError(f"{new} new tokens: 0 or more")
     S = cache.k[0].shape[2] if S is None else S
-    held = int(np.max(cache.length)) if concrete(cache.length) else 0
+    lengths = known(cache.length)
+    held = 0 if lengths is None else int(lengths.max())
     if held + new > S:
         raise ValueError(f"{held} tokens in the cache + {new} new > {S} slots: "
                          f"init_cache or resize with S={held + new}")
@@ -224,33 +161,21 @@ def as_seen(held, dtype):
 def write(slots, new, pos):
     """BKSD, BKTD, BT -> BKSD: each row's T new tokens stand at the slots of their positions.
 
-    In place in a donated cache. For that every index is named, heads too: with heads as a slice,
-    TPUs hold the cache in another layout, with slots before heads, and copy all of it, 4 times its
-    bytes. A lone slot is listed twice, the second time at a row that is not there: XLA would turn
-    one index into a slice that it updates, and copy the cache. Positions outside 0 to S - 1 are
-    dropped.
+    In place in a donated cache. For that every index is named: with heads as a slice, compilers
+    hold the cache in another layout and copy all of it. Positions outside 0 to S - 1 are dropped.
     """
-    B, K, T, _ = new.shape
+    B, K, _, _ = new.shape
     row, head = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
     slot = jnp.where(pos < 0, slots.shape[2], pos)[:, None]
-    if B * K * T == 1:
-        row, slot, new = jnp.arange(2)[:, None, None], *(jnp.concatenate([a, a]) for a in (
-            slot, new))
-    return jax.tree.map(lambda slots, new: slots.at[row, head, slot].set(new, mode="drop"),
-                        slots, as_held(new, slots))
+    return jax.tree.map(
+        lambda slots, new: slots.at[row, head, slot].set(new, mode="drop"), slots,
+        as_held(new, slots))
 
 
-def cached_attention(q, k, v, pos, softmax=jax.nn.softmax):
-    """BTHD, BKSD, BKSD, BT -> BTHD: `attention` to a cache, int8 or not.
-
-    The jaxpr makes no wide copy of int8 slots; XLA's CPU backend does, a layer at a time (8 times
-    the bytes of one int8 array in temporaries). So there an int8 cache is smaller, not surely
-    faster: steps of smollm2-135m took 0.8 to 0.9 of the time with an f32 cache on jax 0.10.2, and
-    0.97 (B = 1) to 1.28 (B = 32) on 0.12.
-    """
-    if not isinstance(k, Q8):
-        return attention(q, k, v, pos, softmax=softmax)
-    return attention(q, k.q, v.q, pos, k.scale.swapaxes(2, 3), v.scale.swapaxes(2, 3), softmax)
+def cached_attention(q, k, v, pos, finish=normalised):
+    """BTHD, BKSD, BKSD, BT -> BTHD: `attention` to a cache, int8 or not, that holds no more than
+    2^20 scores of a row and head at once: all slots' of a few tokens, some of a long chunk's."""
+    return attention(q, k, v, pos, finish, max(128, 2 ** 20 // q.shape[1]))
 
 
 def check_prompts(cache, tokens, lengths):
@@ -260,9 +185,10 @@ def check_prompts(cache, tokens, lengths):
         raise ValueError(f"prompt of {T} tokens > {S} slots: init_cache(S={T})")
     if jnp.shape(lengths) != (B,):
         raise ValueError(f"lengths of shape {jnp.shape(lengths)} for {B} prompts: expected [{B}]")
-    if concrete(lengths) and (np.min(lengths) < 1 or np.max(lengths) > T):
-        raise ValueError(f"lengths {np.min(lengths)} to {np.max(lengths)}: prompts padded to {T} "
-                         f"tokens have lengths of 1 to {T}")
+    for length in () if known(lengths) is None else known(lengths):
+        if not 1 <= length <= T:
+            raise ValueError(f"lengths hold {length}: prompts padded to {T} tokens have lengths of "
+                             f"1 to {T}")
 
 
 # ------------------------------------------------------------------------ prefill, extend, generate
@@ -288,24 +214,24 @@ def fill_cache(q, k, v, old_k, old_v, pos):
     return causal_attention(q, *seen), insert(old, held, 0)
 
 
-def through_layers(params, cache, x, pos, cfg, look, **seams):
-    """Params, Cache, BTE, BT, cfg, look -> BTE, k, v: every block, and the cache's new arrays.
+def through_layers(params, cache, x, pos, cfg, attend, **seams):
+    """Params, Cache, BTE, BT, cfg, attend -> BTE, k, v: every block, and the cache's new arrays.
 
-    `look(q, k, v, old_k, old_v, pos)` gives one layer's BTHD and its pair of BKSD.
+    `attend(q, k, v, old_k, old_v, pos)` gives one layer's BTHD and its pair of BKSD.
     """
     table, written = rotary(pos, cfg), []
     for w, *old in zip(params.layers, cache.k, cache.v):
-        x, kv = block(x, w, table, cfg, lambda q, k, v: look(q, k, v, *old, pos), **seams)
+        x, kv = block(x, w, table, cfg, lambda q, k, v: attend(q, k, v, *old, pos), **seams)
         written.append(kv)
     return x, *zip(*written)
 
 
-def append(params, cache, tokens, cfg, look=extend_cache, embed=embed, **seams):
+def append(params, cache, tokens, cfg, attend=extend_cache, embed=embed, **seams):
     """Params, Cache, BT, cfg -> BTE, Cache: `extend`, unchecked, of parts that can be replaced
     where a model lives on several devices."""
     pos = cache.length[:, None] + jnp.arange(tokens.shape[1])
     x = embed(params, tokens, cfg)
-    x, k, v = through_layers(params, cache, x, pos, cfg, look, **seams)
+    x, k, v = through_layers(params, cache, x, pos, cfg, attend, **seams)
     return x, Cache(k, v, cache.length + tokens.shape[1])
 
 
@@ -322,13 +248,13 @@ def extend(params, cache, tokens, cfg):
     return append(params, cache, tokens, cfg)
 
 
-def read_prompts(params, cache, tokens, lengths, cfg, look=fill_cache, embed=embed,
+def read_prompts(params, cache, tokens, lengths, cfg, attend=fill_cache, embed=embed,
                  unembed=unembed, **seams):
     """Params, Cache, BT, B, cfg -> BV, Cache: `prefill`, unchecked, of parts that can be replaced
     where a model lives on several devices."""
     (B, T), lengths = tokens.shape, jnp.asarray(lengths, jnp.int32)
     x, pos = embed(params, tokens, cfg), jnp.broadcast_to(jnp.arange(T), (B, T))
-    x, k, v = through_layers(params, cache, x, pos, cfg, look, **seams)
+    x, k, v = through_layers(params, cache, x, pos, cfg, attend, **seams)
     last = x[jnp.arange(B), lengths - 1][:, None]
     return unembed(params, last, cfg)[:, 0], Cache(k, v, lengths)
 
@@ -343,8 +269,7 @@ def prefill(params, cache, tokens, lengths, cfg, rows=None):
 
     With `rows`, a Python int, the batch is read that many rows at a time, in a scan: each group
     reads all weights again, which the flops of a thousand tokens hide, and temporaries are those of
-    one group. On a CPU they may then stay in its caches: 32 x 256 tokens of smollm2-135m in bf16
-    take 0.9 of the time, 8 at a time. (`prefill_flops` of a group, times groups.)
+    one group. (`prefill_flops` of a group, times groups.)
     """
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
@@ -358,17 +283,17 @@ def prefill(params, cache, tokens, lengths, cfg, rows=None):
 
     lengths = jnp.asarray(lengths, jnp.int32)
     groups = jnp.arange(0, B, rows), tokens.reshape(-1, rows, T), lengths.reshape(-1, rows)
-    kv, logits = jax.lax.scan(lambda kv, group: read_apart(params, kv, *group, cfg), cache[:2],
-                              groups)
+    kv, logits = jax.lax.scan(lambda kv, group: read_apart(params, kv, *group, cfg)[::-1],
+                              cache[:2], groups)
     return logits.reshape(B, -1), Cache(*kv, lengths)
 
 
 def read_apart(params, kv, row, tokens, lengths, cfg):
-    """Params, (k, v), int, BT, B, cfg -> (k, v), BV: prompts read in a cache of their own, which is
+    """Params, (k, v), int, BT, B, cfg -> BV, (k, v): prompts read in a cache of their own, which is
     then inserted from `row` on."""
     own = init_cache(cfg, *tokens.shape, kv[0][0].dtype)
     logits, own = prefill(params, own, tokens, lengths, cfg)
-    return insert(kv, own[:2], row), logits
+    return logits, insert(kv, own[:2], row)
 
 
 def one_hot(token, V):
@@ -478,7 +403,7 @@ def refill(params, cache, logits, row, prompt, length, cfg):
 
     The prompt is read on its own and its cache inserted; the other rows do not notice.
     """
-    kv, new_logits = read_apart(params, cache[:2], row, prompt, length, cfg)
+    new_logits, kv = read_apart(params, cache[:2], row, prompt, length, cfg)
     lengths = cache.length.at[row].set(length[0])
     return logits.at[row].set(new_logits[0]), Cache(*kv, lengths)
 
@@ -679,12 +604,11 @@ def check_speculation(params, cache, tokens, key, n, cfg, draft, state):
         raise ValueError(f"a draft of V={V} for a model of V={cfg.V}: they share no vocabulary")
     for held in (cache, state) if isinstance(state, Cache) else (cache,):
         check_room(held._replace(length=cache.length), n + n_draft + 1)
-    if concrete(cache.length):
-        known, fewest = int(np.max(cache.length)) + 1, int(np.min(cache.length)) + 1
-        if known + n + n_draft > S:
-            raise ValueError(f"tokens of width {S} hold {known} known + {n} new + {n_draft} "
-                             f"proposed: pad them to {known + n + n_draft}")
-        if fewest < 2:
+    for length in () if known(cache.length) is None else known(cache.length):
+        if length + 1 + n + n_draft > S:
+            raise ValueError(f"tokens of width {S} hold {length + 1} known + {n} new + {n_draft} "
+                             f"proposed: pad them to {length + 1 + n + n_draft}")
+        if length < 1:
             raise ValueError("a row of one known token: speculation starts behind two or more, all "
                              "but the last in the cache")
     return keys, n_draft
@@ -747,17 +671,14 @@ def rounds(params, cache, tokens, keys, n, n_draft, cfg, draft, state, temperatu
 # ----------------------------------------------------------------------------------- what they cost
 
 
-def prefill_flops(cfg, B, T, dtype=None):
-    """cfg, int, int -> dict: `forward_flops`, but only B positions are unembedded, not B*T.
-
-    `dtype`, here and below, is that of the weights, cfg.dtype unless given; "int8" is Q8 or Q8A8.
-    """
-    return product_flops(cfg, B * T, B, B * causal_pairs(T), dtype)
+def prefill_flops(cfg, B, T):
+    """cfg, int, int -> dict: `forward_flops`, but only B positions are unembedded, not B*T."""
+    return product_flops(cfg, B * T, B, B * causal_pairs(T))
 
 
-def decode_flops(cfg, B, S, T=1, dtype=None):
+def decode_flops(cfg, B, S, T=1):
     """cfg, int, int, int -> dict: `extend` by T tokens and `unembed`: each meets all S slots."""
-    return product_flops(cfg, B * T, B * T, B * T * S, dtype)
+    return product_flops(cfg, B * T, B * T, B * T * S)
 
 
 def kv_bytes(cfg, B, S, dtype="float32"):
@@ -779,10 +700,9 @@ def array_bytes(name, cfg, dtype):
 
     In int8 each output of a matrix has an f32 scale, and norm scales stay in cfg.dtype.
     """
-    matrix, count = " " in name and jnp.dtype(dtype) == jnp.int8, math.prod(sizes(name, cfg))
-    if matrix:
-        return count + 4 * math.prod(sizes(name.split()[0], cfg))
-    return count * wide_bytes(cfg, dtype)
+    if " " in name and jnp.dtype(dtype) == jnp.int8:
+        return size_of(name, cfg) + 4 * size_of(name.split()[0], cfg)
+    return size_of(name, cfg) * wide_bytes(cfg, dtype)
 
 
 def read_arrays(cfg):
@@ -812,10 +732,14 @@ def decode_bytes(cfg, B, S, T=1, cache_dtype="float32", dtype=None):
 
 
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-NAMES = Layer("input_layernorm", *(f"self_attn.{letter}_proj" for letter in "qkvo"),
-              "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+NAMES = dict(  # of each array in Hugging Face's files
+    embed="model.embed_tokens", out_norm="model.norm", unembed="lm_head",
+    attn_norm="input_layernorm", wq="self_attn.q_proj", wk="self_attn.k_proj",
+    wv="self_attn.v_proj", wo="self_attn.o_proj", q_norm="self_attn.q_norm",
+    k_norm="self_attn.k_norm", mlp_norm="post_attention_layernorm", w_gate="mlp.gate_proj",
+    w_up="mlp.up_proj", w_down="mlp.down_proj")
 PLAIN = {  # what config.json may ask for, where any other value is another model
-    "model_type": ("llama", "mistral", "gemma"), "hidden_act": (None, "silu", "gelu_pytorch_tanh"),
+    "model_type": ("llama", "mistral", "gemma", "qwen3"), "hidden_act": (None, "silu", "gelu_pytorch_tanh"),
     **dict.fromkeys(("attention_bias", "mlp_bias", "use_qk_norm", "qk_layernorm",
                      "rope_interleaved", "use_bidirectional_attention", "attn_logit_softcapping",
                      "final_logit_softcapping", "quantization_config"), (None, False)),
@@ -823,11 +747,15 @@ PLAIN = {  # what config.json may ask for, where any other value is another mode
 
 
 def tensor_names(cfg):
-    """cfg -> Params: the name that each array has in Hugging Face's files."""
-    layers = tuple(Layer(*(f"model.layers.{i}.{name}.weight" for name in NAMES))
-                   for i in range(cfg.L))
-    return Params("model.embed_tokens.weight", layers, "model.norm.weight",
-                  None if cfg.tied else "lm_head.weight")
+    """cfg -> Params: the name of each array in Hugging Face's files. ValueError for one without."""
+    def name(path, _):
+        *layer, field = path
+        if field.name not in NAMES:
+            raise ValueError(f"no name in files is known for the array {field.name}: add it to "
+                             "infer.NAMES")
+        return "".join(f"model.layers.{at.idx}." for at in layer[1:]) + NAMES[field.name] + ".weight"
+
+    return jax.tree.map_with_path(name, dims(cfg))
 
 
 def parse_config(config):
@@ -842,9 +770,12 @@ def parse_config(config):
 
 def understood(config):
     """dict -> Config: `parse_config`, but for errors of its own kind."""
-    window = config.get("sliding_window", 4096 if config.get("model_type") == "mistral" else None)
+    kind = config.get("model_type")
+    window = config.get("sliding_window", 4096 if kind == "mistral" else None)
+    if kind == "qwen3" and not config.get("use_sliding_window"):
+        window = None
     config = {name: value for name, value in config.items() if value is not None}
-    gemma = config.get("model_type") == "gemma"
+    gemma = kind == "gemma"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     act = config.get("hidden_activation", config.get("hidden_act"))
     if gemma and act in (None, "gelu"):
@@ -869,12 +800,12 @@ def understood(config):
     scaling = None if asked["rope_type"] == "default" else tuple(rope[name] for name in (
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
     return Config(L, E, H, config.get("num_key_value_heads", H),
-                  config.get("head_dim", 256 if gemma else E // H), F, V,
+                  config.get("head_dim", {"gemma": 256, "qwen3": 128}.get(kind, E // H)), F, V,
                   rope_base=float(rope.get("rope_theta", config.get("rope_theta", 1e4))),
                   eps=config.get("rms_norm_eps", 1e-6), embed_scale=gemma,
                   act="gelu" if act == "gelu_pytorch_tanh" else "silu",
                   tied=config.get("tie_word_embeddings", gemma),
-                  rope_scaling=scaling)
+                  rope_scaling=scaling, qk_norm=kind == "qwen3")
 
 
 def read_json(path):
@@ -919,7 +850,7 @@ def read_safetensors(path):
 def load(path, dtype=None):
     """path -> cfg, Params: a Hugging Face folder: config.json and model.safetensors, or its shards.
 
-    Llama 2 and 3, SmolLM2, TinyLlama, Mistral and Gemma 1, in the file's dtype (then cfg.dtype) or
+    Llama 2 and 3, SmolLM2, TinyLlama, Mistral, Gemma 1 and Qwen 3, in the file's dtype (then cfg.dtype) or
     the one given. Tensors are mapped from the file and copied once. Gemma stores norm scales less
     one; here they are whole, and f32, since bf16 would round the sum. ValueError that names what is
     not implemented, missing, unexpected, or of another shape.
@@ -943,7 +874,7 @@ def load(path, dtype=None):
     def read(letters, name):
         if name not in found:
             raise ValueError(f"{path}: tensor {name} is missing")
-        a, stored = found.pop(name), tuple(math.prod(sizes(w, cfg)) for w in letters.split())
+        a, stored = found.pop(name), tuple(size_of(word, cfg) for word in letters.split())
         if a.shape != stored:
             raise ValueError(f"{path}: tensor {name} has shape {a.shape}, not {stored}, which "
                              "config.json says")
@@ -983,11 +914,13 @@ def save(path, cfg, params, shard_bytes=5e9):
     path, leaves = pathlib.Path(path), jax.tree.leaves(params)
     if not {w.dtype.name for w in leaves} <= set(SAFETENSORS_DTYPES.values()):
         raise ValueError("int8 weights are not saved: save those they were made from")
+    if cfg.embed_scale and cfg.qk_norm:
+        raise ValueError("no family of files has both embed_scale and qk_norm")
+    kind = "gemma" if cfg.embed_scale else "qwen3" if cfg.qk_norm else "llama"
     path.mkdir(parents=True, exist_ok=True)
     scaling = dict(zip(("factor", "low_freq_factor", "high_freq_factor",
                         "original_max_position_embeddings"), cfg.rope_scaling or ()))
     act = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}[cfg.act]
-    kind = "gemma" if cfg.embed_scale else "llama"
     (path / "config.json").write_text(json.dumps({
         "architectures": [f"{kind.title()}ForCausalLM"], "model_type": kind, "vocab_size": cfg.V,
         "hidden_size": cfg.E, "intermediate_size": cfg.F, "num_hidden_layers": cfg.L,
@@ -1002,8 +935,7 @@ def save(path, cfg, params, shard_bytes=5e9):
         if shards[-1] and w.nbytes > room:
             shards, room = [*shards, {}], shard_bytes
         room -= w.nbytes
-        shards[-1][name] = np.asarray(w).reshape([math.prod(sizes(word, cfg))
-                                                  for word in letters.split()])
+        shards[-1][name] = np.asarray(w).reshape([size_of(word, cfg) for word in letters.split()])
         if cfg.embed_scale and " " not in letters:
             shards[-1][name] = np.asarray(w, np.float32) - 1
     index = path / "model.safetensors.index.json"

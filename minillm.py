@@ -6,16 +6,256 @@ One alphabet, here and in every other file. A shape is written as its letters, B
     E embed   F feed-forward   H query heads   K key/value heads   G = H/K   D head dim
     and for any product: M rows   C contracted   O outputs
 
-`BT, E -> BTE` at the top of a docstring is its contract: shapes in, shapes out. State goes in and
-comes out, nothing is mutated, and `jax.jit` and donation belong to the caller.
+`BT, E -> BTE` at the top of a docstring is its contract: shapes in, shapes out; cfg is a Config.
+State goes in and comes out, nothing is mutated, and `jax.jit` and donation belong to the caller.
+Results come in one order: what was made, then state, then what is reported about both.
 """
 import math
+from collections import namedtuple
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+F32 = dict(preferred_element_type=jnp.float32)  # whatever a product multiplies, its sums are f32
+
+# ------------------------------------------------------------------------------ products and norms
+
+
+def product(x, w, sums=jnp.float32):
+    """MC, OC -> MO: every row of x with every row of w."""
+    return in_two_rows(partial(jnp.einsum, "MC,OC->MO", preferred_element_type=sums), x, w)
+
+
+@jax.custom_gradient
+def matmul(x, w):
+    """MC, OC -> MO: a product with a weight: 2BP flops, B = M rows and P = OC numbers.
+
+    Backwards there are two for the one forwards, so training costs 6BP.
+    """
+    def backward(dy):
+        dy = dy.astype(w.dtype)
+        spine = jnp.einsum("MO,OC->MC", dy, w, **F32)            # goes down to the layer below
+        weight_gradient = jnp.einsum("MO,MC->OC", dy, x, **F32)  # stays here
+        return spine.astype(x.dtype), weight_gradient.astype(w.dtype)
+
+    return product(x, w), backward
+
+
+def dot(x, w, n=1, dtype=None):
+    """...C, OC -> ...O: x with one weight, over the last n letters of both, as one 2-D product.
+
+    The result has the dtype of x unless one is given. A weight that is no array brings its own
+    product of MC -> MO: see infer.Q8.
+    """
+    rows = x.reshape(-1, math.prod(w.shape[-n:]))
+    y = w.matmul(rows) if hasattr(w, "matmul") else matmul(rows, w.reshape(-1, rows.shape[1]))
+    return y.reshape(x.shape[:-n] + w.shape[:-n]).astype(dtype or x.dtype)
+
+
+def dots(x, ws):
+    """BTE, (FE, FE) -> (BTF, BTF): one input, several weights."""
+    return tuple(dot(x, w) for w in ws)
+
+
+def rms_norm(x, scale, eps):
+    """BTE, E, eps -> BTE: x over its root mean square, taken in f32. arXiv:1910.07467."""
+    wide = x.astype(jnp.float32)
+    unit = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (unit * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+@jax.named_scope("embed")
+def rotary(pos, cfg):
+    """BT, cfg -> table: cosines and sines of every position's angles, both BT(D/2).
+
+    In f32: bf16 rounds 257 to 256, and sin(257) is not sin(256). With `cfg.rope_scaling`, pairs
+    that turn less than `low` times in the `context` first trained on turn `factor` times slower,
+    those of more than `high` as before, others in between.
+    """
+    frequency = cfg.rope_base ** (-jnp.arange(0, cfg.D, 2, dtype=jnp.float32) / cfg.D)
+    if cfg.rope_scaling:
+        factor, low, high, context = cfg.rope_scaling
+        kept = jnp.clip((context * frequency / (2 * jnp.pi) - low) / (high - low), 0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
+    angle = pos[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rope(x, table):
+    """BTHD, table -> BTHD: turns each head's pairs (d, d + D/2). arXiv:2104.09864."""
+    cos, sin = (part[:, :, None] for part in table)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+# ------------------------------------------------------------------------------------- attention
+
+
+class Partial(NamedTuple):
+    """What queries found in some of the slots, in f32; `normalised` finishes it."""
+    values: Any   # BKMD: the sum of exp(score - largest) * value
+    total: Any    # BKM1: the sum of exp(score - largest)
+    largest: Any  # BKM1: the largest score; -inf where nothing was seen: an empty part
+
+
+def partial_attention(q, k, v, seen):
+    """BKMD, BKSD, BKSD, MS -> Partial: over the slots that each row of q sees.
+
+    k and v are arrays, or int8 with a scale a slot: k's multiply the scores, v's the weights.
+    `seen` may be B1MS, where rows of the batch differ. What is not seen is finite.
+    """
+    k, k_scale = (k.q, k.scale.swapaxes(2, 3)) if hasattr(k, "scale") else (k, 1.0)
+    v, v_scale = (v.q, v.scale.swapaxes(2, 3)) if hasattr(v, "scale") else (v, 1.0)
+    scores = scores_of(q, k) * k_scale * q.shape[-1] ** -0.5
+    scores = jnp.where(seen, scores, -jnp.inf)
+    largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - finite(largest))
+    each = (weights * v_scale).astype(jnp.promote_types(q.dtype, v.dtype))
+    values = jnp.einsum("BKMS,BKSD->BKMD", each, v, **F32)
+    return Partial(values, jnp.sum(weights, axis=-1, keepdims=True), largest)
+
+
+def merge(a, b):
+    """Partial, Partial -> Partial: of disjoint slots, as if looked at together; an empty part
+    changes nothing. arXiv:1805.02867."""
+    largest = jnp.maximum(a.largest, b.largest)
+    of_a, of_b = (jnp.exp(part.largest - finite(largest)) for part in (a, b))
+    return Partial(a.values * of_a + b.values * of_b, a.total * of_a + b.total * of_b, largest)
+
+
+def normalised(part):
+    """Partial -> BKMD: each row's mean of the values that it saw."""
+    return part.values / part.total
+
+
+def finite(largest):
+    """BKM1 -> BKM1: what may be subtracted: 0 in place of an empty part's -inf."""
+    return jnp.where(largest == -jnp.inf, 0, largest)
+
+
+def in_blocks(x, K, n=1):
+    """BTHD, K, n -> nBKMD: T in n blocks, of which the last is padded, and the rows of one product
+    for each key head: row t * G + g of a block is its token t's g-th query of the G that share it.
+    """
+    B, T, H, D = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -T % n), (0, 0), (0, 0))).reshape(B, n, -1, K, H // K, D)
+    return x.transpose(1, 0, 3, 2, 4, 5).reshape(n, B, K, -1, D)
+
+
+def by_token(x, T, H):
+    """nBKMD, T, H -> BTHD: the way back."""
+    n, B, K, _, D = x.shape
+    x = x.reshape(n, B, K, -1, H // K, D).transpose(1, 0, 3, 2, 4, 5)
+    return x.reshape(B, -1, H, D)[:, :T]
+
+
+def attention(q, k, v, pos, finish=normalised, width=None):
+    """BTHD, BKSD, BKSD, BT -> BTHD: a query at position p sees slots 0 to p. The reference: it
+    holds all BHTS scores at once, or with a `width` those with so many slots."""
+    (_, T, H, _), (_, K, S, _) = q.shape, k.shape
+    rows, last = in_blocks(q, K)[0], jnp.repeat(pos, H // K, axis=1)[:, None, :, None]
+
+    def part(start, width):
+        held = [jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, width, 2), a)
+                for a in (k, v)]
+        return partial_attention(rows, *held, start + jnp.arange(width) <= last)
+
+    width = min(width or S, S)
+    found = part(0, width)
+    if width < S:
+        starts = jnp.arange(width, S - width + 1, width)
+        found, _ = lax.scan(lambda found, start: (merge(found, part(start, width)), None),
+                            found, starts)
+    if S % width:
+        found = merge(found, part(S - S % width, S % width))
+    return by_token(finish(found)[None], T, H).astype(q.dtype)
+
+
+def causal_blocks(T):
+    """int -> int, int: number and size of causal_attention's blocks: a quarter of T within 128 to
+    512 tokens. Smaller ones multiply less that is masked, larger ones are merged less often."""
+    n = -(-T // min(max(T // 4, 128), 512))
+    return n, -(-T // n)
+
+
+def causal_pairs(T):
+    """int -> int: pairs of query and key that causal_attention multiplies for one head of one
+    sequence: those of n(n+1)/2 pairs of blocks, T(T+1)/2 and half a block more for each query."""
+    n, size = causal_blocks(T)
+    return n * (n + 1) // 2 * size * size
+
+
+def over_pairs(q, k, v, step, state):
+    """BTHD, BKTD, BKTD, step, state -> state: `step(state, i, j, q, k, v, seen)` for each block i
+    of queries and, in order, each block j of keys that it sees, some of it or all."""
+    (n, size), K, G = causal_blocks(q.shape[1]), k.shape[1], q.shape[2] // k.shape[1]
+    q, k, v = (in_blocks(a, K, n) for a in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
+    token = jnp.arange(size)
+
+    def one(state, pair):
+        i, j = pair
+        seen = j * size + token <= (i * size + jnp.repeat(token, G))[:, None]
+        return step(state, i, j, q[i], k[j], v[j], seen), None
+
+    return lax.scan(one, state, jnp.array([(i, j) for i in range(n) for j in range(i + 1)]))[0]
+
+
+@jax.custom_gradient
+def causal_attention(q, k, v):
+    """BTHD, BKTD, BKTD -> BTHD: `attention` at positions 0 to T - 1, in memory linear in T.
+
+    Blocks of queries meet blocks of keys up to their own, and the parts are merged. The gradient
+    keeps the logarithm of each query's sum of exponentials. arXiv:2205.14135.
+    """
+    (_, T, H, _), K, n = q.shape, k.shape[1], causal_blocks(q.shape[1])[0]
+    zeros = partial(jnp.zeros_like, in_blocks(q, K, n))
+
+    def step(state, i, j, q, k, v, seen):
+        part, out, log_total = state
+        part = part._replace(largest=jnp.where(j == 0, -jnp.inf, part.largest))  # a new row, empty
+        part = merge(part, partial_attention(q, k, v, seen))
+        return part, out.at[i].set(normalised(part).astype(out.dtype)), log_total.at[i].set(
+            jnp.log(part.total) + part.largest)  # both whole with the row's last block
+
+    rows = zeros(dtype="float32")
+    empty = Partial(rows[0], rows[0, ..., :1], rows[0, ..., :1])
+    _, out, log_total = over_pairs(q, k, v, step, (empty, zeros(), rows[..., :1]))
+    out = by_token(out, T, H)
+    return out, partial(causal_backward, q, k, v, out, log_total)
+
+
+def causal_backward(q, k, v, out, log_total, dy):
+    """BTHD, BKTD, BKTD, BTHD, nBKM1, BTHD -> BTHD, BKTD, BKTD: five products a pair, for the two
+    forwards: the softmax p is computed again. Through it goes, from scores s,
+    ds = p (dp - sum(p dp)), and that sum is dy . out."""
+    (_, T, H, D), K, n = q.shape, k.shape[1], len(log_total)
+    along = in_blocks(jnp.sum(dy.astype(jnp.float32) * out, axis=-1, keepdims=True), K, n)
+    dy = in_blocks(dy, K, n)
+
+    def step(state, i, j, q, k, v, seen):
+        row, dq, dk, dv = state
+        scores = jnp.einsum("BKMD,BKSD->BKMS", q, k, **F32) * D ** -0.5
+        p = jnp.where(seen, jnp.exp(scores - log_total[i]), 0)
+        dp = jnp.einsum("BKMD,BKSD->BKMS", dy[i], v, **F32)
+        ds, p = (p * (dp - along[i]) * D ** -0.5).astype(q.dtype), p.astype(q.dtype)
+        row = jnp.where(j == 0, 0, row) + jnp.einsum("BKMS,BKSD->BKMD", ds, k, **F32)
+        dk = dk.at[j].add(jnp.einsum("BKMS,BKMD->BKSD", ds, q, **F32))
+        dv = dv.at[j].add(jnp.einsum("BKMS,BKMD->BKSD", p, dy[i], **F32))
+        return row, dq.at[i].set(row.astype(dq.dtype)), dk, dv
+
+    dq, dk, dv = (jnp.zeros_like(in_blocks(a, K, n), "float32")
+                  for a in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
+    _, dq, dk, dv = over_pairs(q, k, v, step, (dq[0], dq.astype(q.dtype), dk, dv))
+    dk, dv = (by_token(d, T, K).swapaxes(1, 2).astype(k.dtype) for d in (dk, dv))
+    return by_token(dq, T, H), dk, dv
+
+
+# ---------------------------------------------------------------------------- a model's arrays
 
 
 @dataclass(frozen=True)
@@ -35,41 +275,34 @@ class Config:
     tied: bool = True          # unembed with the embedding matrix
     dtype: str = "float32"     # train_step computes in this, as do int8 weights; masters are f32
     rope_scaling: tuple = None  # Llama 3.1's (factor, low, high, context): see `rotary`
+    qk_norm: bool = False      # Qwen 3 normalises each head's queries and keys
 
     def __post_init__(self):
         for letter in "LEHKDFV":
             size = getattr(self, letter)
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{letter}={size!r}: every size is an integer of at least 1")
-        if self.H % self.K:
-            raise ValueError(f"H={self.H} query heads cannot share K={self.K} key/value heads: "
-                             "choose K that divides H")
-        if self.D % 2:
-            raise ValueError(f"D={self.D} is odd: rotary positions turn pairs, choose an even D")
-        known = dict(act=("silu", "gelu"), dtype=("float32", "bfloat16", "float16"))
-        for name, values in known.items():
+        for name, values in (("act", ("silu", "gelu")),
+                             ("dtype", ("float32", "bfloat16", "float16"))):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: {values}")
-        if self.rope_scaling and len(self.rope_scaling) != 4:
-            raise ValueError(f"rope_scaling={self.rope_scaling}: (factor, low, high, context)")
+        for wrong, why in (
+                (self.H % self.K, f"H={self.H} query heads cannot share K={self.K} key/value heads:"
+                 " choose K that divides H"),
+                (self.D % 2, f"D={self.D} is odd: rotary positions turn pairs, choose an even D"),
+                (self.rope_scaling and len(self.rope_scaling) != 4,
+                 f"rope_scaling={self.rope_scaling}: (factor, low, high, context)")):
+            if wrong:
+                raise ValueError(why)
 
 
-class Layer(NamedTuple):
-    """One layer's arrays, or what stands for them: `dims` says what each one is."""
-    attn_norm: Any
-    wq: Any
-    wk: Any
-    wv: Any
-    wo: Any
-    mlp_norm: Any
-    w_gate: Any
-    w_up: Any
-    w_down: Any
+# One layer's arrays, or what stands for them: `dims` says what each one is.
+Layer = namedtuple("Layer", "attn_norm wq wk wv wo mlp_norm w_gate w_up w_down q_norm k_norm",
+                   defaults=(None, None))
 
 
 class Params(NamedTuple):
-    """All arrays of a model. Layers are walked by a Python loop: on a CPU a scan over stacked ones
-    copies each layer's weights before it uses them, and reads at a third of the speed."""
+    """All arrays of a model."""
     embed: Any
     layers: tuple  # of Layer
     out_norm: Any
@@ -79,12 +312,12 @@ class Params(NamedTuple):
 def dims(cfg):
     """cfg -> Params: every array, declared once: output letters, a blank, contracted letters.
 
-    A single word is a vector of norm scales. Shapes, init, sharding and all counts are maps over
-    this tree. Contracted letters come last: on a CPU the same bf16 bytes stream 3 to 4 times
-    faster than when stored input x output, and published checkpoints load without a transpose.
+    A single word is a vector of norm scales. Shapes, init, sharding, files and all counts are maps
+    over this tree. Contracted letters come last, as in published checkpoints.
     """
     layer = Layer(attn_norm="E", wq="HD E", wk="KD E", wv="KD E", wo="E HD",
-                  mlp_norm="E", w_gate="F E", w_up="F E", w_down="E F")
+                  mlp_norm="E", w_gate="F E", w_up="F E", w_down="E F",
+                  **(dict(q_norm="D", k_norm="D") if cfg.qk_norm else {}))
     return Params(embed="V E", layers=(layer,) * cfg.L, out_norm="E",
                   unembed=None if cfg.tied else "V E")
 
@@ -92,6 +325,16 @@ def dims(cfg):
 def sizes(letters, cfg):
     """str, cfg -> tuple: the shape that the letters stand for."""
     return tuple(getattr(cfg, letter) for letter in letters.replace(" ", ""))
+
+
+def size_of(letters, cfg):
+    """str, cfg -> int: the numbers in an array of those letters."""
+    return math.prod(sizes(letters, cfg))
+
+
+def param_count(cfg):
+    """cfg -> int: all parameters. Gemma 7B has 8,537,680,896."""
+    return sum(size_of(name, cfg) for name in jax.tree.leaves(dims(cfg)))
 
 
 def init(key, cfg, dtype="float32"):
@@ -105,7 +348,7 @@ def init(key, cfg, dtype="float32"):
     def leaf(name, key):
         if " " not in name:
             return jnp.ones(sizes(name, cfg), dtype)
-        fan_in = math.prod(sizes(name.split()[1], cfg))
+        fan_in = size_of(name.split()[1], cfg)
         return (fan_in ** -0.5 * jax.random.normal(key, sizes(name, cfg))).astype(dtype)
 
     return tree.unflatten(map(leaf, names, jax.random.split(key, len(names))))
@@ -117,286 +360,52 @@ def cast(params, dtype):
     return jax.tree.map(lambda w: w.astype(dtype), params)
 
 
-def param_count(cfg):
-    """cfg -> int: all parameters. Gemma 7B has 8,537,680,896."""
-    return sum(math.prod(sizes(name, cfg)) for name in jax.tree.leaves(dims(cfg)))
+# ------------------------------------------------------------------------------------- the model
+#
+# A seam is an argument that stands for a part of the model. Each has one name everywhere:
+#
+#     seam     contract                          here               replaced
+#     attend   q, k, v -> BTHD, state            causal             by a cache; over several devices
+#     enter    BTE, (FE, FE) -> (BTF, BTF)       dots               where weights are split: shard.py
+#     leave    BTF, EF -> BTE                    dot                where weights are split
+#     norm     BTE, E, eps -> BTE                rms_norm           where E is split
+#     embed    Params, BT, cfg -> BTE            embed              where V is split
+#     unembed  Params, BTE, cfg -> BTV           unembed            where V is split
+#     finish   Partial -> BKMD                   normalised         where slots are split
 
 
-# -------------------------------------------------------------------------------- the layer's parts
-
-
-@jax.custom_vjp
-def matmul(x, w):
-    """MC, OC -> MO: every product with a weight, an f32 sum: 2BP flops, B = M and P = OC."""
-    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())),
-                               preferred_element_type=jnp.float32)
-
-
-def laid_out(x):
-    """BTE -> BTE: x; on a CPU a bf16 x is written out in the order of its axes.
-
-    Only then does XLA's CPU library multiply it as bf16. One that a transpose has merely relabelled
-    is widened to f32, and weight gradients run at 145 GFLOP/s instead of 280 to 330 (Zen 4, whose
-    peaks are 200 in f32 and 400 in bf16). The barrier keeps the two reshapes from cancelling.
-    """
-    def written(x):
-        return jax.lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
-
-    if x.dtype != jnp.bfloat16:
-        return x
-    return jax.lax.platform_dependent(x, cpu=written, default=lambda x: x)
-
-
-def matmul_backward(saved, dy):
-    """(MC, OC), MO -> MC, OC: two products for the one forwards, so 6BP in all.
-
-    dy is cast to the dtype of w; sums are f32.
-    """
-    x, w = saved
-    dy = dy.astype(w.dtype)
-    f32 = dict(preferred_element_type=jnp.float32)
-    spine = jnp.einsum("MO,OC->MC", dy, w, **f32)            # passed down to the layer below
-    weight_gradient = jnp.einsum("OM,MC->OC", laid_out(dy.T), x, **f32)  # stays here
-    return spine.astype(x.dtype), weight_gradient.astype(w.dtype)
-
-
-matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), matmul_backward)
-
-
-def dot(x, w, n=1, dtype=None):
-    """...C, OC -> ...O: x with one weight, over the last n letters of both, as one 2-D product.
-
-    The result has the dtype of x unless one is given. A single row is doubled if w is below f32:
-    XLA's CPU code for one bf16 row is a scalar loop, 8 to 20 times slower than two rows. A weight
-    that is no array brings its own product of MC -> MO: see infer.Q8.
-    """
-    contracted = math.prod(w.shape[-n:])
-    rows = x.reshape(-1, contracted)
-    if len(rows) == 1 and w.dtype.itemsize < 4:
-        rows = jnp.concatenate([rows, rows])
-    y = w.matmul(rows) if hasattr(w, "matmul") else matmul(rows, w.reshape(-1, contracted))
-    return y[:x.size // contracted].reshape(x.shape[:-n] + w.shape[:-n]).astype(dtype or x.dtype)
-
-
-def dots(x, ws):
-    """BTE, (FE, FE) -> (BTF, BTF): one input, several weights."""
-    return tuple(dot(x, w) for w in ws)
-
-
-def rms_norm(x, scale, eps):
-    """BTE, E, eps -> BTE: x over its root mean square, taken in f32. arXiv:1910.07467."""
-    wide = x.astype(jnp.float32)
-    unit = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (unit * scale.astype(jnp.float32)).astype(x.dtype)
-
-
-@jax.named_scope("embed")
-def rotary(pos, cfg):
-    """BT, cfg -> table: cosines and sines of every position's angles, both BT(D/2), f32.
-
-    In f32: bf16 rounds 257 to 256, and sin(257) is not sin(256). Made once and passed to every
-    layer: XLA's CPU code would fuse a bare cosine into whatever reads it, and compute it again for
-    every head of every layer, 6% of a bf16 prefill; a quotient it keeps.
-    Where `cfg.rope_scaling` is given, pairs that turn less than `low` times in the `context` first
-    trained on turn `factor` times slower, those of more than `high` as before, others in between.
-    """
-    frequency = cfg.rope_base ** (-jnp.arange(0, cfg.D, 2, dtype=jnp.float32) / cfg.D)
-    if cfg.rope_scaling:
-        factor, low, high, context = cfg.rope_scaling
-        turns = context * frequency / (2 * jnp.pi)
-        kept = jnp.clip((turns - low) / (high - low), 0, 1)
-        frequency = frequency * (kept + (1 - kept) / factor)
-    angle = pos[..., None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    length = jnp.sqrt(cos * cos + sin * sin)  # 1, which XLA does not know
-    return cos / length, sin / length
-
-
-@jax.custom_vjp
-def rope(x, table):
-    """BTHD, table -> BTHD: turns each head's pairs (d, d + D/2). arXiv:2104.09864."""
-    cos, sin = (part[:, :, None] for part in table)
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
-    a, b = pairs[..., 0, :], pairs[..., 1, :]
-    return jnp.stack([a * cos - b * sin, b * cos + a * sin], -2).reshape(x.shape).astype(x.dtype)
-
-
-def rope_backward(table, dy):
-    """table, BTHD -> BTHD, None: the gradient of a turn is the turn back.
-
-    The table is a constant: it gets none.
-    """
-    cos, sin = table
-    return rope(dy, (cos, -sin)), None
-
-
-rope.defvjp(lambda x, table: (rope(x, table), table), rope_backward)
-
-
-def by_key_head(x, K):
-    """BTHD, K -> BK(T*G)D: the rows of one product for each key head: row t * G + g is token t's
-    g-th query of the G that share it."""
-    B, T, H, D = x.shape
-    return x.reshape(B, T, K, H // K, D).swapaxes(1, 2).reshape(B, K, T * (H // K), D)
-
-
-def by_token(x, T):
-    """BK(T*G)D, T -> BTHD: the way back."""
-    B, K, M, D = x.shape
-    return x.reshape(B, K, T, M // T, D).swapaxes(1, 2).reshape(B, T, K * (M // T), D)
-
-
-def scores_of(q, k):
-    """BKMD, BKSD -> BKMS: every query with every key, an f32 sum.
-
-    XLA's CPU code turns a product's second operand before it multiplies. Few queries, as of a
-    generate step, are better turned than all keys of the cache: a step at batch 32 takes 7 to 18%
-    less with jax 0.10.2, as long with 0.12. The barrier keeps the transpose out of the product.
-    """
-    def product(rows, columns):
-        return jnp.einsum("BKMD,BKSD->BKMS", rows, columns, preferred_element_type=jnp.float32)
-
-    def keys_first(q, k):
-        return jax.lax.optimization_barrier(product(k, q)).swapaxes(2, 3)
-
-    if q.shape[2] >= 16:
-        return product(q, k)
-    return jax.lax.platform_dependent(q, k, cpu=keys_first, default=product)
-
-
-def dot_product_attention(q, k, v, seen, k_scale=1.0, v_scale=1.0, softmax=jax.nn.softmax):
-    """BKMD, BKSD, BKSD, MS -> BKMD, BKMS: each row's mean of the values seen, and its weights.
-
-    Scores and softmax are f32; what is not seen may hold anything finite. `seen` may differ by row
-    of the batch, as B1MS; the weights returned are times `v_scale`.
-    """
-    scores = scores_of(q, k) * k_scale * q.shape[-1] ** -0.5
-    weights = softmax(jnp.where(seen, scores, -jnp.inf))
-    weights = (weights * v_scale).astype(jnp.promote_types(q.dtype, v.dtype))
-    out = jnp.einsum("BKMS,BKSD->BKMD", weights, v, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype), weights
-
-
-def attention(q, k, v, pos, k_scale=1.0, v_scale=1.0, softmax=jax.nn.softmax):
-    """BTHD, BKSD, BKSD, BT -> BTHD: a query at position p sees slots 0 to p. The reference.
-
-    An int8 k and v have scales, BK1S: k's multiply the scores, v's the softmax, and no wide
-    copy is asked for. `softmax` is replaced where the slots live on several devices.
-    """
-    (_, T, H, _), (K, S) = q.shape, k.shape[1:3]
-    seen = jnp.arange(S) <= jnp.repeat(pos, H // K, axis=1)[:, None, :, None]
-    out, _ = dot_product_attention(by_key_head(q, K), k, v, seen, k_scale, v_scale, softmax)
-    return by_token(out, T)
-
-
-def query_blocks(T):
-    """int -> list: (start, stop) of causal_attention's blocks of queries: half of T within 64 to
-    128, or above T = 1024 an eighth of T; the last may be shorter.
-
-    Half as large they multiply a sixth less at T = 256, in twice as many operations: with jax
-    0.10.2 a bf16 prefill takes 8% longer at one row, 2% less at eight; with 0.12 the same.
-    """
-    half, eighth = -(-T // 2), -(-T // 8)
-    size = max(min(max(half, 64), 128), eighth)
-    return [(start, min(start + size, T)) for start in range(0, T, size)]
-
-
-def causal_pairs(T):
-    """int -> int: pairs of query and key that causal_attention multiplies for one head of one
-    sequence: T(T+1)/2 at and below the diagonal, and above it about half a block for each query."""
-    return sum((stop - start) * stop for start, stop in query_blocks(T))
-
-
-@jax.custom_vjp
-def causal_attention(q, k, v):
-    """BTHD, BKTD, BKTD -> BTHD: `attention` at positions 0 to T - 1, without most of what it masks.
-
-    A block of queries meets only the keys up to its own last one.
-    """
-    return causal_forward(q, k, v)[0]
-
-
-def causal_forward(q, k, v):
-    """BTHD, BKTD, BKTD -> BTHD, saved: with what the gradient needs: operands, softmax, result."""
-    T, K, G = q.shape[1], k.shape[1], q.shape[2] // k.shape[1]
-    q, k, v, found = by_key_head(q, K), laid_out(k), laid_out(v), []
-    for start, stop in query_blocks(T):
-        seen = jnp.arange(stop) <= jnp.repeat(jnp.arange(start, stop), G)[:, None]
-        found.append(dot_product_attention(q[:, :, start * G:stop * G], k[:, :, :stop],
-                                           v[:, :, :stop], seen))
-    out, weights = zip(*found)
-    out = jnp.concatenate(out, axis=2)
-    return by_token(out, T), (q, k, v, out, weights)
-
-
-def causal_backward(saved, dy):
-    """saved, BTHD -> BTHD, BKTD, BKTD: four products for the two forwards.
-
-    Through the softmax p of scores s goes ds = p (dp - sum(p dp)), and that sum is dy . out
-    (arXiv:2205.14135; there p is computed again, here it is kept). What has to be turned is q, dy
-    and the results, D wide. What JAX derives turns p and ds, S wide: a bf16 training step takes 17
-    to 23% longer.
-    """
-    q, k, v, out, weights = saved
-    (K, T, D), G = k.shape[1:], q.shape[2] // k.shape[2]
-    f32 = dict(preferred_element_type=jnp.float32)
-    dy = by_key_head(dy, K)
-    total = jnp.sum(dy.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    q_turned, dy_turned = laid_out(q.swapaxes(2, 3)), laid_out(dy.swapaxes(2, 3))
-    dq, dk, dv = [], *jnp.zeros((2, len(k), K, D, T))
-    for (start, stop), p in zip(query_blocks(T), weights):
-        rows = slice(start * G, stop * G)
-        dp = jnp.einsum("BKMD,BKSD->BKMS", dy[:, :, rows], v[:, :, :stop], **f32)
-        ds = (p * (dp - total[:, :, rows]) * D ** -0.5).astype(q.dtype)
-        dq.append(jnp.einsum("BKMS,BKSD->BKMD", ds, k[:, :, :stop], **f32).astype(q.dtype))
-        dk = dk.at[..., :stop].add(jnp.einsum("BKDM,BKMS->BKDS", q_turned[..., rows], ds, **f32))
-        dv = dv.at[..., :stop].add(jnp.einsum("BKDM,BKMS->BKDS", dy_turned[..., rows], p, **f32))
-    # laid out, or XLA folds this transpose into the product, which it then cannot run in bf16
-    dk, dv = (laid_out(d.astype(x.dtype)).swapaxes(2, 3) for d, x in ((dk, k), (dv, v)))
-    return by_token(jnp.concatenate(dq, axis=2), T), dk, dv
-
-
-causal_attention.defvjp(causal_forward, causal_backward)
-
-
-@partial(jax.checkpoint, static_argnums=2)
-def gated(gate, up, act, /):
-    """BTF, BTF, act -> BTF: act(gate) * up, rounded once, at the end.
-
-    Its gradient keeps the two and computes the rest again: a training step has 0.75 to 0.92 of the
-    temporaries, and takes no longer. Rounding bf16 after every operation takes a CPU 2.5 times as
-    long as f32.
-    """
+def gated(gate, up, act):
+    """BTF, BTF, act -> BTF: act(gate) * up, in f32, rounded once, at the end."""
     wide = gate.astype(jnp.float32)
     wide = jax.nn.silu(wide) if act == "silu" else jax.nn.gelu(wide, approximate=True)
     return (wide * up.astype(jnp.float32)).astype(gate.dtype)
 
 
-def mlp(x, w, cfg, enter=dots, leave=dot):
-    """BTE, Layer, cfg -> BTE: down(act(gate(x)) * up(x)). arXiv:2002.05202."""
-    gate, up = enter(x, (w.w_gate, w.w_up))
-    return leave(gated(gate, up, cfg.act), w.w_down)
-
-
 def block(x, w, table, cfg, attend, enter=dots, leave=dot, norm=rms_norm):
-    """BTE, Layer, table, cfg, attend -> BTE, state: one layer, with seams.
-
-    `attend(q, k, v) -> BTHD, state` of BTHD, BKTD, BKTD says what the queries look at: causal
-    attention, or a cache that is written first. `enter` (one input, several weights), `leave` and
-    `norm` are replaced where the weights live on several devices.
-    """
+    """BTE, Layer, table, cfg, attend -> BTE, state: one layer: attention, then an MLP
+    (arXiv:2002.05202). `attend` takes q as BTHD, k and v as BKTD."""
     with jax.named_scope("qkv"):
         q, k, v = enter(norm(x, w.attn_norm, cfg.eps), (w.wq, w.wk, w.wv))
+        if cfg.qk_norm:
+            q, k = rms_norm(q, w.q_norm, cfg.eps), rms_norm(k, w.k_norm, cfg.eps)
         q, k = rope(q, table), rope(k, table)
     with jax.named_scope("attention"):
         out, state = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
     with jax.named_scope("out"):
-        x = x + leave(out, w.wo, 2)
+        x = x + leave(out, w.wo, n=2)
     with jax.named_scope("mlp"):
-        return x + mlp(norm(x, w.mlp_norm, cfg.eps), w, cfg, enter, leave), state
+        gate, up = enter(norm(x, w.mlp_norm, cfg.eps), (w.w_gate, w.w_up))
+        return x + leave(gated(gate, up, cfg.act), w.w_down), state
 
 
-# ----------------------------------------------------------------------- the model and its training
+def causal(q, k, v):
+    """BTHD, BKTD, BKTD -> BTHD, None: what training's queries look at."""
+    return causal_attention(q, k, v), None
+
+
+def known(x):
+    """array -> array or None: its values, in NumPy, where they can be looked at before the run."""
+    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
 
 
 def check_tokens(tokens, cfg):
@@ -404,27 +413,19 @@ def check_tokens(tokens, cfg):
     if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens of shape {tokens.shape}, {tokens.dtype}: expected integers "
                          "[B, T], not empty")
-    if not isinstance(tokens, jax.core.Tracer):
-        low, high = tokens.min(), tokens.max()
-        if low < 0 or high >= cfg.V:
-            raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary: "
-                             f"0 to {cfg.V - 1}")
+    for token in () if known(tokens) is None else (known(tokens).min(), known(tokens).max()):
+        if not 0 <= token < cfg.V:
+            raise ValueError(f"token {token} is outside the vocabulary: 0 to {cfg.V - 1}")
 
 
-@jax.custom_vjp
+@jax.custom_gradient
 def lookup(table, tokens):
     """VE, BT -> BTE: a row a token. The gradient of a row is summed in f32: summed in bf16,
     that of a token which occurs 400 times is off by 7%; in f32 by 1%, like any other."""
-    return table[tokens]
+    def backward(dy):
+        return jnp.zeros_like(table, "float32").at[tokens].add(dy).astype(table.dtype), None
 
-
-def lookup_backward(saved, dy):
-    """(VE, BT), BTE -> VE, None: each token adds to its row, in f32."""
-    table, tokens = saved
-    return jnp.zeros(table.shape).at[tokens].add(dy).astype(table.dtype), None
-
-
-lookup.defvjp(lambda table, tokens: (table[tokens], (table, tokens)), lookup_backward)
+    return table[tokens], backward
 
 
 @jax.named_scope("embed")
@@ -442,11 +443,6 @@ def unembed(params, x, cfg):
     return dot(rms_norm(x, params.out_norm, cfg.eps), table, dtype=jnp.float32)
 
 
-def causal(q, k, v):
-    """BTHD, BKTD, BKTD -> BTHD, None: what training's queries look at, in the form of `attend`."""
-    return causal_attention(q, k, v), None
-
-
 def forward(params, tokens, cfg, block=block):
     """Params, BT, cfg -> BTV: f32 logits of every next token.
 
@@ -459,6 +455,9 @@ def forward(params, tokens, cfg, block=block):
     for w in params.layers:
         x, _ = block(x, w, table, cfg, causal)
     return unembed(params, x, cfg)
+
+
+# -------------------------------------------------------------------------------------- training
 
 
 @jax.named_scope("loss")
@@ -478,7 +477,7 @@ class Adam(NamedTuple):
 
 def adam_init(params):
     """Params -> Adam: zeros, in the parameters' shapes and dtypes."""
-    m, v = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    m, v = jax.tree.map(jnp.zeros_like, (params, params))
     return Adam(jnp.zeros((), jnp.int32), m, v)
 
 
@@ -513,24 +512,21 @@ def train_step(params, adam, tokens, cfg, lr, loss=loss):
 
 # ----------------------------------------------------------------------------------- what they cost
 
+REGIONS = dict(wq="qkv", wk="qkv", wv="qkv", wo="out", w_gate="mlp", w_up="mlp", w_down="mlp")
 
-def product_flops(cfg, tokens, unembedded, pairs, dtype=None):
-    """cfg, int, int, int -> dict: flops of every product, for the shapes that it has.
+
+def product_flops(cfg, tokens, unembedded, pairs):
+    """cfg, int, int, int -> dict: flops of every product, by region.
 
     Each weight costs 2 flops a token: 2BP. `unembedded` tokens make logits. Each of `pairs` of a
     query and a slot costs 2D flops a head and layer in the scores, and again in the values.
-    "padding", never useful work, is there where `dot` doubles a single row: with weights narrower
-    than f32. Their `dtype` is cfg.dtype unless given.
     """
-    each, one = 2 * tokens * cfg.L * cfg.E, 2 * pairs * cfg.L * cfg.H * cfg.D
-    flops = {"qkv": each * (cfg.H + 2 * cfg.K) * cfg.D, "scores": one, "values": one,
-             "out": each * cfg.H * cfg.D, "mlp": each * 3 * cfg.F,
-             "unembed": 2 * unembedded * cfg.E * cfg.V}
-    padding = (tokens == 1) * (flops["qkv"] + flops["out"] + flops["mlp"])
-    padding += (unembedded == 1) * flops["unembed"]
-    if padding and jnp.dtype(dtype or cfg.dtype).itemsize < 4:
-        flops["padding"] = padding
-    return flops
+    flops = dict.fromkeys(("qkv", "scores", "values", "out", "mlp"), 0)
+    flops["scores"] = flops["values"] = 2 * pairs * cfg.L * cfg.H * cfg.D
+    for name, letters in dims(cfg).layers[0]._asdict().items():
+        if letters and " " in letters:
+            flops[REGIONS[name]] += 2 * tokens * cfg.L * size_of(letters, cfg)
+    return flops | {"unembed": 2 * unembedded * size_of("V E", cfg)}
 
 
 def forward_flops(cfg, B, T):
@@ -541,17 +537,14 @@ def forward_flops(cfg, B, T):
 def train_flops(cfg, B, T, remat=False):
     """cfg, int, int -> dict: flops of a training step's products: three times `forward`'s.
 
-    Each product goes once forwards and twice backwards, so the weights cost 6BP. With `remat` each
-    block is computed again, save its last product, whose result no gradient asks for.
+    Each product goes once forwards and twice backwards, so the weights cost 6BP; attention's
+    scores a fourth time, since they are computed again. With `remat` each block is computed again,
+    save its last product, whose result no gradient asks for.
     """
     once = forward_flops(cfg, B, T)
-    flops = {name: 3 * count for name, count in once.items()}
-    if remat:
-        again = once | {"mlp": once["mlp"] * 2 // 3, "unembed": 0}
-        if "padding" in once:
-            again["padding"] = again["qkv"] + again["out"] + again["mlp"]
-        flops = {name: count + again[name] for name, count in flops.items()}
-    return flops
+    again = once | {"mlp": once["mlp"] * 2 // 3, "unembed": 0}
+    return {name: (3 + (name == "scores")) * flops + remat * again[name]
+            for name, flops in once.items()}
 
 
 def inner_jaxprs(eqn):
@@ -565,10 +558,11 @@ def traced_flops(fn, *args):
     """fn, arrays -> int: 2MCO of every dot_general that the program `fn(*args)` holds. The oracle.
 
     Counted in the jaxpr, through calls, a scan's body times its length, one of a choice's branches
-    where all multiply the same; arguments may be `jax.ShapeDtypeStruct`. ValueError for a product
-    in a `while`, or in a `cond` whose branches differ: it may run any number of times.
+    where all multiply the same, the plain one of a choice by platform; arguments may be
+    `jax.ShapeDtypeStruct`. ValueError for a product in a `while`, or in a `cond` whose branches
+    differ: it may run any number of times.
     """
-    def count(jaxpr):
+    def counted(jaxpr):
         total = 0
         for eqn in jaxpr.eqns:
             name, params = eqn.primitive.name, eqn.params
@@ -576,12 +570,41 @@ def traced_flops(fn, *args):
                 (contracted, _), _ = params["dimension_numbers"]
                 terms = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
                 total += 2 * terms * math.prod(eqn.outvars[0].aval.shape)
-            inside = [count(inner) for inner in inner_jaxprs(eqn)]
-            if name == "cond" and len(set(inside)) == 1:
-                inside = inside[:1]
+            inside = [counted(inner) for inner in inner_jaxprs(eqn)]
+            if name == "cond" and (params.get("branches_platforms") or len(set(inside)) == 1):
+                inside = inside[-1:]
             elif any(inside) and name in ("while", "cond"):
                 raise ValueError(f"a product inside `{name}`: how often it runs is unknown")
             total += sum(inside) * (params["length"] if name == "scan" else 1)
         return total
 
-    return count(jax.make_jaxpr(fn)(*args).jaxpr)
+    return counted(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+# --------------------------------------------- what one backend needs: elsewhere the plain form
+
+
+def in_two_rows(product, x, w):
+    """MC, OC -> MO: `product(x, w)`. XLA's CPU code for a single row of bf16 or int8 is a scalar
+    loop, 8 to 20 times slower than two rows: there the row is doubled."""
+    def doubled(x, w):
+        return product(jnp.concatenate([x, x]), w)[:1]
+
+    if len(x) > 1 or w.dtype.itemsize > 2:
+        return product(x, w)
+    return lax.platform_dependent(x, w, cpu=doubled, default=product)
+
+
+def scores_of(q, k):
+    """BKMD, BKSD -> BKMS: every query with every key. XLA's CPU code turns a product's second
+    operand: few queries are better turned than all keys of a cache, 10 to 20% of a step at batch 8
+    and 32 (jax 0.10.2, two CPUs)."""
+    def plain(rows, columns):
+        return jnp.einsum("BKMD,BKSD->BKMS", rows, columns, **F32)
+
+    def keys_first(q, k):  # the barrier keeps the transpose out of the product
+        return lax.optimization_barrier(plain(k, q)).swapaxes(2, 3)
+
+    if q.shape[2] >= 16:
+        return plain(q, k)
+    return lax.platform_dependent(q, k, cpu=keys_first, default=plain)

@@ -19,8 +19,8 @@ from jax import lax
 from infer import (Cache, Q8, append, as_held, as_seen, cached_attention, check_batch,
                    check_prompts, check_room, check_speculation, draw, extend_cache, fill_cache,
                    insert, read_prompts, rounds, row_keys, write)
-from minillm import (block, causal, causal_attention, check_tokens, dims, dot, embed, inner_jaxprs,
-                     loss, rotary, sizes)
+from minillm import (block, causal, causal_attention, check_tokens, dims, dot, embed, finite,
+                     inner_jaxprs, loss, rotary, size_of)
 
 P = jax.P
 TENSOR = dict(H="tensor", K="tensor", F="tensor", V="tensor")  # letters to mesh axes
@@ -202,7 +202,7 @@ def gather_matmul_ring(x, ws, axis="tensor", dtype=None, both=False):
     return tuple(sum_.astype(dtype or x.dtype) for sum_ in total)
 
 
-def matmul_scatter(x, w, n=1, axis="tensor"):
+def matmul_scatter(x, w, axis="tensor", n=1):
     """...(F/t), E(F/t) -> ...(E/t): multiply what is here, then add up and split over E, in f32.
 
     The last n letters of w are contracted. The reference of `matmul_scatter_ring`.
@@ -212,7 +212,7 @@ def matmul_scatter(x, w, n=1, axis="tensor"):
     return lax.psum_scatter(y, axis, scatter_dimension=y.ndim - 1, tiled=True).astype(x.dtype)
 
 
-def matmul_scatter_ring(x, w, n=1, axis="tensor", both=False):
+def matmul_scatter_ring(x, w, axis="tensor", n=1, both=False):
     """...(F/t), E(F/t) -> ...(E/t): partial sums ride the ring and come to rest where they belong.
 
     Each passes every device once, in as many permutes as there are others, and takes up what that
@@ -407,32 +407,34 @@ def own_rows(a, axis="tensor"):
     return lax.dynamic_slice_in_dim(a, lax.axis_index(axis) * rows, rows)
 
 
-def over_batch(look, axis="tensor"):
-    """look -> look: each device holds all heads of B/t rows. wk and wv are whole, so k and v are
-    here already; two all-to-alls bring every row's queries to its device, and the results back."""
-    def looking(q, k, v, old_k, old_v, pos):
+def over_batch(attend, axis="tensor"):
+    """attend -> attend: each device holds all heads of B/t rows. wk and wv are whole, so k and v
+    are here already; two all-to-alls bring every row's queries to its device, and the results back.
+    """
+    def attending(q, k, v, old_k, old_v, pos):
         q = lax.all_to_all(q, axis, split_axis=0, concat_axis=2, tiled=True)
         k, v, pos = (own_rows(a, axis) for a in (k, v, pos))
-        out, kv = look(q, k, v, old_k, old_v, pos)
+        out, kv = attend(q, k, v, old_k, old_v, pos)
         return lax.all_to_all(out, axis, split_axis=2, concat_axis=0, tiled=True), kv
 
-    return looking
+    return attending
 
 
-def split_softmax(scores, axis="tensor"):
-    """BKM(S/t) -> BKM(S/t): softmax over slots of all devices: two numbers a query travel."""
-    top = lax.pmax(jnp.max(scores, axis=-1, keepdims=True), axis)
-    share = jnp.exp(scores - top)
-    return share / lax.psum(jnp.sum(share, axis=-1, keepdims=True), axis)
+def normalised_over(axis, part):
+    """axis, Partial -> BKMD: this device's share of the mean of the values that all devices saw:
+    two numbers a query travel."""
+    largest = lax.pmax(part.largest, axis)
+    here = jnp.exp(part.largest - finite(largest))
+    return part.values * here / lax.psum(part.total * here, axis)
 
 
 def extend_slots(q, k, v, old_k, old_v, pos, axis="tensor"):
     """BT(H/t)D, BKTD, BKTD, BK(S/t)D, BK(S/t)D, BT -> BT(H/t)D, (BK(S/t)D, BK(S/t)D): each device
-    holds S/t slots of all heads and adds up its share of the softmax's values."""
+    holds S/t slots of all heads; the shares of the values are added up."""
     pos = pos - lax.axis_index(axis) * old_k.shape[2]  # below 0, or beyond: another device's
     k, v = write(old_k, k, pos), write(old_v, v, pos)
     q = lax.all_gather(q, axis, axis=2, tiled=True)
-    out = cached_attention(q, k, v, pos, partial(split_softmax, axis=axis))
+    out = cached_attention(q, k, v, pos, partial(normalised_over, axis))
     return lax.psum_scatter(out, axis, scatter_dimension=2, tiled=True), (k, v)
 
 
@@ -456,10 +458,10 @@ def fill_slots(q, k, v, old_k, old_v, pos, axis="tensor"):
 
 class Layout(NamedTuple):
     """A way to split a cache over the mesh axis "tensor"."""
-    letter: str     # of BKSD, that is split
-    rules: dict     # for the weights beside it
-    look: Callable  # what `extend` does at a layer: extend_cache's contract
-    fill: Callable  # what `prefill` does there
+    letter: str       # of BKSD, that is split
+    rules: dict       # for the weights beside it
+    attend: Callable  # what `extend` does at a layer: extend_cache's contract
+    fill: Callable    # what `prefill` does there
 
 
 WHOLE_KV = {letter: axis for letter, axis in TENSOR.items() if letter != "K"}
@@ -538,7 +540,7 @@ def tp_extend(params, cache, tokens, cfg, mesh, layout="heads", enter=gather_mat
     check_batch(cache, tokens)
     check_room(cache, tokens.shape[1])
     split, held, rows = tp_specs(params, cache, cfg, mesh, layout)
-    run = partial(append, cfg=cfg, look=LAYOUTS[layout].look, **tp_parts(enter, leave))
+    run = partial(append, cfg=cfg, attend=LAYOUTS[layout].attend, **tp_parts(enter, leave))
     return jax.shard_map(run, mesh=mesh, in_specs=(split, held, rows), out_specs=(
         P(*rows, None, "tensor"), held))(params, cache, tokens)
 
@@ -558,7 +560,7 @@ def tp_prefill(params, cache, tokens, lengths, cfg, mesh, layout="heads", enter=
     check_batch(cache, tokens)
     check_prompts(cache, tokens, lengths)
     split, held, rows = tp_specs(params, cache, cfg, mesh, layout)
-    run = partial(read_prompts, cfg=cfg, look=LAYOUTS[layout].fill,
+    run = partial(read_prompts, cfg=cfg, attend=LAYOUTS[layout].fill,
                   unembed=partial(whole_unembed, enter=enter), **tp_parts(enter, leave))
     return jax.shard_map(run, mesh=mesh, in_specs=(split, held, rows, rows), out_specs=(
         rows, held))(params, cache, tokens, lengths)
@@ -573,7 +575,7 @@ def tp_generate(params, cache, logits, key, n, cfg, mesh, layout="heads", enter=
     check_room(cache, n)
     split, held, rows = tp_specs(params, cache, cfg, mesh, layout)
     run = partial(draw, n=n, cfg=cfg, **how, unembed=partial(whole_unembed, enter=enter),
-                  append=partial(append, look=LAYOUTS[layout].look, **tp_parts(enter, leave)))
+                  append=partial(append, attend=LAYOUTS[layout].attend, **tp_parts(enter, leave)))
     return jax.shard_map(run, mesh=mesh, in_specs=(split, held, rows, rows), out_specs=(
         rows, rows, held))(params, cache, logits, row_keys(key, len(logits)))
 
@@ -589,7 +591,7 @@ def tp_speculate(params, cache, tokens, key, n, cfg, mesh, draft, state, layout=
     split, held, rows = tp_specs(params, cache, cfg, mesh, layout)
     run = partial(rounds, n=n, n_draft=n_draft, cfg=cfg, **how,
                   unembed=partial(whole_unembed, enter=enter),
-                  append=partial(append, look=LAYOUTS[layout].look, **tp_parts(enter, leave)))
+                  append=partial(append, attend=LAYOUTS[layout].attend, **tp_parts(enter, leave)))
     return jax.shard_map(
         lambda params, cache, tokens, keys, draft, state: run(
             params, cache, tokens, keys, draft=draft, state=state),
@@ -674,31 +676,32 @@ def train_comm(cfg, B, T, mesh, ring):
     Over "tensor", a layer gathers x twice, again when it is computed again, and scatters twice,
     once again: its last product is not computed again. The gradient of a gather is a scatter in
     x's dtype, that of a scatter a gather in f32. Over "data", matrices are gathered twice and their
-    gradients scattered once, an axis at a time; gradients of norm scales are added up, in f32.
+    gradients scattered once, an axis at a time; gradients of norm scales are added up.
     """
     axes, tensor = [mesh.shape[axis] for axis in data_axes(mesh)], mesh.shape["tensor"]
     data = math.prod(axes)
     rows, wide = B // data * T, jnp.dtype(cfg.dtype).itemsize
     gather, scatter = trips(cfg, rows, tensor, ring)
-    x, squares, scale = rows * cfg.E * wide, rows * 4, cfg.E * wide
-    # all-reduces of a sum of squares: two norms forwards, again, and backwards; of two scales'
-    # gradients; at the end one norm both ways, and the loss's largest, total and chosen logit
+    x, squares = rows * cfg.E * wide, rows * 4
     gather_back = gather if ring else ("reduce_scatter", 1, x, tensor)
     scatter_back = scatter if ring else ("all_gather", 1, rows * cfg.E // tensor * 4, tensor)
+    # all-reduces of a sum of squares: two norms forwards, again, and backwards; at the end one norm
+    # both ways, and the loss's largest, total and chosen logit
     found = repeated(cfg.L, *repeated(4, gather), *repeated(3, scatter), *repeated(2, gather_back),
-                     *repeated(2, scatter_back), ("all_reduce", 6, squares, tensor),
-                     ("all_reduce", 2, scale, tensor))
+                     *repeated(2, scatter_back), ("all_reduce", 6, squares, tensor))
     found += [("reduce_scatter", 1, x, tensor), ("all_gather", 1, x // tensor, tensor),
-              gather, gather_back, ("all_reduce", 5, squares, tensor),
-              ("all_reduce", 1, scale, tensor), ("all_reduce", 1, 4, data)]
+              gather, gather_back, ("all_reduce", 5, squares, tensor), ("all_reduce", 1, 4, data)]
     names = dims(cfg)
     for tree, again in ((names.layers, 2), (names._replace(layers=()), 1)):
         for name in jax.tree.leaves(tree):
-            whole = math.prod(sizes(name, cfg)) // tensor
-            if " " not in name:
-                found.append(("all_reduce", 1, 4 * whole, data))
+            size = size_of(name, cfg)
+            if name == "E":  # of x's split letter each device scales its own part
+                found += [("all_reduce", 1, size * wide, tensor),
+                          ("all_reduce", 1, size // tensor * 4, data)]
+            elif " " not in name:
+                found.append(("all_reduce", 1, size * 4, data * tensor))
             for i, n in enumerate(axes if " " in name else ()):
-                part = whole // math.prod(axes[:i]) * wide
+                part = size // tensor // math.prod(axes[:i]) * wide
                 found += [("all_gather", again, part // n, n), ("reduce_scatter", 1, part, n)]
     return found
 
@@ -707,12 +710,12 @@ def extend_comm(cfg, B, T, tensor, layout, ring):
     """cfg, ... -> list of events: `tp_extend` by T tokens."""
     rows, wide = B * T, jnp.dtype(cfg.dtype).itemsize
     heads = rows * cfg.H * cfg.D * wide
-    look = {"heads": [], "batch": [("all_to_all", 2, heads // tensor, tensor)],
+    attend = {"heads": [], "batch": [("all_to_all", 2, heads // tensor, tensor)],
             "sequence": [("all_gather", 1, heads // tensor, tensor),
                          ("all_reduce", 2, rows * cfg.H * 4, tensor),
                          ("reduce_scatter", 1, heads, tensor)]}[layout]
     return repeated(cfg.L, *repeated(2, *trips(cfg, rows, tensor, ring)),
-                    ("all_reduce", 2, rows * 4, tensor), *look) + [
+                    ("all_reduce", 2, rows * 4, tensor), *attend) + [
         ("reduce_scatter", 1, rows * cfg.E * wide, tensor)]
 
 
@@ -751,8 +754,8 @@ def comm_bytes(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0):
     if form == "verify":
         return tally(extended(T) + unembed_comm(cfg, B * T, tensor, ring))
     if form == "prefill":  # a prompt's slots are split where they are made
-        look = extended(T, layout="heads" if layout == "sequence" else layout)
-        return tally(look + unembed_comm(cfg, B, tensor, ring))
+        read = extended(T, layout="heads" if layout == "sequence" else layout)
+        return tally(read + unembed_comm(cfg, B, tensor, ring))
     raise ValueError(f"form={form!r}: expected train, extend, prefill, generate or "
                      "verify")
 

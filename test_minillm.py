@@ -247,15 +247,6 @@ def test_the_gradient_of_causal_attention_by_hand_is_the_references(T, H, K, dty
         assert ours.dtype == dtype and np.abs(ours - theirs).max() <= limit
 
 
-@pytest.mark.parametrize("platform, written", [("cpu", True), ("tpu", False), ("cuda", False)])
-def test_only_a_cpu_writes_bf16_operands_out(platform, written):
-    backward = jax.jit(jax.grad(lambda w, x: jnp.sum(matmul(x, w))))
-    for dtype in ("bfloat16", "float32"):
-        operands = shaped(3, 8, dtype=dtype), shaped(5, 8, dtype=dtype)
-        text = backward.trace(*operands).lower(lowering_platforms=(platform,)).as_text()
-        assert ("optimization_barrier" in text) == (written and dtype == "bfloat16")
-
-
 @pytest.mark.parametrize("platform, turned", [("cpu", True), ("tpu", False), ("cuda", False)])
 def test_only_a_cpu_multiplies_keys_by_few_queries(platform, turned):
     for M in (3, 15, 16):
@@ -281,17 +272,15 @@ def test_scores_are_the_definition_however_many_queries_there_are(dtype):
 
 @pytest.mark.parametrize("act", ["silu", "gelu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_gated_product_rounds_once_and_keeps_what_it_was_given_alone(act, dtype):
+def test_a_gated_product_rounds_once(act, dtype):
     gate, up = (jnp.asarray(a, dtype) for a in normals((3, 5, 8), (3, 5, 8)))
     gate = 4 * gate
-    out, gradient = jax.vjp(lambda *a: minillm.gated(*a, act), gate, up)
+    out = minillm.gated(gate, up, act)
     x, y = np.asarray(gate, float), np.asarray(up, float)
     tanh = np.tanh(x / 2 if act == "silu" else np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3))
     exact = x * (1 + tanh) / 2 * y
     rounding = {"float32": 1e-6, "bfloat16": 1.01 * 2 ** -8}[dtype]
     assert np.all(np.abs(out - exact) <= rounding * np.abs(exact) + 1e-6)
-    kept = jax.tree.leaves(gradient)
-    assert sum(a.nbytes for a in kept) == gate.nbytes + up.nbytes
 
 
 def test_a_position_is_turned_into_cosines_once_for_all_layers():
@@ -628,45 +617,6 @@ def test_every_contract_line_holds(fn):
     for got, want in zip(result if len(expected) > 1 else [result], expected, strict=True):
         got, want = ([a.shape for a in jax.tree.leaves(tree)] for tree in (got, want))
         assert got == want
-
-
-# ------------------------------------------------------------------------------------- infer: tiles
-
-
-tiled = Config(L=2, E=64, H=4, K=2, D=32, F=128, V=31)
-
-
-@given(st.integers(1, 2 * infer.FEW_ROWS), st.integers(0, 99))
-def test_a_tiled_weight_is_the_weight_for_any_number_of_rows(rows, seed):
-    plain = weights(tiled, seed % 3)
-    x, out = normals((1, rows, tiled.E), (1, rows, tiled.H, tiled.D), seed=seed)
-    for ours, theirs in zip(infer.tile_params(plain, tiled).layers, plain.layers):
-        close(dot(x, ours.w_up), dot(x, theirs.w_up))
-        close(dot(x, ours.wq), dot(x, theirs.wq))
-        close(dot(out, ours.wo, 2), dot(out, theirs.wo, 2))
-
-
-def test_a_tiled_model_generates_what_the_plain_one_does_with_the_same_products():
-    plain, tokens, lengths = weights(tiled), draw_tokens(tiled, 3, 7), np.array([2, 7, 5])
-    made = []
-    for params in (plain, infer.tile_params(plain, tiled)):
-        cache = init_cache(tiled, 3, SLOTS)
-        logits, cache = prefill_jit(params, cache, tokens, lengths, cfg=tiled)
-        made.append(generate_jit(params, cache, logits, jax.random.key(0), n=9, cfg=tiled))
-        step = partial(extend, cfg=tiled)
-        assert traced_flops(lambda p, *a: unembed(p, step(p, *a)[0], tiled), params, cache,
-                            tokens[:, :1]) == sum(decode_flops(tiled, 3, SLOTS).values())
-    np.testing.assert_array_equal(made[0][0], made[1][0])
-    close(made[0][1], made[1][1])
-
-
-def test_what_cannot_be_tiled_is_refused_by_name():
-    with pytest.raises(ValueError, match="32 outputs in float32.*multiple of 64"):
-        infer.tile_params(weights(grouped), grouped)
-    with pytest.raises(ValueError, match="in int8: tiles take wide weights"):
-        infer.tile_params(quantize_params(weights(tiled), tiled), tiled)
-    with pytest.raises(ValueError, match="a Tiled of 128 outputs"):
-        infer.tile_params(infer.tile_params(weights(tiled), tiled), tiled)
 
 
 # --------------------------------------------------------------------------------- infer: the cache
