@@ -45,8 +45,8 @@ from infer import (Cache, array_bytes, decode_bytes, decode_flops, extend, gener
                    kv_bytes, load, model_draft, ngram_draft, prefill, prefill_flops,
                    quantize_params, read_arrays, read_json, refill, save, serve, speculate,
                    weight_bytes, wide_bytes)
-from minillm import (Adam, Config, Params, adam_init, cast, causal_pairs, check_tokens, init, loss,
-                     param_count, size_of, traced_flops, train_flops, train_step, unembed)
+from minillm import (Adam, Config, Params, adam_init, cast, causal_attention, causal_pairs,
+                     check_tokens, init, loss, param_count, size_of, traced_flops, train_flops, train_step, unembed)
 
 MB, GB = 1e6, 1e9
 SENTENCE = "So long and thanks for all the fish; "
@@ -889,6 +889,27 @@ def build_product(job, mesh):
         (), lambda out, args: args)
 
 
+def build_attention(job, mesh):
+    """-> causal attention of B rows of ones, forwards and backwards."""
+    cfg = job.cfg
+
+    def step(q, k, v):
+        out, back = jax.vjp(causal_attention, q, k, v)
+        return back(out)
+
+    return Program(step, lambda params, key: (
+        jnp.ones((job.B, job.prompt, cfg.H, cfg.D), cfg.dtype),
+        *(jnp.ones((job.B, cfg.K, job.prompt, cfg.D), cfg.dtype),) * 2), (),
+        lambda out, args: args)
+
+
+def attention_cost(job):
+    """Two products a pair forwards, and five backwards."""
+    flops = {name: each * 2 * job.B * causal_pairs(job.prompt) * job.cfg.H * job.cfg.D
+             for name, each in (("scores", 4), ("values", 3))}
+    return cost(job, job.prompt, job.prompt, job.B * job.prompt, flops, 0, 0, job.cfg.dtype)
+
+
 def speculated(job, out):
     """Job, result -> dict: a row's rounds, and what came of them. A step is a round of all rows:
     the rows that are done wait for the others."""
@@ -923,7 +944,7 @@ class Phase(NamedTuple):
 
 
 PRODUCTS = ("gather_matmul", "matmul_scatter")
-PARTIAL = (*PRODUCTS, "refill")  # no commands of their own
+PARTIAL = (*PRODUCTS, "attention", "refill")  # no commands of their own
 PHASES = {"train": Phase("T", train_cost, build_train,
                          lambda job, out: {"steps": 1, "loss": float(out[2])}),
           "prefill": Phase("P", prefill_cost, build_prefill),
@@ -933,6 +954,7 @@ PHASES = {"train": Phase("T", train_cost, build_train,
           "speculate": Phase("D", verify_cost, build_speculate, speculated),
           "serve": Phase("S", serve_cost, build_serve),
           "refill": Phase("R", lambda job: prefill_cost(job._replace(B=1)), build_refill),
+          "attention": Phase("A", attention_cost, build_attention),
           **{name: Phase("M", product_cost, build_product) for name in PRODUCTS}}
 
 

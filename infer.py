@@ -17,7 +17,7 @@ import numpy as np
 
 from minillm import (Config, attention, block, causal_attention, causal_pairs, check_tokens, dims,
                      embed, forward, known, matmul, normalised, product, product_flops, rotary,
-                     size_of, sizes, unembed)
+                     set_slots, size_of, sizes, unembed)
 
 # --------------------------------------------------------------------------------------------- int8
 
@@ -167,9 +167,8 @@ def write(slots, new, pos):
     B, K, _, _ = new.shape
     row, head = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
     slot = jnp.where(pos < 0, slots.shape[2], pos)[:, None]
-    return jax.tree.map(
-        lambda slots, new: slots.at[row, head, slot].set(new, mode="drop"), slots,
-        as_held(new, slots))
+    return jax.tree.map(lambda slots, new: set_slots(slots, new, row, head, slot), slots,
+                        as_held(new, slots))
 
 
 def cached_attention(q, k, v, pos, finish=normalised):

@@ -28,22 +28,33 @@ F32 = dict(preferred_element_type=jnp.float32)  # whatever a product multiplies,
 
 def product(x, w, sums=jnp.float32):
     """MC, OC -> MO: every row of x with every row of w."""
-    return in_two_rows(partial(jnp.einsum, "MC,OC->MO", preferred_element_type=sums), x, w)
+    def plain(x, w):
+        return jnp.einsum("MC,OC->MO", x, w, preferred_element_type=sums)
+
+    return in_two_rows(plain, x, w)
 
 
-@jax.custom_gradient
+@jax.custom_vjp
 def matmul(x, w):
-    """MC, OC -> MO: a product with a weight: 2BP flops, B = M rows and P = OC numbers.
+    """MC, OC -> MO: a product with a weight: 2BP flops, B = M rows and P = OC numbers."""
+    return product(x, w)
 
-    Backwards there are two for the one forwards, so training costs 6BP.
-    """
-    def backward(dy):
-        dy = dy.astype(w.dtype)
-        spine = jnp.einsum("MO,OC->MC", dy, w, **F32)            # goes down to the layer below
-        weight_gradient = jnp.einsum("MO,MC->OC", dy, x, **F32)  # stays here
-        return spine.astype(x.dtype), weight_gradient.astype(w.dtype)
 
-    return product(x, w), backward
+def matmul_forward(x, w):
+    """MC, OC -> MO, (MC, OC): its gradient needs both operands."""
+    return product(x, w), (x, w)
+
+
+def matmul_backward(saved, dy):
+    """(MC, OC), MO -> MC, OC: two products for the one forwards, so training costs 6BP."""
+    x, w = saved
+    dy = dy.astype(w.dtype)
+    spine = jnp.einsum("MO,OC->MC", dy, w, **F32)            # goes down to the layer below
+    weight_gradient = jnp.einsum("MO,MC->OC", dy, x, **F32)  # stays here
+    return spine.astype(x.dtype), weight_gradient.astype(w.dtype)
+
+
+matmul.defvjp(matmul_forward, matmul_backward)
 
 
 def dot(x, w, n=1, dtype=None):
@@ -139,16 +150,15 @@ def finite(largest):
 
 
 def in_blocks(x, K, n=1):
-    """BTHD, K, n -> nBKMD: T in n blocks, of which the last is padded, and the rows of one product
-    for each key head: row t * G + g of a block is its token t's g-th query of the G that share it.
-    """
+    """BTHD, K -> 1BK(T*G)D: the rows of one product for each key head: row t * G + g is token t's
+    g-th query of the G that share it. With n, the same of n blocks of T, the last one padded."""
     B, T, H, D = x.shape
     x = jnp.pad(x, ((0, 0), (0, -T % n), (0, 0), (0, 0))).reshape(B, n, -1, K, H // K, D)
     return x.transpose(1, 0, 3, 2, 4, 5).reshape(n, B, K, -1, D)
 
 
 def by_token(x, T, H):
-    """nBKMD, T, H -> BTHD: the way back."""
+    """1BK(T*G)D, T, H -> BTHD: the way back."""
     n, B, K, _, D = x.shape
     x = x.reshape(n, B, K, -1, H // K, D).transpose(1, 0, 3, 2, 4, 5)
     return x.reshape(B, -1, H, D)[:, :T]
@@ -205,13 +215,19 @@ def over_pairs(q, k, v, step, state):
     return lax.scan(one, state, jnp.array([(i, j) for i in range(n) for j in range(i + 1)]))[0]
 
 
-@jax.custom_gradient
+@jax.custom_vjp
 def causal_attention(q, k, v):
     """BTHD, BKTD, BKTD -> BTHD: `attention` at positions 0 to T - 1, in memory linear in T.
 
-    Blocks of queries meet blocks of keys up to their own, and the parts are merged. The gradient
-    keeps the logarithm of each query's sum of exponentials. arXiv:2205.14135.
+    Blocks of queries meet blocks of keys up to their own, and the parts are merged.
+    arXiv:2205.14135.
     """
+    return causal_forward(q, k, v)[0]
+
+
+def causal_forward(q, k, v):
+    """BTHD, BKTD, BKTD -> BTHD, saved: its gradient needs operands and result, and of each query
+    the logarithm of its sum of exponentials."""
     (_, T, H, _), K, n = q.shape, k.shape[1], causal_blocks(q.shape[1])[0]
     zeros = partial(jnp.zeros_like, in_blocks(q, K, n))
 
@@ -226,13 +242,14 @@ def causal_attention(q, k, v):
     empty = Partial(rows[0], rows[0, ..., :1], rows[0, ..., :1])
     _, out, log_total = over_pairs(q, k, v, step, (empty, zeros(), rows[..., :1]))
     out = by_token(out, T, H)
-    return out, partial(causal_backward, q, k, v, out, log_total)
+    return out, (q, k, v, out, log_total)
 
 
-def causal_backward(q, k, v, out, log_total, dy):
-    """BTHD, BKTD, BKTD, BTHD, nBKM1, BTHD -> BTHD, BKTD, BKTD: five products a pair, for the two
-    forwards: the softmax p is computed again. Through it goes, from scores s,
-    ds = p (dp - sum(p dp)), and that sum is dy . out."""
+def causal_backward(saved, dy):
+    """saved, BTHD -> BTHD, BKTD, BKTD: five products a pair, for the two forwards: the softmax p is
+    computed again. Through it goes, from scores s, ds = p (dp - sum(p dp)), where the sum is
+    dy . out."""
+    q, k, v, out, log_total = saved
     (_, T, H, D), K, n = q.shape, k.shape[1], len(log_total)
     along = in_blocks(jnp.sum(dy.astype(jnp.float32) * out, axis=-1, keepdims=True), K, n)
     dy = in_blocks(dy, K, n)
@@ -253,6 +270,9 @@ def causal_backward(q, k, v, out, log_total, dy):
     _, dq, dk, dv = over_pairs(q, k, v, step, (dq[0], dq.astype(q.dtype), dk, dv))
     dk, dv = (by_token(d, T, K).swapaxes(1, 2).astype(k.dtype) for d in (dk, dv))
     return by_token(dq, T, H), dk, dv
+
+
+causal_attention.defvjp(causal_forward, causal_backward)
 
 
 # ---------------------------------------------------------------------------- a model's arrays
@@ -404,7 +424,7 @@ def causal(q, k, v):
 
 
 def known(x):
-    """array -> array or None: its values, in NumPy, where they can be looked at before the run."""
+    """array -> array: its values, in NumPy; None where only the run will tell them."""
     return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
 
 
@@ -418,14 +438,25 @@ def check_tokens(tokens, cfg):
             raise ValueError(f"token {token} is outside the vocabulary: 0 to {cfg.V - 1}")
 
 
-@jax.custom_gradient
+@jax.custom_vjp
 def lookup(table, tokens):
     """VE, BT -> BTE: a row a token. The gradient of a row is summed in f32: summed in bf16,
     that of a token which occurs 400 times is off by 7%; in f32 by 1%, like any other."""
-    def backward(dy):
-        return jnp.zeros_like(table, "float32").at[tokens].add(dy).astype(table.dtype), None
+    return table[tokens]
 
-    return table[tokens], backward
+
+def lookup_forward(table, tokens):
+    """VE, BT -> BTE, (VE, BT): its gradient needs the table's shape and dtype alone."""
+    return table[tokens], (table, tokens)
+
+
+def lookup_backward(saved, dy):
+    """(VE, BT), BTE -> VE, None: each token adds to its row, in f32."""
+    table, tokens = saved
+    return jnp.zeros_like(table, "float32").at[tokens].add(dy).astype(table.dtype), None
+
+
+lookup.defvjp(lookup_forward, lookup_backward)
 
 
 @jax.named_scope("embed")
@@ -585,7 +616,7 @@ def traced_flops(fn, *args):
 
 
 def in_two_rows(product, x, w):
-    """MC, OC -> MO: `product(x, w)`. XLA's CPU code for a single row of bf16 or int8 is a scalar
+    """product, MC, OC -> MO: of x and w. XLA's CPU code for a single row of bf16 or int8 is a scalar
     loop, 8 to 20 times slower than two rows: there the row is doubled."""
     def doubled(x, w):
         return product(jnp.concatenate([x, x]), w)[:1]
@@ -608,3 +639,20 @@ def scores_of(q, k):
     if q.shape[2] >= 16:
         return plain(q, k)
     return lax.platform_dependent(q, k, cpu=keys_first, default=plain)
+
+
+def set_slots(slots, new, row, head, slot):
+    """BKSD, BKTD, indices -> BKSD: slots.at[row, head, slot].set(new). XLA's CPU code makes a slice
+    of a lone index, and copies the cache to update it: at batch 1 and one key head 1.3 times a
+    step's time (2,048 slots of 256 numbers). There it is listed twice, once at no row."""
+    def plain(slots, new):
+        return slots.at[row, head, slot].set(new, mode="drop")
+
+    def twice(slots, new):
+        rows = jnp.arange(2)[:, None, None]
+        return slots.at[rows, head, jnp.tile(slot, (2, 1, 1))].set(jnp.tile(new, (2, 1, 1, 1)),
+                                                                   mode="drop")
+
+    if math.prod(new.shape[:3]) > 1:
+        return plain(slots, new)
+    return lax.platform_dependent(slots, new, cpu=twice, default=plain)

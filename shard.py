@@ -34,8 +34,8 @@ def make_mesh(devices=None, **axes):
 
     A tuple makes an axis of each of its sizes: data=(4, 4) is data0 and data1. Axes follow the
     devices' coordinates where they have some, so that with the slice's own shape each is one axis
-    of its torus. ValueError where there are fewer devices. On a CPU,
-    `jax.config.update("jax_num_cpu_devices", 8)` before anything else makes 8 of them.
+    of its torus. ValueError where there are fewer devices.
+    `jax.config.update("jax_num_cpu_devices", 8)` before anything else simulates 8 of them.
     """
     devices = jax.devices() if devices is None else devices
     named = mesh_axes(**axes)
@@ -43,8 +43,8 @@ def make_mesh(devices=None, **axes):
     if not named or min(named.values()) < 1:
         raise ValueError(f"a mesh of {axes}: at least one axis, of at least one device")
     if wanted > there:
-        raise ValueError(f"a mesh of {axes} takes {wanted} devices, there are {there}: on a CPU, "
-                         f'jax.config.update("jax_num_cpu_devices", {wanted}) at the start')
+        raise ValueError(f"a mesh of {axes} takes {wanted} devices, there are {there}: "
+                         f'jax.config.update("jax_num_cpu_devices", {wanted}) simulates them')
     ordered = sorted(devices, key=lambda d: (*getattr(d, "coords", ()), d.id))[:wanted]
     return jax.sharding.Mesh(np.array(ordered).reshape(*named.values()), tuple(named),
                              axis_types=(jax.sharding.AxisType.Auto,) * len(named))
@@ -73,9 +73,9 @@ def spec(name, cfg, mesh, rules):
     """str, cfg, Mesh, dict -> P: the mesh axes that each dimension of one array is split over.
 
     Rules are of letters, but for "matrix": each data axis in turn splits a letter that it divides,
-    further where "tensor" already does: the first letter, or else from the last one backwards, with
-    which a TPU's compiler still scatters. Vectors stay whole. ValueError where an axis divides no
-    letter.
+    further where "tensor" already does: the first letter, or else from the last one backwards. (Of
+    a letter in between a compiler made no scatter.) Vectors stay whole. ValueError where an axis
+    divides no letter.
     """
     letters = name.replace(" ", "")
     held = {letter: [*split_over(rules.get(letter))] for letter in letters}
@@ -349,9 +349,9 @@ def fsdp_loss(params, tokens, cfg, mesh):
 def gather_data(w, split):
     """Params, specs -> Params: what FSDP split is whole again, one axis of the torus after another.
 
-    The gradient is scattered and added up, an axis at a time too. Gathered over all axes at once, a
-    TPU's compiler makes an all-reduce of each gather and scatter: twice the bytes, and whole
-    gradients on every chip.
+    The gradient is scattered and added up, an axis at a time too. Gathered over all axes at once,
+    each gather and scatter may become an all-reduce: twice the bytes, and whole gradients on every
+    device.
     """
     def whole(w, spec):
         for i, axes in enumerate(spec):
