@@ -46,7 +46,8 @@ from infer import (Cache, array_bytes, decode_bytes, decode_flops, extend, gener
                    quantize_params, read_arrays, read_json, refill, save, serve, speculate,
                    weight_bytes, wide_bytes)
 from minillm import (Adam, Config, Params, adam_init, cast, causal_attention, causal_pairs,
-                     check_tokens, init, loss, param_count, size_of, traced_flops, train_flops, train_step, unembed)
+                     check_tokens, init, loss, param_count, size_of, traced_flops, train_flops,
+                     train_step, unembed)
 
 MB, GB = 1e6, 1e9
 SENTENCE = "So long and thanks for all the fish; "
@@ -893,6 +894,7 @@ def build_attention(job, mesh):
     """-> causal attention of B rows of ones, forwards and backwards."""
     cfg = job.cfg
 
+    @jax.named_scope("attention")
     def step(q, k, v):
         out, back = jax.vjp(causal_attention, q, k, v)
         return back(out)

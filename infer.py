@@ -166,9 +166,8 @@ def write(slots, new, pos):
     """
     B, K, _, _ = new.shape
     row, head = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
-    slot = jnp.where(pos < 0, slots.shape[2], pos)[:, None]
-    return jax.tree.map(lambda slots, new: set_slots(slots, new, row, head, slot), slots,
-                        as_held(new, slots))
+    at = row, head, jnp.where(pos < 0, slots.shape[2], pos)[:, None]
+    return jax.tree.map(partial(set_slots, at=at), slots, as_held(new, slots))
 
 
 def cached_attention(q, k, v, pos, finish=normalised):
@@ -738,7 +737,8 @@ NAMES = dict(  # of each array in Hugging Face's files
     k_norm="self_attn.k_norm", mlp_norm="post_attention_layernorm", w_gate="mlp.gate_proj",
     w_up="mlp.up_proj", w_down="mlp.down_proj")
 PLAIN = {  # what config.json may ask for, where any other value is another model
-    "model_type": ("llama", "mistral", "gemma", "qwen3"), "hidden_act": (None, "silu", "gelu_pytorch_tanh"),
+    "model_type": ("llama", "mistral", "gemma", "qwen3"),
+    "hidden_act": (None, "silu", "gelu_pytorch_tanh"),
     **dict.fromkeys(("attention_bias", "mlp_bias", "use_qk_norm", "qk_layernorm",
                      "rope_interleaved", "use_bidirectional_attention", "attn_logit_softcapping",
                      "final_logit_softcapping", "quantization_config"), (None, False)),
@@ -752,7 +752,8 @@ def tensor_names(cfg):
         if field.name not in NAMES:
             raise ValueError(f"no name in files is known for the array {field.name}: add it to "
                              "infer.NAMES")
-        return "".join(f"model.layers.{at.idx}." for at in layer[1:]) + NAMES[field.name] + ".weight"
+        inside = "".join(f"model.layers.{at.idx}." for at in layer[1:])
+        return f"{inside}{NAMES[field.name]}.weight"
 
     return jax.tree.map_with_path(name, dims(cfg))
 
@@ -849,10 +850,10 @@ def read_safetensors(path):
 def load(path, dtype=None):
     """path -> cfg, Params: a Hugging Face folder: config.json and model.safetensors, or its shards.
 
-    Llama 2 and 3, SmolLM2, TinyLlama, Mistral, Gemma 1 and Qwen 3, in the file's dtype (then cfg.dtype) or
-    the one given. Tensors are mapped from the file and copied once. Gemma stores norm scales less
-    one; here they are whole, and f32, since bf16 would round the sum. ValueError that names what is
-    not implemented, missing, unexpected, or of another shape.
+    Llama 2 and 3, SmolLM2, TinyLlama, Mistral, Gemma 1 and Qwen 3 (dense), in the file's dtype
+    (then cfg.dtype) or the one given. Tensors are mapped from the file and copied once. Gemma
+    stores norm scales less one; here they are whole, and f32, since bf16 would round the sum.
+    ValueError that names what is not implemented, missing, unexpected, or of another shape.
     """
     path = pathlib.Path(path)
     cfg = parse_config(read_json(path / "config.json"))
@@ -910,9 +911,15 @@ def save(path, cfg, params, shard_bytes=5e9):
 
     More than `shard_bytes` go into several files and their index. ValueError for int8.
     """
-    path, leaves = pathlib.Path(path), jax.tree.leaves(params)
-    if not {w.dtype.name for w in leaves} <= set(SAFETENSORS_DTYPES.values()):
+    path, names = pathlib.Path(path), tensor_names(cfg)
+    if not {w.dtype.name for w in jax.tree.leaves(params)} <= set(SAFETENSORS_DTYPES.values()):
         raise ValueError("int8 weights are not saved: save those they were made from")
+    if jax.tree.structure(params) != jax.tree.structure(names):
+        raise ValueError("params hold other arrays than dims(cfg) names: qk_norm and tied must be "
+                         "those that they were made with")
+    for letters, name, w in zip(*map(jax.tree.leaves, (dims(cfg), names, params)), strict=True):
+        if w.shape != sizes(letters, cfg):
+            raise ValueError(f"{name} has shape {w.shape}, not {sizes(letters, cfg)}, which cfg says")
     if cfg.embed_scale and cfg.qk_norm:
         raise ValueError("no family of files has both embed_scale and qk_norm")
     kind = "gemma" if cfg.embed_scale else "qwen3" if cfg.qk_norm else "llama"
@@ -929,8 +936,7 @@ def save(path, cfg, params, shard_bytes=5e9):
         "max_position_embeddings": 131072, "tie_word_embeddings": cfg.tied,
         "torch_dtype": params.embed.dtype.name}, indent=2))
     shards, room = [{}], shard_bytes
-    for letters, name, w in zip(*map(jax.tree.leaves, (dims(cfg), tensor_names(cfg), params)),
-                                strict=True):
+    for letters, name, w in zip(*map(jax.tree.leaves, (dims(cfg), names, params)), strict=True):
         if shards[-1] and w.nbytes > room:
             shards, room = [*shards, {}], shard_bytes
         room -= w.nbytes

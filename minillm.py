@@ -384,9 +384,9 @@ def cast(params, dtype):
 #
 # A seam is an argument that stands for a part of the model. Each has one name everywhere:
 #
-#     seam     contract                          here               replaced
+#     seam     contract                          here               replaced (in shard.py)
 #     attend   q, k, v -> BTHD, state            causal             by a cache; over several devices
-#     enter    BTE, (FE, FE) -> (BTF, BTF)       dots               where weights are split: shard.py
+#     enter    BTE, (FE, FE) -> (BTF, BTF)       dots               where weights are split
 #     leave    BTF, EF -> BTE                    dot                where weights are split
 #     norm     BTE, E, eps -> BTE                rms_norm           where E is split
 #     embed    Params, BT, cfg -> BTE            embed              where V is split
@@ -616,8 +616,8 @@ def traced_flops(fn, *args):
 
 
 def in_two_rows(product, x, w):
-    """product, MC, OC -> MO: of x and w. XLA's CPU code for a single row of bf16 or int8 is a scalar
-    loop, 8 to 20 times slower than two rows: there the row is doubled."""
+    """product, MC, OC -> MO: of x and w. XLA's CPU code for a single row of bf16 or int8 is a
+    scalar loop, 8 to 20 times slower than for two rows: there the row is doubled."""
     def doubled(x, w):
         return product(jnp.concatenate([x, x]), w)[:1]
 
@@ -641,17 +641,16 @@ def scores_of(q, k):
     return lax.platform_dependent(q, k, cpu=keys_first, default=plain)
 
 
-def set_slots(slots, new, row, head, slot):
-    """BKSD, BKTD, indices -> BKSD: slots.at[row, head, slot].set(new). XLA's CPU code makes a slice
-    of a lone index, and copies the cache to update it: at batch 1 and one key head 1.3 times a
-    step's time (2,048 slots of 256 numbers). There it is listed twice, once at no row."""
+def set_slots(slots, new, at):
+    """BKSD, BKTD, indices -> BKSD: slots.at[at].set(new). XLA's CPU code makes a slice of a lone
+    index, and copies the cache to update it: at batch 1 and one key head 1.3 times a step's time
+    (2,048 slots of 256 numbers, two versions). There it is listed twice, once at no row."""
     def plain(slots, new):
-        return slots.at[row, head, slot].set(new, mode="drop")
+        return slots.at[at].set(new, mode="drop")
 
     def twice(slots, new):
-        rows = jnp.arange(2)[:, None, None]
-        return slots.at[rows, head, jnp.tile(slot, (2, 1, 1))].set(jnp.tile(new, (2, 1, 1, 1)),
-                                                                   mode="drop")
+        slot, new = jnp.tile(at[2], (2, 1, 1)), jnp.tile(new, (2, 1, 1, 1))
+        return slots.at[jnp.arange(2)[:, None, None], at[1], slot].set(new, mode="drop")
 
     if math.prod(new.shape[:3]) > 1:
         return plain(slots, new)

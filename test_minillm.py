@@ -327,16 +327,15 @@ def test_slots_looked_at_some_at_a_time_are_slots_looked_at_together(T, S, width
 def test_attentions_memory_grows_as_its_tokens_do(what, optimised):
     """Twice T tokens take less than 2.2 times the temporaries: what is squared would take four.
     A chunk of 1,024 tokens behind S slots takes no more for twice the slots."""
+    def backward(*qkv):
+        out, back = jax.vjp(causal_attention, *qkv)
+        return back(out)
+
     def temporaries(T):
         q, k = shaped(1, T, 4, 16, dtype="float32"), shaped(1, 2, T, 16, dtype="float32")
-        run = causal_attention
-        if what == "gradient":
-            def run(*qkv):
-                out, back = jax.vjp(causal_attention, *qkv)
-                return back(out)
-        if what == "chunk":
-            q = shaped(1, 1024, 4, 16, dtype="float32")
-            run = partial(infer.cached_attention, pos=jnp.arange(T - 1024, T)[None])
+        run = {"forward": causal_attention, "gradient": backward, "chunk": partial(
+            infer.cached_attention, pos=jnp.arange(T - 1024, T)[None])}[what]
+        q = q if what != "chunk" else shaped(1, 1024, 4, 16, dtype="float32")
         return jax.jit(run).lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
 
     once, twice = temporaries(4096), temporaries(8192)
@@ -675,7 +674,9 @@ def contract_value(term, size, cfg):
         "list": [],
         "array": np.ones(3), "arrays": np.ones(3), "bool": True, "dict": {}, "tuple": (),
         "attend": lambda q, k, v, *old: (minillm.causal_attention(q, k, v), old[:2]), "state": None,
-        "step": lambda state, *_: state, "product": lambda x, w: x @ w.T}
+        "step": lambda state, *_: state, "product": lambda x, w: x @ w.T, "indices": (
+            np.zeros((size["B"], 1, 1), int), np.zeros((size["K"], 1), int), np.zeros(
+                (size["B"], 1, size["T"]), int))}
     if term in named:
         return named[term]
     if term == "Partial":
@@ -1463,7 +1464,7 @@ def test_published_configurations_are_understood_however_they_spell_it(name):
     dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4))), dict(use_qk_norm=True),
     dict(attn_logit_softcapping=50.0), dict(final_logit_softcapping=30.0),
     dict(quantization_config=dict(bits=4)),
-    dict(model_type="qwen3", use_sliding_window=True, sliding_window=64), dict(sliding_window=64, max_position_embeddings=128),
+    dict(sliding_window=64, use_sliding_window=True, model_type="qwen3"), dict(sliding_window=64, max_position_embeddings=128),
     dict(layer_types=["sliding_attention"]), dict(rope_scaling=dict(rope_type="llama3", factor=8)),
     dict(hidden_size=None), dict(num_key_value_heads=9), dict(rope_scaling="wrong kind")], ids=repr)
 def test_what_config_json_asks_for_and_is_not_implemented_is_refused_by_name(asked):
@@ -1488,14 +1489,17 @@ def test_a_folder_that_does_not_hold_the_model_is_refused_by_name(tmp_path):
     cfg, params = CONFIGS[1], weights(CONFIGS[1])
     check(lambda: load(tmp_path / "none"), "none", "No such file")
     check(lambda: save(tmp_path, cfg, quantize_params(params, cfg)), "int8")
+    check(lambda: save(tmp_path, replace(cfg, qk_norm=False), params), "qk_norm")
+    check(lambda: save(tmp_path, replace(cfg, F=21), params), "gate_proj", "(20, 16)", "(21, 16)")
+    assert not list(tmp_path.iterdir())
     save(tmp_path, cfg, params)
     file = tmp_path / "model.safetensors"
     found = {name: np.array(a) for name, a in infer.read_safetensors(file).items()}
     lost = {name: a for name, a in found.items() if "layers.1.mlp.up" not in name}
     for tensors, words in (
             (lost, ["model.layers.1.mlp.up_proj.weight", "missing"]),
-            ({**found, "model.layers.0.self_attn.q_norm.weight": found["model.norm.weight"]},
-             ["q_norm", "not part"]),
+            ({**found, "model.layers.0.self_attn.sinks": found["model.norm.weight"]},
+             ["sinks", "not part"]),
             ({**found, "model.norm.weight": np.ones(9, np.float32)}, ["model.norm", "(9,)", "16"])):
         infer.write_safetensors(file, tensors)
         check(lambda: load(tmp_path), *words)
@@ -2345,7 +2349,7 @@ def products(jaxpr, path=""):
             yield from products(inner, own)
 
 
-@pytest.mark.parametrize("phase", bench.PHASES.keys() - {"serve", *bench.PRODUCTS})
+@pytest.mark.parametrize("phase", bench.PHASES.keys() - {"serve", "attention", *bench.PRODUCTS})
 def test_every_product_stands_in_a_named_region(phase):
     cfg = CONFIGS[1] if phase != "speculate" else bench.parse_model(TINY)
     step, make, *_ = bench.PHASES[phase].build(bench.Job(phase, "", cfg, 2, 5, 2), None)
