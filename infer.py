@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from minillm import (Config, attention, block, causal_attention, causal_pairs, check_tokens, dims,
-                     embed, forward, known, matmul, normalised, product, product_flops, rotary,
-                     set_slots, size_of, sizes, unembed)
+                     embed, forward, in_twos, known, matmul, normalised, product, product_flops,
+                     rotary, size_of, sizes, unembed)
 
 # --------------------------------------------------------------------------------------------- int8
 
@@ -164,10 +164,15 @@ def write(slots, new, pos):
     In place in a donated cache. For that every index is named: with heads as a slice, compilers
     hold the cache in another layout and copy all of it. Positions outside 0 to S - 1 are dropped.
     """
-    B, K, _, _ = new.shape
+    B, K, T, _ = new.shape
     row, head = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
-    at = row, head, jnp.where(pos < 0, slots.shape[2], pos)[:, None]
-    return jax.tree.map(partial(set_slots, at=at), slots, as_held(new, slots))
+    slot = jnp.where(pos < 0, slots.shape[2], pos)[:, None]
+
+    def put(slots, new):
+        return in_twos(B * K * T == 1, lambda row, slot, new: slots.at[row, head, slot].set(
+            new, mode="drop"), row, slot, new)
+
+    return jax.tree.map(put, slots, as_held(new, slots))
 
 
 def cached_attention(q, k, v, pos, finish=normalised):

@@ -13,7 +13,6 @@ Results come in one order: what was made, then state, then what is reported abou
 import math
 from collections import namedtuple
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,10 +27,10 @@ F32 = dict(preferred_element_type=jnp.float32)  # whatever a product multiplies,
 
 def product(x, w, sums=jnp.float32):
     """MC, OC -> MO: every row of x with every row of w."""
-    def plain(x, w):
+    def plain(x):
         return jnp.einsum("MC,OC->MO", x, w, preferred_element_type=sums)
 
-    return in_two_rows(plain, x, w)
+    return in_twos(len(x) == 1 and w.dtype.itemsize <= 2, plain, x)
 
 
 @jax.custom_vjp
@@ -49,8 +48,8 @@ def matmul_backward(saved, dy):
     """(MC, OC), MO -> MC, OC: two products for the one forwards, so training costs 6BP."""
     x, w = saved
     dy = dy.astype(w.dtype)
-    spine = jnp.einsum("MO,OC->MC", dy, w, **F32)            # goes down to the layer below
-    weight_gradient = jnp.einsum("MO,MC->OC", dy, x, **F32)  # stays here
+    spine = jnp.einsum("MO,OC->MC", dy, w, **F32)                     # to the layer below
+    weight_gradient = jnp.einsum("OM,MC->OC", stored(dy.T, "bfloat16"), x, **F32)  # stays here
     return spine.astype(x.dtype), weight_gradient.astype(w.dtype)
 
 
@@ -94,7 +93,7 @@ def rotary(pos, cfg):
         kept = jnp.clip((context * frequency / (2 * jnp.pi) - low) / (high - low), 0, 1)
         frequency = frequency * (kept + (1 - kept) / factor)
     angle = pos[..., None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    return stored(jnp.cos(angle)), stored(jnp.sin(angle))
 
 
 def rope(x, table):
@@ -187,9 +186,9 @@ def attention(q, k, v, pos, finish=normalised, width=None):
 
 
 def causal_blocks(T):
-    """int -> int, int: number and size of causal_attention's blocks: a quarter of T within 128 to
+    """int -> int, int: number and size of causal_attention's blocks: an eighth of T within 128 to
     512 tokens. Smaller ones multiply less that is masked, larger ones are merged less often."""
-    n = -(-T // min(max(T // 4, 128), 512))
+    n = -(-T // min(max(T // 8, 128), 512))
     return n, -(-T // n)
 
 
@@ -229,18 +228,19 @@ def causal_forward(q, k, v):
     """BTHD, BKTD, BKTD -> BTHD, saved: its gradient needs operands and result, and of each query
     the logarithm of its sum of exponentials."""
     (_, T, H, _), K, n = q.shape, k.shape[1], causal_blocks(q.shape[1])[0]
-    zeros = partial(jnp.zeros_like, in_blocks(q, K, n))
 
     def step(state, i, j, q, k, v, seen):
         part, out, log_total = state
-        part = part._replace(largest=jnp.where(j == 0, -jnp.inf, part.largest))  # a new row, empty
+        part = jax.tree.map(lambda empty, found: jnp.where(j == 0, empty, found),
+                            Partial(0, 0, -jnp.inf), part)  # each row begins anew
         part = merge(part, partial_attention(q, k, v, seen))
         return part, out.at[i].set(normalised(part).astype(out.dtype)), log_total.at[i].set(
             jnp.log(part.total) + part.largest)  # both whole with the row's last block
 
-    rows = zeros(dtype="float32")
-    empty = Partial(rows[0], rows[0, ..., :1], rows[0, ..., :1])
-    _, out, log_total = over_pairs(q, k, v, step, (empty, zeros(), rows[..., :1]))
+    rows = in_blocks(q, K, n)  # of the results' shapes: every number is overwritten
+    one, narrow = rows[0].astype(jnp.float32), jnp.zeros_like(rows[..., :1], "float32")
+    state = Partial(one, narrow[0], narrow[0]), rows, narrow
+    _, out, log_total = over_pairs(q, k, v, step, state)
     out = by_token(out, T, H)
     return out, (q, k, v, out, log_total)
 
@@ -248,26 +248,27 @@ def causal_forward(q, k, v):
 def causal_backward(saved, dy):
     """saved, BTHD -> BTHD, BKTD, BKTD: five products a pair, for the two forwards: the softmax p is
     computed again. Through it goes, from scores s, ds = p (dp - sum(p dp)), where the sum is
-    dy . out."""
+    dy . out. Keys come first in all of them, so that dk and dv are plain products."""
     q, k, v, out, log_total = saved
     (_, T, H, D), K, n = q.shape, k.shape[1], len(log_total)
     along = in_blocks(jnp.sum(dy.astype(jnp.float32) * out, axis=-1, keepdims=True), K, n)
-    dy = in_blocks(dy, K, n)
+    dy, along, log_total = in_blocks(dy, K, n), along.swapaxes(3, 4), log_total.swapaxes(3, 4)
 
     def step(state, i, j, q, k, v, seen):
         row, dq, dk, dv = state
-        scores = jnp.einsum("BKMD,BKSD->BKMS", q, k, **F32) * D ** -0.5
-        p = jnp.where(seen, jnp.exp(scores - log_total[i]), 0)
-        dp = jnp.einsum("BKMD,BKSD->BKMS", dy[i], v, **F32)
+        scores = jnp.einsum("BKSD,BKMD->BKSM", k, q, **F32) * D ** -0.5
+        p = jnp.where(seen.T, jnp.exp(scores - log_total[i]), 0)
+        dp = jnp.einsum("BKSD,BKMD->BKSM", v, dy[i], **F32)
         ds, p = (p * (dp - along[i]) * D ** -0.5).astype(q.dtype), p.astype(q.dtype)
-        row = jnp.where(j == 0, 0, row) + jnp.einsum("BKMS,BKSD->BKMD", ds, k, **F32)
-        dk = dk.at[j].add(jnp.einsum("BKMS,BKMD->BKSD", ds, q, **F32))
-        dv = dv.at[j].add(jnp.einsum("BKMS,BKMD->BKSD", p, dy[i], **F32))
+        row = jnp.where(j == 0, 0, row) + jnp.einsum("BKSM,BKSD->BKMD", ds, k, **F32)
+        dk = dk.at[j].set(jnp.where(i == j, 0, dk[j]) + jnp.einsum("BKSM,BKMD->BKSD", ds, q, **F32))
+        dv = dv.at[j].set(jnp.where(i == j, 0, dv[j]) + jnp.einsum(
+            "BKSM,BKMD->BKSD", p, dy[i], **F32))
         return row, dq.at[i].set(row.astype(dq.dtype)), dk, dv
 
-    dq, dk, dv = (jnp.zeros_like(in_blocks(a, K, n), "float32")
-                  for a in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
-    _, dq, dk, dv = over_pairs(q, k, v, step, (dq[0], dq.astype(q.dtype), dk, dv))
+    dq, dk, dv = (in_blocks(a, K, n) for a in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))  # as above
+    state = dq[0].astype(jnp.float32), dq, dk.astype(jnp.float32), dv.astype(jnp.float32)
+    _, dq, dk, dv = over_pairs(q, k, v, step, state)
     dk, dv = (by_token(d, T, K).swapaxes(1, 2).astype(k.dtype) for d in (dk, dv))
     return by_token(dq, T, H), dk, dv
 
@@ -615,15 +616,14 @@ def traced_flops(fn, *args):
 # --------------------------------------------- what one backend needs: elsewhere the plain form
 
 
-def in_two_rows(product, x, w):
-    """product, MC, OC -> MO: of x and w. XLA's CPU code for a single row of bf16 or int8 is a
-    scalar loop, 8 to 20 times slower than for two rows: there the row is doubled."""
-    def doubled(x, w):
-        return product(jnp.concatenate([x, x]), w)[:1]
+def in_twos(lone, plain, *rows):
+    """bool, plain, arrays -> array: `plain(*rows)`. Where it is one row, XLA's CPU code runs a
+    scalar loop for a product in bf16 or int8, 8 to 20 times slower than for two rows, and copies a
+    cache that it writes one slot of, 1.3 times a step's time: there the row is listed twice."""
+    def doubled(*rows):
+        return plain(*(jnp.concatenate([a, a]) for a in rows))[:1]
 
-    if len(x) > 1 or w.dtype.itemsize > 2:
-        return product(x, w)
-    return lax.platform_dependent(x, w, cpu=doubled, default=product)
+    return lax.platform_dependent(*rows, cpu=doubled, default=plain) if lone else plain(*rows)
 
 
 def scores_of(q, k):
@@ -633,25 +633,19 @@ def scores_of(q, k):
     def plain(rows, columns):
         return jnp.einsum("BKMD,BKSD->BKMS", rows, columns, **F32)
 
-    def keys_first(q, k):  # the barrier keeps the transpose out of the product
-        return lax.optimization_barrier(plain(k, q)).swapaxes(2, 3)
+    def keys_first(q, k):
+        return stored(plain(k, q)).swapaxes(2, 3)
 
-    if q.shape[2] >= 16:
-        return plain(q, k)
-    return lax.platform_dependent(q, k, cpu=keys_first, default=plain)
+    return lax.platform_dependent(q, k, cpu=keys_first if q.shape[2] < 16 else plain, default=plain)
 
 
-def set_slots(slots, new, at):
-    """BKSD, BKTD, indices -> BKSD: slots.at[at].set(new). XLA's CPU code makes a slice of a lone
-    index, and copies the cache to update it: at batch 1 and one key head 1.3 times a step's time
-    (2,048 slots of 256 numbers, two versions). There it is listed twice, once at no row."""
-    def plain(slots, new):
-        return slots.at[at].set(new, mode="drop")
+def stored(x, dtype=None):
+    """BT -> BT: x, or only where it is of that dtype. XLA's CPU code is made to write it to memory
+    as it is: it would compute cosines again for each head and layer, 15% of a prefill at batch 1,
+    and multiply a transposed bf16 operand as f32, 30% of a training step."""
+    def written(x):
+        return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
 
-    def twice(slots, new):
-        slot, new = jnp.tile(at[2], (2, 1, 1)), jnp.tile(new, (2, 1, 1, 1))
-        return slots.at[jnp.arange(2)[:, None, None], at[1], slot].set(new, mode="drop")
-
-    if math.prod(new.shape[:3]) > 1:
-        return plain(slots, new)
-    return lax.platform_dependent(slots, new, cpu=twice, default=plain)
+    if dtype and x.dtype != dtype:
+        return x
+    return lax.platform_dependent(x, cpu=written, default=lambda x: x)
