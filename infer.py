@@ -74,7 +74,11 @@ def quantize_params(params, cfg, kind=Q8A8):
         contracted = tuple(range(-len(name.split()[-1]), 0))
         return kind(*quantize(w, contracted)) if " " in name else w.astype(cfg.dtype)
 
-    return jax.tree.map(leaf, dims(cfg)._replace(embed="V E" if cfg.tied else "rows"), params)
+    names, table = read_arrays(cfg), params.embed
+    if cfg.tied:
+        return jax.tree.map(leaf, names, params)
+    return jax.tree.map(leaf, names, params._replace(embed=None))._replace(
+        embed=table.astype(cfg.dtype))
 
 
 # ---------------------------------------------------------------------------------------- the cache
@@ -223,10 +227,10 @@ def through_layers(params, cache, x, pos, cfg, attend, **seams):
     `attend(q, k, v, old_k, old_v, pos)` gives one layer's BTHD and its pair of BKSD.
     """
     table, written = rotary(pos, cfg), []
-    for w, *old in zip(params.layers, cache.k, cache.v):
+    for w, *old in zip(params.layers, cache.k, cache.v, strict=True):
         x, kv = block(x, w, table, cfg, lambda q, k, v: attend(q, k, v, *old, pos), **seams)
         written.append(kv)
-    return x, *zip(*written)
+    return x, *zip(*written, strict=True)
 
 
 def append(params, cache, tokens, cfg, attend=extend_cache, embed=embed, **seams):
@@ -526,7 +530,9 @@ def propose_by_model(params, key, tokens, length, cache, cfg, n, temperature=0.0
     x, cache = extend(params, cache._replace(length=length - 2), last_two, cfg)
     first = draw(x, length)
     (cache, _), rest = jax.lax.scan(step, (cache, first[0]), length=n - 1)
-    return *(jnp.moveaxis(jnp.concatenate([a[None], b]), 0, 1) for a, b in zip(first, rest)), cache
+    made = (jnp.moveaxis(jnp.concatenate([a[None], b]), 0, 1)
+            for a, b in zip(first, rest, strict=True))
+    return *made, cache
 
 
 def last_token(tokens, length):
@@ -924,20 +930,21 @@ def save(path, cfg, params, shard_bytes=5e9):
                          "those that they were made with")
     for letters, name, w in zip(*map(jax.tree.leaves, (dims(cfg), names, params)), strict=True):
         if w.shape != sizes(letters, cfg):
-            raise ValueError(f"{name} has shape {w.shape}, not {sizes(letters, cfg)}, which cfg says")
+            raise ValueError(f"{name} has shape {w.shape}, not {sizes(letters, cfg)}, as cfg says")
     if cfg.embed_scale and cfg.qk_norm:
         raise ValueError("no family of files has both embed_scale and qk_norm")
     kind = "gemma" if cfg.embed_scale else "qwen3" if cfg.qk_norm else "llama"
     path.mkdir(parents=True, exist_ok=True)
-    scaling = dict(zip(("factor", "low_freq_factor", "high_freq_factor",
-                        "original_max_position_embeddings"), cfg.rope_scaling or ()))
+    scaling = cfg.rope_scaling and {"rope_type": "llama3", **dict(zip((
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        cfg.rope_scaling, strict=True))}
     act = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}[cfg.act]
     (path / "config.json").write_text(json.dumps({
         "architectures": [f"{kind.title()}ForCausalLM"], "model_type": kind, "vocab_size": cfg.V,
         "hidden_size": cfg.E, "intermediate_size": cfg.F, "num_hidden_layers": cfg.L,
         "num_attention_heads": cfg.H, "num_key_value_heads": cfg.K, "head_dim": cfg.D,
         "hidden_act": act, "rms_norm_eps": cfg.eps, "rope_theta": cfg.rope_base,
-        "rope_scaling": {"rope_type": "llama3", **scaling} if scaling else None,
+        "rope_scaling": scaling,
         "max_position_embeddings": 131072, "tie_word_embeddings": cfg.tied,
         "torch_dtype": params.embed.dtype.name}, indent=2))
     shards, room = [{}], shard_bytes
@@ -954,8 +961,9 @@ def save(path, cfg, params, shard_bytes=5e9):
     if len(shards) == 1:
         return write_safetensors(path / "model.safetensors", *shards)
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    for file, tensors in zip(files, shards):
+    for file, tensors in zip(files, shards, strict=True):
         write_safetensors(path / file, tensors)
     index.write_text(json.dumps({
         "metadata": {"total_size": sum(w.nbytes for shard in shards for w in shard.values())},
-        "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}))
+        "weight_map": {name: file for file, shard in zip(files, shards, strict=True)
+                       for name in shard}}))

@@ -193,12 +193,12 @@ def gather_matmul_ring(x, ws, axis="tensor", dtype=None, both=False):
     ways = check_ways(x.shape[-1], both)
     parts, width, total = jnp.split(x, len(ways), -1), x.shape[-1] // len(ways), [0.0] * len(ws)
     for i in range(n):
-        for way, part, half in zip(ways, parts, range(len(ways))):
+        for half, (way, part) in enumerate(zip(ways, parts, strict=True)):
             start = (here - way * i) % n * x.shape[-1] + half * width
             total = [sum_ + dot(part, columns(w, start, width), dtype=jnp.float32)
-                     for sum_, w in zip(total, ws)]
+                     for sum_, w in zip(total, ws, strict=True)]
         if i < n - 1:
-            parts = [pass_on(part, axis, way) for way, part in zip(ways, parts)]
+            parts = [pass_on(part, axis, way) for way, part in zip(ways, parts, strict=True)]
     return tuple(sum_.astype(dtype or x.dtype) for sum_ in total)
 
 
@@ -225,11 +225,11 @@ def matmul_scatter_ring(x, w, axis="tensor", n=1, both=False):
     width, total = part // len(ways), [0.0] * len(ways)
     for i in range(size):
         if i:
-            total = [pass_on(sum_, axis, way) for way, sum_ in zip(ways, total)]
+            total = [pass_on(sum_, axis, way) for way, sum_ in zip(ways, total, strict=True)]
         starts = [(here - way * (i + 1)) % size * part + half * width
                   for half, way in enumerate(ways)]
         total = [sum_ + dot(x, outputs(w, start, width), n, dtype=jnp.float32)
-                 for sum_, start in zip(total, starts)]
+                 for sum_, start in zip(total, starts, strict=True)]
     return jnp.concatenate(total, -1).astype(x.dtype)
 
 
@@ -485,8 +485,8 @@ def check_layout(cache, mesh, layout):
         raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
     if "tensor" not in mesh.shape:
         raise ValueError(f"a mesh of {tuple(mesh.shape)}: a cache is split over an axis 'tensor'")
-    sizes_ = dict(zip("BKS", cache.k[0].shape))
-    split = {name: dict(zip("BKS", cache_specs(mesh, name).k)) for name in LAYOUTS}
+    sizes_ = dict(zip("BKSD", cache.k[0].shape, strict=True))
+    split = {name: dict(zip("BKS", cache_specs(mesh, name).k, strict=True)) for name in LAYOUTS}
 
     def lacks(name):
         return [(letter, n) for letter, axes in split[name].items() if sizes_[letter] % (
@@ -711,9 +711,9 @@ def extend_comm(cfg, B, T, tensor, layout, ring):
     rows, wide = B * T, jnp.dtype(cfg.dtype).itemsize
     heads = rows * cfg.H * cfg.D * wide
     attend = {"heads": [], "batch": [("all_to_all", 2, heads // tensor, tensor)],
-            "sequence": [("all_gather", 1, heads // tensor, tensor),
-                         ("all_reduce", 2, rows * cfg.H * 4, tensor),
-                         ("reduce_scatter", 1, heads, tensor)]}[layout]
+              "sequence": [("all_gather", 1, heads // tensor, tensor),
+                           ("all_reduce", 2, rows * cfg.H * 4, tensor),
+                           ("reduce_scatter", 1, heads, tensor)]}[layout]
     return repeated(cfg.L, *repeated(2, *trips(cfg, rows, tensor, ring)),
                     ("all_reduce", 2, rows * 4, tensor), *attend) + [
         ("reduce_scatter", 1, rows * cfg.E * wide, tensor)]
