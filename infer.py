@@ -180,8 +180,8 @@ def write(slots, new, pos):
 
 
 def cached_attention(q, k, v, pos, finish=normalised):
-    """BTHD, BKSD, BKSD, BT -> BTHD: `attention` to a cache, int8 or not, that holds no more than
-    2^20 scores of a row and head at once: all slots' of a few tokens, some of a long chunk's."""
+    """BTHD, BKSD, BKSD, BT -> BTHD: `attention` to a cache, int8 or not, 128 slots at a time
+    or, of fewer than 8,192 tokens, as many as make 2^20 scores of a row and head."""
     return attention(q, k, v, pos, finish, max(128, 2 ** 20 // q.shape[1]))
 
 
@@ -365,8 +365,9 @@ def generate(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p
 
     `logits` are those of the next token, from `prefill` or an earlier `generate`, and the new ones
     are returned to go on with. A row that draws `end` stays there: its length stops before it and
-    its logits are all on `end`, so that it draws nothing else, in a later call too. ValueError
-    where the cache has no room for n tokens.
+    its logits are all on `end`, so that it draws nothing else, in a later call too. n, temperature,
+    top_k, top_p and end are static under `jax.jit`. ValueError where the cache has no room for n
+    tokens.
     """
     check_room(cache, n)
     return draw(params, cache, logits, key, n, cfg, temperature, top_k, top_p, end)
@@ -923,11 +924,12 @@ def save(path, cfg, params, shard_bytes=5e9):
     More than `shard_bytes` go into several files and their index. ValueError for int8.
     """
     path, names = pathlib.Path(path), tensor_names(cfg)
-    if not {w.dtype.name for w in jax.tree.leaves(params)} <= set(SAFETENSORS_DTYPES.values()):
-        raise ValueError("int8 weights are not saved: save those they were made from")
+    for dtype in {w.dtype.name for w in jax.tree.leaves(params)} - {*SAFETENSORS_DTYPES.values()}:
+        raise ValueError(f"{dtype} weights are not saved, but float32, float16 and bfloat16: save "
+                         "those that int8 ones were made from")
     if jax.tree.structure(params) != jax.tree.structure(names):
-        raise ValueError("params hold other arrays than dims(cfg) names: qk_norm and tied must be "
-                         "those that they were made with")
+        raise ValueError("params hold other arrays than dims(cfg) names: L, qk_norm and tied must "
+                         "be those that they were made with, and layers a tuple, not `stack`ed")
     for letters, name, w in zip(*map(jax.tree.leaves, (dims(cfg), names, params)), strict=True):
         if w.shape != sizes(letters, cfg):
             raise ValueError(f"{name} has shape {w.shape}, not {sizes(letters, cfg)}, as cfg says")

@@ -8,7 +8,7 @@ One alphabet, here and in every other file. A shape is written as its letters, B
 
 `BT, E -> BTE` at the top of a docstring is its contract: shapes in, shapes out; cfg is a Config.
 State goes in and comes out, nothing is mutated, and `jax.jit` and donation belong to the caller.
-Results come in one order: what was made, then state, then what is reported about both.
+Results come in one order: what was made, then state, then what is only reported, as a loss.
 """
 import math
 from collections import namedtuple
@@ -118,7 +118,8 @@ def partial_attention(q, k, v, seen):
     """BKMD, BKSD, BKSD, MS -> Partial: over the slots that each row of q sees.
 
     k and v are arrays, or int8 with a scale a slot: k's multiply the scores, v's the weights.
-    `seen` may be B1MS, where rows of the batch differ. What is not seen is finite.
+    `seen` may be B1MS, where rows of the batch differ. What is not seen must be finite: it is
+    multiplied by 0.
     """
     k, k_scale = (k.q, k.scale.swapaxes(2, 3)) if hasattr(k, "scale") else (k, 1.0)
     v, v_scale = (v.q, v.scale.swapaxes(2, 3)) if hasattr(v, "scale") else (v, 1.0)
@@ -187,8 +188,9 @@ def attention(q, k, v, pos, finish=normalised, width=None):
 
 
 def causal_blocks(T):
-    """int -> int, int: number and size of causal_attention's blocks: an eighth of T within 128 to
-    512 tokens. Smaller ones multiply less that is masked, larger ones are merged less often."""
+    """int -> int, int: number and size of causal_attention's blocks, all alike: at most 128 tokens,
+    or an eighth of T where that is more, and never above 512. Smaller ones multiply less that is
+    masked, larger ones are merged less often."""
     n = -(-T // min(max(T // 8, 128), 512))
     return n, -(-T // n)
 
@@ -238,7 +240,7 @@ def causal_forward(q, k, v):
         return part, out.at[i].set(normalised(part).astype(out.dtype)), log_total.at[i].set(
             jnp.log(part.total) + part.largest)  # both whole with the row's last block
 
-    rows = in_blocks(q, K, n)  # of the results' shapes: every number is overwritten
+    rows = in_blocks(q, K, n)  # a state of the results' shapes: every number is overwritten
     one, narrow = rows[0].astype(jnp.float32), jnp.zeros_like(rows[..., :1], "float32")
     state = Partial(one, narrow[0], narrow[0]), rows, narrow
     _, out, log_total = over_pairs(q, k, v, step, state)
@@ -249,7 +251,8 @@ def causal_forward(q, k, v):
 def causal_backward(saved, dy):
     """saved, BTHD -> BTHD, BKTD, BKTD: five products a pair, for the two forwards: the softmax p is
     computed again. Through it goes, from scores s, ds = p (dp - sum(p dp)), where the sum is
-    dy . out. Keys come first in all of them, so that dk and dv are plain products."""
+    dy . out. Keys come first in all of them, so that dk and dv are plain products. Scores are
+    rounded anew: those of 1e3 or more, in f32, cost p its third digit."""
     q, k, v, out, log_total = saved
     (_, T, H, D), K, n = q.shape, k.shape[1], len(log_total)
     along = in_blocks(jnp.sum(dy.astype(jnp.float32) * out, axis=-1, keepdims=True), K, n)
@@ -258,7 +261,7 @@ def causal_backward(saved, dy):
     def step(state, i, j, q, k, v, seen):
         row, dq, dk, dv = state
         scores = jnp.einsum("BKSD,BKMD->BKSM", k, q, **F32) * D ** -0.5
-        p = jnp.where(seen.T, jnp.exp(scores - log_total[i]), 0)
+        p = jnp.where(seen.T, jnp.exp(jnp.minimum(scores - log_total[i], 0)), 0)
         dp = jnp.einsum("BKSD,BKMD->BKSM", v, dy[i], **F32)
         ds, p = (p * (dp - along[i]) * D ** -0.5).astype(q.dtype), p.astype(q.dtype)
         row = jnp.where(j == 0, 0, row) + jnp.einsum("BKSM,BKSD->BKMD", ds, k, **F32)
@@ -267,7 +270,7 @@ def causal_backward(saved, dy):
             "BKSM,BKMD->BKSD", p, dy[i], **F32))
         return row, dq.at[i].set(row.astype(dq.dtype)), dk, dv
 
-    dq, dk, dv = (in_blocks(a, K, n) for a in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))  # as above
+    dq, dk, dv = (in_blocks(a, K, n) for a in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
     state = dq[0].astype(jnp.float32), dq, dk.astype(jnp.float32), dv.astype(jnp.float32)
     _, dq, dk, dv = over_pairs(q, k, v, step, state)
     dk, dv = (by_token(d, T, K).swapaxes(1, 2).astype(k.dtype) for d in (dk, dv))
@@ -386,7 +389,7 @@ def cast(params, dtype):
 #
 # A seam is an argument that stands for a part of the model. Each has one name everywhere:
 #
-#     seam     contract                          here               replaced (in shard.py)
+#     seam     contract                          here               replaced, in infer and shard
 #     attend   q, k, v -> BTHD, state            causal             by a cache; over several devices
 #     enter    BTE, (FE, FE) -> (BTF, BTF)       dots               where weights are split
 #     leave    BTF, EF -> BTE                    dot                where weights are split
@@ -408,6 +411,8 @@ def block(x, w, table, cfg, attend, enter=dots, leave=dot, norm=rms_norm):
     (arXiv:2002.05202). `attend` takes q as BTHD, k and v as BKTD."""
     with jax.named_scope("qkv"):
         q, k, v = enter(norm(x, w.attn_norm, cfg.eps), (w.wq, w.wk, w.wv))
+        if cfg.qk_norm != (w.q_norm is not None):
+            raise ValueError(f"qk_norm={cfg.qk_norm} for parameters that were made with the other")
         if cfg.qk_norm:
             q, k = rms_norm(q, w.q_norm, cfg.eps), rms_norm(k, w.k_norm, cfg.eps)
         q, k = rope(q, table), rope(k, table)
@@ -527,7 +532,7 @@ def adamw(params, adam, grads, lr, b1=0.9, b2=0.95, eps=1e-8, decay=0.1):
     def update(path, p, m, v):
         mean, square = m / (1 - b1 ** step), v / (1 - b2 ** step)  # both began at zero
         shrink = 0 if "norm" in jax.tree_util.keystr(path) else decay * p
-        return p - lr * (mean / (jnp.sqrt(square) + eps) + shrink)
+        return (p - lr * (mean / (jnp.sqrt(square) + eps) + shrink)).astype(p.dtype)
 
     return jax.tree.map_with_path(update, params, m, v), Adam(step, m, v)
 
@@ -641,9 +646,9 @@ def few_rows(plain, x, w):
 
 
 def stored(x, dtype=None):
-    """BT -> BT: x, or only where it is of that dtype. XLA's CPU code is made to write it to memory
-    as it is: it would compute cosines again for each head and layer, 15% of a prefill at batch 1,
-    and multiply a transposed bf16 operand as f32, 30% of a training step."""
+    """BT -> BT: x. XLA's CPU code is made to write it to memory as it is (x of another dtype than
+    the one given is left alone): it would compute cosines again for each head and layer, 15% of a
+    prefill at batch 1, and multiply a transposed bf16 operand as f32, 30% of a training step."""
     def written(x):
         return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
 

@@ -253,10 +253,9 @@ def gradient_by_hand(q, k, v, dy):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("T, H, K", [(1, 4, 2), (9, 3, 3), (65, 4, 1), (130, 4, 2), (129, 6, 3),
-                                     (257, 2, 2)])
+@pytest.mark.parametrize("T, H, K", [(1, 4, 2), (9, 3, 3), (130, 4, 1), (257, 6, 2)])
 def test_causal_attention_and_its_gradient_are_the_definition(T, H, K, dtype):
-    """T = 130, 129 and 257 are 2 and 3 blocks, of which the last may be padded. In bf16 p, ds, the
+    """T = 130 and 257 are 2 and 3 blocks, of which the last may be padded. In bf16 p, ds, the
     result and its gradient are each rounded at 2**-8, of values of order 1, and summed."""
     q, k, v, dy = (jnp.asarray(a, dtype) for a in normals(
         (2, T, H, 8), (2, K, T, 8), (2, K, T, 8), (2, T, H, 8)))
@@ -270,7 +269,8 @@ def test_causal_attention_and_its_gradient_are_the_definition(T, H, K, dtype):
         assert ours.dtype == dtype and np.abs(ours - exact).max() <= limit
 
 
-@given(st.integers(0, 99), st.sampled_from([(2, 3, 7), (1, 11), (12,), (5, 1, 1, 5)]),
+@settings(max_examples=3)
+@given(st.integers(0, 99), st.sampled_from([(2, 3, 7), (1, 11), (5, 1, 1, 5)]),
        st.sampled_from(["float32", "int8"]))
 def test_parts_are_merged_in_any_order_and_an_empty_one_changes_nothing(seed, widths, dtype):
     q, k, v = normals((2, 3, 4, 8), (2, 3, 12, 8), (2, 3, 12, 8), seed=seed)
@@ -278,14 +278,16 @@ def test_parts_are_merged_in_any_order_and_an_empty_one_changes_nothing(seed, wi
     seen = np.random.default_rng(seed).random((2, 1, 4, 12)) < 0.5  # a row may miss a whole part
     seen[..., 0] = True
     ends = np.cumsum(widths)
-    parts = [minillm.partial_attention(q, *(jax.tree.map(lambda a: a[:, :, end - n:end], a)
-                                            for a in (k, v)), seen[..., end - n:end])
-             for n, end in zip(widths, ends)]
-    empty = minillm.partial_attention(q, *(jax.tree.map(lambda a: a[:, :, :2], a)
-                                           for a in (k, v)), np.zeros((4, 2), bool))
+    look = jax.jit(minillm.partial_attention)
+
+    def part(start, stop, seen):
+        return look(q, *(jax.tree.map(lambda a: a[:, :, start:stop], a) for a in (k, v)), seen)
+
+    parts = [part(end - n, end, seen[..., end - n:end]) for n, end in zip(widths, ends)]
+    empty = part(0, 2, np.zeros((4, 2), bool))
     assert np.all(empty.largest == -np.inf) and not np.any(empty.total) and not np.any(empty.values)
     whole = minillm.normalised(minillm.partial_attention(q, k, v, seen))
-    for order in (parts, parts[::-1], [empty, *parts], [*parts, empty], [empty, empty, *parts]):
+    for order in (parts, parts[::-1], [empty, empty, *parts, empty]):
         left, right = reduce(minillm.merge, order), reduce(
             lambda a, b: minillm.merge(b, a), order[::-1])
         close(minillm.normalised(left), whole)
@@ -295,8 +297,7 @@ def test_parts_are_merged_in_any_order_and_an_empty_one_changes_nothing(seed, wi
         jax.tree.map(np.testing.assert_array_equal, merged, parts[0])
 
 
-@pytest.mark.parametrize("garbage", [1e30, -1e30, 3.0])
-@pytest.mark.parametrize("T, t", [(9, 4), (300, 150), (300, 1)])
+@pytest.mark.parametrize("T, t, garbage", [(9, 4, 3.0), (300, 150, 1e30), (300, 1, -1e30)])
 def test_what_a_query_does_not_see_changes_neither_it_nor_its_gradient(T, t, garbage):
     q, k, v = normals((1, T, 2, 4), (1, 1, T, 4), (1, 1, T, 4))
     dy = np.where(np.arange(T)[:, None, None] < t, *normals((1, T, 2, 4), seed=1), 0)
@@ -1512,6 +1513,7 @@ def test_a_folder_that_does_not_hold_the_model_is_refused_by_name(tmp_path):
     check(lambda: load(tmp_path / "none"), "none", "No such file")
     check(lambda: save(tmp_path, cfg, quantize_params(params, cfg)), "int8")
     check(lambda: save(tmp_path, replace(cfg, qk_norm=False), params), "qk_norm")
+    check(lambda: forward(params, draw_tokens(cfg, 1, 3), replace(cfg, qk_norm=False)), "qk_norm")
     check(lambda: save(tmp_path, replace(cfg, F=21), params), "gate_proj", "(20, 16)", "(21, 16)")
     assert not list(tmp_path.iterdir())
     save(tmp_path, cfg, params)
@@ -2604,7 +2606,7 @@ def test_fsdp_on_a_torus_of_chips_sends_the_formula_and_adds_up_no_whole_weight(
     for kind in ("all_gather", "reduce_scatter"):
         assert (sent[kind]["number"], sent[kind]["bytes"]) == formula[kind]
     smallest = min(math.prod(minillm.sizes(name, job.cfg)) * 2
-                   for name in dims(job.cfg).layers[0] if " " in name)
+                   for name in jax.tree.leaves(dims(job.cfg).layers[0]) if " " in name)
     assert sent["all_reduce"]["bytes"] < smallest
     assert sent["all_gather"]["asynchronous"] == 0
     with_flags = compiled(job._replace(flags=True))
