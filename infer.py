@@ -918,12 +918,10 @@ def write_safetensors(path, tensors):
     partial_file.replace(path)
 
 
-def save(path, cfg, params, shard_bytes=5e9):
-    """path, cfg, Params -> None: a folder that `load` and transformers read.
-
-    More than `shard_bytes` go into several files and their index. ValueError for int8.
-    """
-    path, names = pathlib.Path(path), tensor_names(cfg)
+def as_files_hold(cfg, params):
+    """cfg, Params -> dict: every array by its name in files, and as it stands there. ValueError
+    where files cannot hold it, or it is not cfg's."""
+    names, found = tensor_names(cfg), {}
     for dtype in {w.dtype.name for w in jax.tree.leaves(params)} - {*SAFETENSORS_DTYPES.values()}:
         raise ValueError(f"{dtype} weights are not saved, but float32, float16 and bfloat16: save "
                          "those that int8 ones were made from")
@@ -933,30 +931,45 @@ def save(path, cfg, params, shard_bytes=5e9):
     for letters, name, w in zip(*map(jax.tree.leaves, (dims(cfg), names, params)), strict=True):
         if w.shape != sizes(letters, cfg):
             raise ValueError(f"{name} has shape {w.shape}, not {sizes(letters, cfg)}, as cfg says")
+        found[name] = np.asarray(w).reshape([size_of(word, cfg) for word in letters.split()])
+        if cfg.embed_scale and " " not in letters:
+            found[name] = np.asarray(w, np.float32) - 1
+    return found
+
+
+def config_json(cfg):
+    """cfg -> dict: what config.json says of it. ValueError where no family of models is so."""
     if cfg.embed_scale and cfg.qk_norm:
         raise ValueError("no family of files has both embed_scale and qk_norm")
     kind = "gemma" if cfg.embed_scale else "qwen3" if cfg.qk_norm else "llama"
-    path.mkdir(parents=True, exist_ok=True)
-    scaling = cfg.rope_scaling and {"rope_type": "llama3", **dict(zip((
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        cfg.rope_scaling, strict=True))}
-    act = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}[cfg.act]
-    (path / "config.json").write_text(json.dumps({
+    return {
         "architectures": [f"{kind.title()}ForCausalLM"], "model_type": kind, "vocab_size": cfg.V,
         "hidden_size": cfg.E, "intermediate_size": cfg.F, "num_hidden_layers": cfg.L,
         "num_attention_heads": cfg.H, "num_key_value_heads": cfg.K, "head_dim": cfg.D,
-        "hidden_act": act, "rms_norm_eps": cfg.eps, "rope_theta": cfg.rope_base,
-        "rope_scaling": scaling,
-        "max_position_embeddings": 131072, "tie_word_embeddings": cfg.tied,
-        "torch_dtype": params.embed.dtype.name}, indent=2))
-    shards, room = [{}], shard_bytes
-    for letters, name, w in zip(*map(jax.tree.leaves, (dims(cfg), names, params)), strict=True):
+        "hidden_act": {"silu": "silu", "gelu": "gelu_pytorch_tanh"}[cfg.act],
+        "rms_norm_eps": cfg.eps, "rope_theta": cfg.rope_base,
+        "rope_scaling": cfg.rope_scaling and {"rope_type": "llama3", **dict(zip((
+            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+            cfg.rope_scaling, strict=True))},
+        "max_position_embeddings": 131072, "tie_word_embeddings": cfg.tied}
+
+
+def save(path, cfg, params, shard_bytes=5e9):
+    """path, cfg, Params -> None: a folder that `load` and transformers read.
+
+    More than `shard_bytes` go into several files and their index. ValueError, before anything is
+    written, for int8, and for parameters that are not cfg's.
+    """
+    path, shards, room = pathlib.Path(path), [{}], shard_bytes
+    tensors, config = as_files_hold(cfg, params), config_json(cfg)
+    config["torch_dtype"] = params.embed.dtype.name
+    for name, w in tensors.items():
         if shards[-1] and w.nbytes > room:
             shards, room = [*shards, {}], shard_bytes
         room -= w.nbytes
-        shards[-1][name] = np.asarray(w).reshape([size_of(word, cfg) for word in letters.split()])
-        if cfg.embed_scale and " " not in letters:
-            shards[-1][name] = np.asarray(w, np.float32) - 1
+        shards[-1][name] = w
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config, indent=2))
     index = path / "model.safetensors.index.json"
     for earlier in (index, *path.glob("model*.safetensors")):
         earlier.unlink(missing_ok=True)

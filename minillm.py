@@ -389,14 +389,18 @@ def cast(params, dtype):
 #
 # A seam is an argument that stands for a part of the model. Each has one name everywhere:
 #
-#     seam     contract                          here               replaced, in infer and shard
-#     attend   q, k, v -> BTHD, state            causal             by a cache; over several devices
+#     seam     contract                          plain              replaced
+#     attend   q, k, v -> BTHD, state            causal             by a cache, which is bound to it
 #     enter    BTE, (FE, FE) -> (BTF, BTF)       dots               where weights are split
 #     leave    BTF, EF -> BTE                    dot                where weights are split
 #     norm     BTE, E, eps -> BTE                rms_norm           where E is split
 #     embed    Params, BT, cfg -> BTE            embed              where V is split
 #     unembed  Params, BTE, cfg -> BTV           unembed            where V is split
+#     append   Params, Cache, BT, cfg            infer.append       where all of that is
 #     finish   Partial -> BKMD                   normalised         where slots are split
+#     block    x, w, table, cfg, attend          block              by one that is computed again
+#     loss     Params, B(T+1), cfg -> scalar     loss               by sharded_loss
+#     draft    key, tokens, length, state        infer.ngram_draft  by infer.model_draft
 
 
 def gated(gate, up, act):
