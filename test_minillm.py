@@ -150,7 +150,8 @@ def shaped(*shape, dtype="int32"):
 # ----------------------------------------------------------------------------------- minillm: flops
 
 
-@given(configs, st.integers(1, 3), st.sampled_from([1, 2, 7, 65, 130]),
+@settings(max_examples=3)
+@given(configs, st.integers(1, 3), st.sampled_from([1, 7, 130]),
        st.sampled_from(["float32", "bfloat16"]))
 def test_forward_and_its_gradient_multiply_what_the_formulas_say(cfg, B, T, dtype):
     cfg = replace(cfg, dtype=dtype)
@@ -312,7 +313,8 @@ def test_what_a_query_does_not_see_changes_neither_it_nor_its_gradient(T, t, gar
     assert len(clean) == 4 and all(map(np.array_equal, clean, dirty))
 
 
-@given(st.sampled_from([1, 2, 3]), st.sampled_from([5, 24, 37]), st.sampled_from([1, 4, 7, 64]),
+@settings(max_examples=4)
+@given(st.sampled_from([1, 3]), st.sampled_from([5, 24, 37]), st.sampled_from([1, 7, 64]),
        st.sampled_from(["float32", "int8"]))
 def test_slots_looked_at_some_at_a_time_are_slots_looked_at_together(T, S, width, dtype):
     q, k, v = normals((2, T, 4, 8), (2, 2, S, 8), (2, 2, S, 8))
@@ -339,7 +341,7 @@ def test_attentions_memory_grows_as_its_tokens_do(what, optimised):
         q = q if what != "chunk" else shaped(1, 1024, 4, 16, dtype="float32")
         return jax.jit(run).lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
 
-    once, twice = temporaries(4096), temporaries(8192)
+    once, twice = temporaries(4096), temporaries(8192)  # compiled, not run
     assert once < 4096 * 4096 * 4 and twice < (1.2 if what == "chunk" else 2.2) * once
 
 
@@ -451,6 +453,7 @@ def test_a_later_token_does_not_touch_an_earlier_logit(cfg, t, seed):
     assert not np.array_equal(a[:, t], b[:, t])
 
 
+@settings(max_examples=3)
 @given(configs, st.integers(0, 500))
 def test_rotary_turns_keep_lengths_and_see_only_distance(cfg, shift):
     x, y = normals((1, 1, 1, cfg.D), (1, 1, 1, cfg.D))
