@@ -39,7 +39,7 @@ from minillm import (Config, adam_init, adamw, attention, block, cast, causal_at
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiles faster, computes the same
 jax.config.update("jax_num_cpu_devices", 8)  # for shard.py; the others use the first
-settings.register_profile("minillm", deadline=None, derandomize=True, max_examples=5)
+settings.register_profile("minillm", deadline=None, derandomize=True, max_examples=3)
 settings.load_profile("minillm")
 TOLERANCE = 2e-5
 SLOTS = 24
