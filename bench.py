@@ -906,9 +906,9 @@ def build_attention(job, mesh):
 
 
 def attention_cost(job):
-    """Two products a pair forwards, and five backwards."""
-    flops = {name: each * 2 * job.B * causal_pairs(job.prompt) * job.cfg.H * job.cfg.D
-             for name, each in (("scores", 4), ("values", 3))}
+    """What one layer of `train_flops` has of it."""
+    one = train_flops(replace(job.cfg, L=1), job.B, job.prompt)
+    flops = {name: one[name] for name in ("scores", "values")}
     return cost(job, job.prompt, job.prompt, job.B * job.prompt, flops, 0, 0, job.cfg.dtype)
 
 

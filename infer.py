@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minillm import (Config, attention, block, causal_attention, causal_pairs, check_tokens, dims,
-                     embed, forward, in_twos, known, matmul, normalised, product, product_flops,
+                     embed, extremes, forward, in_twos, matmul, normalised, product, product_flops,
                      rotary, size_of, sizes, unembed)
 
 # --------------------------------------------------------------------------------------------- int8
@@ -74,11 +74,10 @@ def quantize_params(params, cfg, kind=Q8A8):
         contracted = tuple(range(-len(name.split()[-1]), 0))
         return kind(*quantize(w, contracted)) if " " in name else w.astype(cfg.dtype)
 
-    names, table = read_arrays(cfg), params.embed
     if cfg.tied:
-        return jax.tree.map(leaf, names, params)
-    return jax.tree.map(leaf, names, params._replace(embed=None))._replace(
-        embed=table.astype(cfg.dtype))
+        return jax.tree.map(leaf, dims(cfg), params)
+    others = jax.tree.map(leaf, read_arrays(cfg), params._replace(embed=None))
+    return others._replace(embed=params.embed.astype(cfg.dtype))
 
 
 # ---------------------------------------------------------------------------------------- the cache
@@ -137,8 +136,7 @@ def check_room(cache, new, S=None):
     if new < 0:
         raise ValueError(f"{new} new tokens: 0 or more")
     S = cache.k[0].shape[2] if S is None else S
-    lengths = known(cache.length)
-    held = 0 if lengths is None else int(lengths.max())
+    held = max(extremes(cache.length), default=0)
     if held + new > S:
         raise ValueError(f"{held} tokens in the cache + {new} new > {S} slots: "
                          f"init_cache or resize with S={held + new}")
@@ -192,7 +190,7 @@ def check_prompts(cache, tokens, lengths):
         raise ValueError(f"prompt of {T} tokens > {S} slots: init_cache(S={T})")
     if jnp.shape(lengths) != (B,):
         raise ValueError(f"lengths of shape {jnp.shape(lengths)} for {B} prompts: expected [{B}]")
-    for length in () if known(lengths) is None else known(lengths):
+    for length in extremes(lengths):
         if not 1 <= length <= T:
             raise ValueError(f"lengths hold {length}: prompts padded to {T} tokens have lengths of "
                              f"1 to {T}")
@@ -614,7 +612,7 @@ def check_speculation(params, cache, tokens, key, n, cfg, draft, state):
         raise ValueError(f"a draft of V={V} for a model of V={cfg.V}: they share no vocabulary")
     for held in (cache, state) if isinstance(state, Cache) else (cache,):
         check_room(held._replace(length=cache.length), n + n_draft + 1)
-    for length in () if known(cache.length) is None else known(cache.length):
+    for length in extremes(cache.length):
         if length + 1 + n + n_draft > S:
             raise ValueError(f"tokens of width {S} hold {length + 1} known + {n} new + {n_draft} "
                              f"proposed: pad them to {length + 1 + n + n_draft}")
@@ -748,6 +746,7 @@ NAMES = dict(  # of each array in Hugging Face's files
     wv="self_attn.v_proj", wo="self_attn.o_proj", q_norm="self_attn.q_norm",
     k_norm="self_attn.k_norm", mlp_norm="post_attention_layernorm", w_gate="mlp.gate_proj",
     w_up="mlp.up_proj", w_down="mlp.down_proj")
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 PLAIN = {  # what config.json may ask for, where any other value is another model
     "model_type": ("llama", "mistral", "gemma", "qwen3"),
     "hidden_act": (None, "silu", "gelu_pytorch_tanh"),
@@ -809,8 +808,7 @@ def understood(config):
     L, E, H, F, V = (config[name] for name in (
         "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size",
         "vocab_size"))
-    scaling = None if asked["rope_type"] == "default" else tuple(rope[name] for name in (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+    scaling = None if asked["rope_type"] == "default" else tuple(rope[name] for name in SCALING)
     return Config(L, E, H, config.get("num_key_value_heads", H),
                   config.get("head_dim", {"gemma": 256, "qwen3": 128}.get(kind, E // H)), F, V,
                   rope_base=float(rope.get("rope_theta", config.get("rope_theta", 1e4))),
@@ -948,9 +946,8 @@ def config_json(cfg):
         "num_attention_heads": cfg.H, "num_key_value_heads": cfg.K, "head_dim": cfg.D,
         "hidden_act": {"silu": "silu", "gelu": "gelu_pytorch_tanh"}[cfg.act],
         "rms_norm_eps": cfg.eps, "rope_theta": cfg.rope_base,
-        "rope_scaling": cfg.rope_scaling and {"rope_type": "llama3", **dict(zip((
-            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-            cfg.rope_scaling, strict=True))},
+        "rope_scaling": cfg.rope_scaling and {
+            "rope_type": "llama3", **dict(zip(SCALING, cfg.rope_scaling, strict=True))},
         "max_position_embeddings": 131072, "tie_word_embeddings": cfg.tied}
 
 

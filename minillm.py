@@ -202,12 +202,18 @@ def causal_pairs(T):
     return n * (n + 1) // 2 * size * size
 
 
+def blocked(q, k, v):
+    """BTHD, BKTD, BKTD -> 1BK(T*G)D, 1BKTD, 1BKTD: in causal_attention's n blocks, 1 if T is short.
+    """
+    K, n = k.shape[1], causal_blocks(q.shape[1])[0]
+    return tuple(in_blocks(a, K, n) for a in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
+
+
 def over_pairs(q, k, v, step, state):
-    """BTHD, BKTD, BKTD, step, state -> state: `step(state, i, j, q, k, v, seen)` for each block i
-    of queries and, in order, each block j of keys that it sees, some of it or all."""
-    (n, size), K, G = causal_blocks(q.shape[1]), k.shape[1], q.shape[2] // k.shape[1]
-    q, k, v = (in_blocks(a, K, n) for a in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
-    token = jnp.arange(size)
+    """nBKMD, nBKSD, nBKSD, step, state -> state: `step(state, i, j, q, k, v, seen)` for each block
+    i of queries and, in order, each block j of keys that it sees, some of it or all."""
+    n, size = len(k), k.shape[3]
+    token, G = jnp.arange(size), q.shape[3] // size
 
     def one(state, pair):
         i, j = pair
@@ -230,7 +236,7 @@ def causal_attention(q, k, v):
 def causal_forward(q, k, v):
     """BTHD, BKTD, BKTD -> BTHD, saved: its gradient needs operands and result, and of each query
     the logarithm of its sum of exponentials."""
-    (_, T, H, _), K, n = q.shape, k.shape[1], causal_blocks(q.shape[1])[0]
+    blocks = blocked(q, k, v)
 
     def step(state, i, j, q, k, v, seen):
         part, out, log_total = state
@@ -240,11 +246,11 @@ def causal_forward(q, k, v):
         return part, out.at[i].set(normalised(part).astype(out.dtype)), log_total.at[i].set(
             jnp.log(part.total) + part.largest)  # both whole with the row's last block
 
-    rows = in_blocks(q, K, n)  # a state of the results' shapes: every number is overwritten
+    rows = blocks[0]  # a state of the results' shapes: every number is overwritten
     one, narrow = rows[0].astype(jnp.float32), jnp.zeros_like(rows[..., :1], "float32")
     state = Partial(one, narrow[0], narrow[0]), rows, narrow
-    _, out, log_total = over_pairs(q, k, v, step, state)
-    out = by_token(out, T, H)
+    _, out, log_total = over_pairs(*blocks, step, state)
+    out = by_token(out, *q.shape[1:3])
     return out, (q, k, v, out, log_total)
 
 
@@ -254,7 +260,7 @@ def causal_backward(saved, dy):
     dy . out. Keys come first in all of them, so that dk and dv are plain products. Scores are
     rounded anew: those of 1e3 or more, in f32, cost p its third digit."""
     q, k, v, out, log_total = saved
-    (_, T, H, D), K, n = q.shape, k.shape[1], len(log_total)
+    (_, T, H, D), K, n, blocks = q.shape, k.shape[1], len(log_total), blocked(q, k, v)
     along = in_blocks(jnp.sum(dy.astype(jnp.float32) * out, axis=-1, keepdims=True), K, n)
     dy, along, log_total = in_blocks(dy, K, n), along.swapaxes(3, 4), log_total.swapaxes(3, 4)
 
@@ -270,9 +276,8 @@ def causal_backward(saved, dy):
             "BKSM,BKMD->BKSD", p, dy[i], **F32))
         return row, dq.at[i].set(row.astype(dq.dtype)), dk, dv
 
-    dq, dk, dv = (in_blocks(a, K, n) for a in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
-    state = dq[0].astype(jnp.float32), dq, dk.astype(jnp.float32), dv.astype(jnp.float32)
-    _, dq, dk, dv = over_pairs(q, k, v, step, state)
+    row, dk, dv = (a.astype(jnp.float32) for a in (blocks[0][0], *blocks[1:]))  # overwritten, too
+    _, dq, dk, dv = over_pairs(*blocks, step, (row, blocks[0], dk, dv))
     dk, dv = (by_token(d, T, K).swapaxes(1, 2).astype(k.dtype) for d in (dk, dv))
     return by_token(dq, T, H), dk, dv
 
@@ -434,9 +439,9 @@ def causal(q, k, v):
     return causal_attention(q, k, v), None
 
 
-def known(x):
-    """array -> array: its values, in NumPy; None where only the run will tell them."""
-    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+def extremes(x):
+    """array -> tuple: its least and greatest value; empty where only the run will tell them."""
+    return () if isinstance(x, jax.core.Tracer) else (np.asarray(x).min(), np.asarray(x).max())
 
 
 def check_tokens(tokens, cfg):
@@ -444,7 +449,7 @@ def check_tokens(tokens, cfg):
     if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens of shape {tokens.shape}, {tokens.dtype}: expected integers "
                          "[B, T], not empty")
-    for token in () if known(tokens) is None else (known(tokens).min(), known(tokens).max()):
+    for token in extremes(tokens):
         if not 0 <= token < cfg.V:
             raise ValueError(f"token {token} is outside the vocabulary: 0 to {cfg.V - 1}")
 

@@ -420,8 +420,8 @@ def over_batch(attend, axis="tensor"):
     return attending
 
 
-def normalised_over(axis, part):
-    """axis, Partial -> BKMD: this device's share of the mean of the values that all devices saw:
+def normalised_over(part, axis="tensor"):
+    """Partial -> BKMD: this device's share of the mean of the values that all devices saw:
     two numbers a query travel."""
     largest = lax.pmax(part.largest, axis)
     here = jnp.exp(part.largest - finite(largest))
@@ -434,7 +434,7 @@ def extend_slots(q, k, v, old_k, old_v, pos, axis="tensor"):
     pos = pos - lax.axis_index(axis) * old_k.shape[2]  # below 0, or beyond: another device's
     k, v = write(old_k, k, pos), write(old_v, v, pos)
     q = lax.all_gather(q, axis, axis=2, tiled=True)
-    out = cached_attention(q, k, v, pos, partial(normalised_over, axis))
+    out = cached_attention(q, k, v, pos, partial(normalised_over, axis=axis))
     return lax.psum_scatter(out, axis, scatter_dimension=2, tiled=True), (k, v)
 
 

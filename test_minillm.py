@@ -39,7 +39,7 @@ from minillm import (Config, adam_init, adamw, attention, block, cast, causal_at
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiles faster, computes the same
 jax.config.update("jax_num_cpu_devices", 8)  # for shard.py; the others use the first
-settings.register_profile("minillm", deadline=None, derandomize=True, max_examples=3)
+settings.register_profile("minillm", deadline=None, derandomize=True, max_examples=5)
 settings.load_profile("minillm")
 TOLERANCE = 2e-5
 SLOTS = 24
@@ -170,7 +170,7 @@ def test_forward_and_its_gradient_multiply_what_the_formulas_say(cfg, B, T, dtyp
 
 @given(configs, st.integers(1, 4), st.integers(1, 100))
 def test_training_costs_6BP_of_the_weights_and_forward_2BP(cfg, B, T):
-    multiplied = sum(math.prod(minillm.sizes(name, cfg)) for name in jax.tree.leaves(dims(cfg))
+    multiplied = sum(minillm.size_of(name, cfg) for name in jax.tree.leaves(dims(cfg))
                      if " " in name) - (0 if cfg.tied else cfg.V * cfg.E)
     for flops, each in ((forward_flops, 2), (train_flops, 6)):
         items = flops(cfg, B, T)
@@ -620,7 +620,7 @@ def test_init_has_variance_one_over_fan_in_and_norms_of_one(cfg):
         if " " not in name:
             assert np.all(w == 1)
         else:
-            fan_in = math.prod(minillm.sizes(name.split()[1], cfg))
+            fan_in = minillm.size_of(name.split()[1], cfg)
             # the variance of n normals is known to sqrt(2 / n): five times that
             assert abs(jnp.var(w) * fan_in - 1) < 5 * math.sqrt(2 / w.size)
             drawn.append(float(w.ravel()[0]) * fan_in ** 0.5)
@@ -2042,7 +2042,7 @@ def test_a_phase_alone_ends_in_one_json_line_whose_flops_are_the_programs(phase,
             assert row["flops"] == sum(decode_flops(cfg, 2, row["S"], 5).values())
             continue
         assert row["program_flops"] == traced_flops(step, *args) \
-            == (row["flops"]) * row["steps"]
+            == row["flops"] * row["steps"]
         if phase != "train":  # whose bytes come and go three times
             slots = sum(a.nbytes for a in jax.tree.leaves(args[1][:2]))
             written = 0 if phase == "prefill" else kv_bytes(cfg, row["B"], row["T"])
@@ -2546,8 +2546,8 @@ def test_attention_of_32768_tokens_and_its_gradient_fit_1500_MB_of_a_v4_chip(com
     job = on_chip("attention", "L1,E4096,H32,K8,D128,F128,V128", "tpu-v4", B=1, prompt=32768)
     whole, half = compiled(job), compiled(job._replace(prompt=16384))
     assert half["temp_bytes"] < whole["temp_bytes"] < min(1.5e9, 2.2 * half["temp_bytes"])
-    assert whole["flops" if "flops" in whole else "program_flops"] == sum(
-        bench.attention_cost(job).flops.values()) and whole["copies"] == 0
+    assert whole["program_flops"] == sum(bench.attention_cost(job).flops.values())
+    assert whole["copies"] == 0
 
 
 @pytest.mark.parametrize("job", ITEMISED, ids=lambda job: f"{job.phase}-{job.chip}")
@@ -2608,7 +2608,7 @@ def test_fsdp_on_a_torus_of_chips_sends_the_formula_and_adds_up_no_whole_weight(
     sent = compiled(job)["collectives"]
     for kind in ("all_gather", "reduce_scatter"):
         assert (sent[kind]["number"], sent[kind]["bytes"]) == formula[kind]
-    smallest = min(math.prod(minillm.sizes(name, job.cfg)) * 2
+    smallest = min(minillm.size_of(name, job.cfg) * 2
                    for name in jax.tree.leaves(dims(job.cfg).layers[0]) if " " in name)
     assert sent["all_reduce"]["bytes"] < smallest
     assert sent["all_gather"]["asynchronous"] == 0
