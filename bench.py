@@ -42,7 +42,7 @@ import numpy as np
 
 import shard
 from infer import (Cache, array_bytes, decode_bytes, decode_flops, extend, generate, init_cache,
-                   kv_bytes, load, model_draft, ngram_draft, prefill, prefill_flops,
+                   kv_bytes, library, load, model_draft, ngram_draft, prefill, prefill_flops,
                    quantize_params, read_arrays, read_json, refill, save, serve, speculate,
                    weight_bytes, wide_bytes)
 from minillm import (Adam, Config, Params, adam_init, cast, causal_attention, causal_pairs,
@@ -2652,6 +2652,7 @@ def train_on_text(args, jobs):
     if V != 256:
         raise ValueError(f"V={V}: a model of bytes has V=256")
     if args.save:
+        library()
         try:
             pathlib.Path(args.save).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -2682,13 +2683,35 @@ def train_on_text(args, jobs):
     report(args, rows, limits, text=str(args.text), **more)
 
 
+class Words(NamedTuple):
+    """What turns text into tokens and back. `settled` tells how many of a list of tokens are
+    written the same whatever follows: a run of single bytes may yet become other characters."""
+    encode: Callable
+    decode: Callable
+    ends: tuple = ()
+    settled: Callable = len
+
+
+def end_tokens(path):
+    """path -> tuple: what ends a text: generation_config.json counts before config.json."""
+    for file in (path / "generation_config.json", path / "config.json"):
+        end = read_json(file).get("eos_token_id") if file.exists() else None
+        ends = end if isinstance(end, list) else [] if end is None else [end]
+        if any(type(end) is not int for end in ends):
+            raise ValueError(f"{file}: eos_token_id={end!r} should be a token or a list of them")
+        if ends:
+            return tuple(ends)
+    return ()
+
+
 def tokenizer(path, cfg):
-    """path, Config -> encode, decode, end tokens: of tokenizer.json, or of bytes where V is 256."""
+    """path, Config -> Words: of tokenizer.json, or of bytes where V is 256. The whole prompt, as it
+    is: what the file says of truncation and padding was meant for training."""
     file = pathlib.Path(path) / "tokenizer.json"
     if not file.exists():
         if cfg.V != 256:
             raise ValueError(f"{file} is missing, and V={cfg.V} is not 256, a model of bytes")
-        return lambda text: encode(text)[0], decode, ()
+        return Words(lambda text: encode(text)[0], decode)
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -2697,9 +2720,17 @@ def tokenizer(path, cfg):
         words = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises no narrower one
         raise ValueError(f"{file} is no tokenizer: {error}") from None
-    end = read_json(file.with_name("config.json")).get("eos_token_id")
-    return (lambda text: words.encode(text).ids, lambda ids: words.decode(list(map(int, ids))),
-            end if isinstance(end, list) else [] if end is None else [end])
+    words.no_truncation()
+    words.no_padding()
+
+    def settled(ids):
+        some = len(ids)
+        while some and re.fullmatch("<0x[0-9A-F]{2}>", words.id_to_token(int(ids[some - 1])) or ""):
+            some -= 1
+        return some
+
+    return Words(lambda text: words.encode(text).ids, lambda ids: words.decode(list(map(int, ids))),
+                 end_tokens(file.parent), settled)
 
 
 def load_in(path, dtype):
@@ -2747,10 +2778,11 @@ def speculating(params, cache, prompt, key, cfg, how, draft, state):
 
 
 def stream(args):
-    """args -> iterator of (str, dict): the prompt and what follows so far, and how fast."""
+    """args -> iterator of (str, str, dict): the prompt and what follows so far, as much of it as
+    stays whatever comes, all of it, and how fast."""
     cfg, params, args.dtype = load_in(args.model, args.dtype)
     args.cache = args.cache or default_cache(args.dtype)
-    encode, decode, ends = tokenizer(args.model, cfg)
+    encode, decode, ends, settled = tokenizer(args.model, cfg)
     prompt = np.asarray(encode(args.prompt), np.int32)[None]
     T, key, least = prompt.shape[1], jax.random.key(args.seed), 2 if args.draft else 1
     if T < least:
@@ -2777,7 +2809,9 @@ def stream(args):
         stop = min([args.new, *(made.index(end) for end in ends if end in made)])
         told |= {"seconds": time.perf_counter() - start, "rounds": rounds,
                  "a_round": len(made) / max(1, rounds), "tokens": len(made[:stop])}
-        yield decode([*prompt[0], *made[:stop]]), told
+        ids = [*prompt[0], *made[:stop]]
+        stays = decode(ids[:settled(ids)])
+        yield stays.rstrip("\ufffd"), decode(ids), told  # the rest of a character may come yet
         if len(made) >= args.new or stop < len(made):
             return
         made, rounds = next(steps)
@@ -2786,10 +2820,10 @@ def stream(args):
 def complete(args):
     """Writes on from a prompt, to stdout as it goes, and says how fast that was."""
     shown, text, told = "", "", {}
-    for text, told in stream(args):
-        whole = text.rstrip("\ufffd")  # the rest of a character may come yet
-        print(whole[len(shown):], end="", flush=True)
-        shown = whole
+    for stays, text, told in stream(args):
+        if stays.startswith(shown):
+            print(stays[len(shown):], end="", flush=True)
+            shown = stays
     print(text[len(shown):])
     rounds = f", {told['a_round']:.2f} tokens a round" if told["rounds"] else ""
     print(f"prefill of {told['prompt']} tokens {told['prefill_seconds'] * 1e3:.1f} ms, then "
@@ -2940,9 +2974,9 @@ def checked(parse, known):
     return read
 
 
-def whole(text):
-    """str -> int, at least 1; ValueError otherwise."""
-    if not (text.isascii() and text.isdigit() and int(text)):
+def whole(text, least=1, most=2 ** 31 - 1):
+    """str -> int, from 1 to what int32 holds; ValueError otherwise."""
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
         raise ValueError
     return int(text)
 
@@ -2962,6 +2996,7 @@ def some_dtypes(text):
 
 
 number = checked(whole, "one whole number from 1")
+seed = checked(partial(whole, least=0, most=2 ** 32 - 1), "a whole number from 0 to 4294967295")
 numbers = checked(lambda text: [whole(part) for part in text.split(",")],
                   "whole numbers from 1, as 1,8,32")
 positive = checked(above_zero, "a number above 0")
@@ -3110,7 +3145,7 @@ def add_everywhere(parser, **how):
     def add(*names, default, **more):
         parser.add_argument(*names, **more, **({"default": default} | how))
 
-    add("--seed", type=int, default=0, help="of weights, tokens and draws (0)")
+    add("--seed", type=seed, default=0, help="of weights, tokens and draws (0)")
     add("--json", type=writable, metavar="FILE", default=None, help="write the result there too")
     add("--profile", metavar="DIR", default=None, help="write traces for Perfetto or XProf there, "
         "and print where each row's time goes")

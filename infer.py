@@ -7,7 +7,10 @@ fewer bytes (int8), idle flops put to use (`speculate`). Letters as in minillm.p
 import dataclasses
 import json
 import math
+import operator
 import pathlib
+import re
+import uuid
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from minillm import (Config, attention, block, causal_attention, causal_pairs, check_tokens, dims,
-                     embed, extremes, forward, in_twos, matmul, normalised, product, product_flops,
-                     rotary, size_of, sizes, unembed)
+                     embed, extremes, forward, frequencies, in_twos, matmul, normalised, product,
+                     product_flops, rotary, size_of, sizes, unembed)
+
+TINY = float(jnp.finfo(jnp.float32).tiny)  # what is less, XLA takes for 0
 
 # --------------------------------------------------------------------------------------------- int8
 
@@ -107,7 +112,9 @@ def init_cache(cfg, B, S, dtype="float32"):
 
     def empty():
         slots = jnp.zeros((B, cfg.K, S, cfg.D), dtype)
-        return Q8(slots, jnp.zeros((B, cfg.K, S, 1))) if slots.dtype == jnp.int8 else slots
+        if slots.dtype != jnp.int8:
+            return slots
+        return Q8(slots, jnp.zeros((B, cfg.K, S, 1), jnp.float32))
 
     def layers():
         return tuple(empty() for _ in range(cfg.L))
@@ -151,8 +158,12 @@ def check_batch(cache, tokens):
 
 
 def as_held(new, slots):
-    """BKTD, BKSD -> BKTD: new tokens in the form that the cache has: its dtype, or Q8."""
-    return quantize(new, -1) if isinstance(slots, Q8) else new.astype(slots.dtype)
+    """BKTD, BKSD -> BKTD: new tokens as the cache holds them: Q8, or in its dtype, whose largest
+    number stands for what is beyond it."""
+    if isinstance(slots, Q8):
+        return quantize(new, -1)
+    most = jnp.finfo(slots.dtype).max
+    return new if new.dtype == slots.dtype else jnp.clip(new, -most, most).astype(slots.dtype)
 
 
 def as_seen(held, dtype):
@@ -303,44 +314,65 @@ def read_apart(params, kv, row, tokens, lengths, cfg):
 
 def one_hot(token, V):
     """..., V -> ...V: log-probabilities of one token that is certain."""
-    return jnp.where(jnp.arange(V) == token[..., None], 0.0, -jnp.inf)
+    return jnp.where(jnp.arange(V) == token[..., None], jnp.float32(0), -jnp.inf)
 
 
-def check_sampling(temperature, top_k, top_p):
-    """temperature, top_k, top_p -> None: ValueError where they make no distribution."""
-    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: expected a "
-                         "finite temperature >= 0, top_k >= 0, 0 < top_p <= 1")
+def sampling(temperature, top_k, top_p):
+    """temperature, top_k, top_p -> temperature, top_k, top_p: as Python numbers, so that a program
+    can depend on them. ValueError where they are no numbers or make no distribution."""
+    try:
+        how = float(temperature), operator.index(top_k), float(top_p)
+    except TypeError:
+        how = math.nan, 0, 1.0
+    if not 0 <= how[0] < math.inf or how[1] < 0 or not 0 < how[2] <= 1:
+        raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: expected "
+                         "numbers, static under jit: a finite temperature >= 0, an integer "
+                         "top_k >= 0, 0 < top_p <= 1")
+    return how
+
+
+def below_largest(logits):
+    """BV -> BV: f32, less each row's largest. So +inf is certain, -inf and NaN are never drawn, and
+    where there is nothing else, all are alike."""
+    logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits.astype(jnp.float32))
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.where(logits == largest, 0, logits - largest)
 
 
 def log_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     """BV -> BV: log-probabilities to sample from, normalised, f32; what is left out is -inf.
 
     Divides by the temperature, keeps the top_k largest (0: all), then the most probable tokens that
-    together reach top_p; a tie with the last one kept is kept. Temperature 0 is all on the argmax.
-    All three are Python numbers. ValueError where they make no distribution.
+    together reach top_p; a tie with the last one kept is kept. Temperature 0, or what f32 takes for
+    0, is all on the first of the largest. +inf is certain, -inf and NaN are impossible, and a row
+    of them alone is even. ValueError where the three make no distribution.
     """
-    check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
+    temperature, top_k, top_p = sampling(temperature, top_k, top_p)
+    logits = below_largest(logits)
+    if temperature < TINY:
         return one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
-    logits = logits.astype(jnp.float32)
-    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+    logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     if top_p < 1:
         down = -jnp.sort(-logits, axis=-1)
         before = jnp.cumsum(jax.nn.softmax(down, axis=-1), axis=-1) - jax.nn.softmax(down, axis=-1)
-        smallest = jnp.min(jnp.where(before < top_p, down, jnp.inf), axis=-1, keepdims=True)
+        kept = before < max(top_p, TINY)  # the first at least
+        smallest = jnp.min(jnp.where(kept, down, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     return jax.nn.log_softmax(logits, axis=-1)
 
 
 def row_keys(key, B):
-    """key, int -> keys: B of them, folded from one by row; B keys are what they are."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    """key, int -> keys: B of them, folded from one by row; B keys are one a row.
+
+    Of whatever kind, they go on as threefry's: under vmap, "rbg" draws a batch from its first key.
+    """
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    words = jax.random.key_data(key) if typed else key
+    keys = jax.random.wrap_key_data(words[..., :2], impl="threefry2x32")
+    return keys if keys.ndim else jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(B))
 
 
 @jax.named_scope("sample")
@@ -348,11 +380,11 @@ def sample(key, logits, pos, temperature, top_k, top_p):
     """key, BV, B, temperature, top_k, top_p -> B: a token a row.
 
     The draw depends on key, row and position alone: stopping and going on draws what one longer
-    run would have drawn. `key` may also be B keys, one a row whatever its number.
+    run would have drawn. `key` may also be B keys, one a row whatever its number. What logits that
+    are not finite mean, `log_probs` says.
     """
-    check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if sampling(temperature, top_k, top_p)[0] < TINY:
+        return jnp.argmax(below_largest(logits), axis=-1).astype(jnp.int32)
     keys = jax.vmap(jax.random.fold_in)(row_keys(key, len(pos)), pos)
     logp = log_probs(logits, temperature, top_k, top_p)
     return jax.vmap(jax.random.categorical)(keys, logp).astype(jnp.int32)
@@ -434,7 +466,9 @@ def serve(params, prompts, B, S, n, key, cfg, temperature=0.0, top_k=0, top_p=1.
     Any iterable of prompts, through B rows of S slots. Each request gets n tokens, or fewer where
     the last is `end`; it is yielded with its number as soon as it is done, and the next prompt
     takes its row while the others go on. Rows are looked at every `stride` tokens. Request i is
-    told what `generate` would tell it alone with the keys `jax.random.fold_in(key, i)[None]`.
+    told what `generate` tells it in any B rows, whatever stands beside it, with its row's key
+    `jax.random.fold_in(key, i)`. Alone, at B = 1, it is told the same but for ties within rounding:
+    products of another number of rows are summed in another order, which bf16 shows more often.
 
     The one loop here that runs on the host, so it compiles its two steps itself: prompts are padded
     to powers of two, for few programs. ValueError for a prompt that does not fit, when it is taken;
@@ -445,10 +479,12 @@ def serve(params, prompts, B, S, n, key, cfg, temperature=0.0, top_k=0, top_p=1.
     fill = jax.jit(refill, static_argnames="cfg", donate_argnames=("cache", "logits"))
     go_on = jax.jit(generate, static_argnames=("n", "cfg", "temperature", "top_k", "top_p", "end"),
                     donate_argnames=("cache", "logits"))
+    temperature, top_k, top_p = sampling(temperature, top_k, top_p)
+    stride = min(stride, n)
     checked = (check_prompt(i, prompt, n, S, cfg) for i, prompt in enumerate(prompts))
     waiting = enumerate(list(checked) if hasattr(prompts, "__len__") else checked)
-    cache, logits = init_cache(cfg, B, S, cache_dtype), jnp.zeros((B, cfg.V))
-    requests, made = np.full(B, -1), [[] for _ in range(B)]
+    cache, logits = init_cache(cfg, B, S, cache_dtype), jnp.zeros((B, cfg.V), jnp.float32)
+    requests, made, keys = np.full(B, -1), [[] for _ in range(B)], row_keys(key, B)
     while True:
         for row in np.flatnonzero(requests < 0):
             if (taken := next(waiting, None)) is not None:
@@ -456,10 +492,11 @@ def serve(params, prompts, B, S, n, key, cfg, temperature=0.0, top_k=0, top_p=1.
                 padded = min(S, 1 << max(4, (prompt.size - 1).bit_length()))
                 prompt_padded = np.pad(prompt, ((0, 0), (0, padded - prompt.size)))
                 logits, cache = fill(params, cache, logits, row, prompt_padded,
-                                     np.array([prompt.size]), cfg)
+                                     np.array([prompt.size], np.int32), cfg)
+                own = jax.random.fold_in(key, requests[row])
+                keys = keys.at[row].set(row_keys(own[None], 1)[0])
         if np.all(requests < 0):
             return
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.maximum(requests, 0))
         tokens, logits, cache = go_on(params, cache, logits, keys, stride, cfg, temperature, top_k,
                                       top_p, end)
         for row, new in enumerate(np.asarray(tokens)):
@@ -499,8 +536,8 @@ def accept(key, proposals, logp_draft, logp_target):
     """
     def draw(key, probability, residual):
         key, other = jax.random.split(key)
-        kept = jax.random.uniform(key, probability.shape) < probability
-        count = jnp.sum(jnp.cumprod(kept.astype(jnp.int32)))
+        kept = jax.random.uniform(key, probability.shape, probability.dtype) < probability
+        count = jnp.sum(jnp.cumprod(kept.astype(jnp.int32)), dtype=jnp.int32)
         return count, jax.random.categorical(other, jnp.log(residual[count])).astype(jnp.int32)
 
     keys = row_keys(key, len(proposals))
@@ -596,7 +633,8 @@ def cut_at_end(new, count, end):
     """B(n+1), B, end -> B: count, or the place of an end token before it: nothing follows one."""
     if end is None:
         return count
-    return jnp.argmax((new == end) | (jnp.arange(new.shape[1]) == count[:, None]), axis=1)
+    ends = (new == end) | (jnp.arange(new.shape[1]) == count[:, None])
+    return jnp.argmax(ends, axis=1).astype(count.dtype)
 
 
 def check_speculation(params, cache, tokens, key, n, cfg, draft, state):
@@ -739,21 +777,36 @@ def decode_bytes(cfg, B, S, T=1, cache_dtype="float32", dtype=None):
 # ------------------------------------------------------------------------------------ real weights
 
 
-SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 NAMES = dict(  # of each array in Hugging Face's files
     embed="model.embed_tokens", out_norm="model.norm", unembed="lm_head",
     attn_norm="input_layernorm", wq="self_attn.q_proj", wk="self_attn.k_proj",
     wv="self_attn.v_proj", wo="self_attn.o_proj", q_norm="self_attn.q_norm",
     k_norm="self_attn.k_norm", mlp_norm="post_attention_layernorm", w_gate="mlp.gate_proj",
     w_up="mlp.up_proj", w_down="mlp.down_proj")
+INDEX, MARK, OWN = "model.safetensors.index.json", "minillm_save", "minillm-"  # `save` writes those
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 PLAIN = {  # what config.json may ask for, where any other value is another model
     "model_type": ("llama", "mistral", "gemma", "qwen3"),
-    "hidden_act": (None, "silu", "gelu_pytorch_tanh"),
+    "hidden_act": ("silu", "gelu_pytorch_tanh"),
     **dict.fromkeys(("attention_bias", "mlp_bias", "use_qk_norm", "qk_layernorm",
                      "rope_interleaved", "use_bidirectional_attention", "attn_logit_softcapping",
                      "final_logit_softcapping", "quantization_config"), (None, False)),
     "partial_rotary_factor": (None, 1), "rope_type": ("default", "llama3")}
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size",
+         "vocab_size")
+KINDS = {**dict.fromkeys((*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings",
+                          "sliding_window"), int),
+         **dict.fromkeys(("rms_norm_eps", "rope_theta", *SCALING), float),
+         **dict.fromkeys(("rope_parameters", "rope_scaling"), dict), "layer_types": list,
+         **dict.fromkeys(("tie_word_embeddings", "use_sliding_window"), bool),
+         **dict.fromkeys(("hidden_act", "hidden_activation"), str)}
+USUAL = {"": dict(hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False,
+                  max_position_embeddings=131072),  # what is meant where nothing is said
+         "mistral": dict(num_key_value_heads=8, sliding_window=4096),
+         "gemma": dict(num_key_value_heads=16, head_dim=256, tie_word_embeddings=True,
+                       hidden_act="gelu_pytorch_tanh"),
+         "qwen3": dict(num_key_value_heads=32, head_dim=128)}
 
 
 def tensor_names(cfg):
@@ -769,53 +822,72 @@ def tensor_names(cfg):
     return jax.tree.map_with_path(name, dims(cfg))
 
 
+def check_kinds(config):
+    """dict -> None: ValueError where a value of config.json is of another kind than it must be."""
+    for name, kind in KINDS.items():
+        value = config.get(name)
+        right = type(value) is kind or kind is float and type(value) is int
+        if value is not None and not (right and (kind is not float or 0 < value < math.inf)):
+            raise ValueError(f"config.json: {name}={value!r} should be "
+                             + ("a finite number above 0" if kind is float else kind.__name__))
+
+
+def turns(config, place):
+    """dict, str -> dict: all about rotary positions, some of it said in a place of its own."""
+    rope = config.get(place, {})
+    check_kinds(rope)
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"config.json: {place}={rope} differs between layers: that is not "
+                         "implemented")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return {"rope_type": kind, "rope_theta": float(rope.get("rope_theta", config["rope_theta"])),
+            "partial_rotary_factor": rope.get("partial_rotary_factor",
+                                              config.get("partial_rotary_factor")),
+            "scaling": tuple(rope[name] for name in SCALING) if kind == "llama3" else None}
+
+
 def parse_config(config):
-    """dict -> Config: of a config.json. ValueError naming what it lacks, or asks for in vain."""
+    """dict -> Config: of a config.json, as transformers 5 reads it. ValueError that names what it
+    lacks, what is of another kind than it should be, and what it asks for in vain."""
     try:
         return understood(config)
     except KeyError as error:
         raise ValueError(f"config.json: {error} is missing") from None
-    except (AttributeError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"config.json holds something of the wrong kind: {error}") from None
 
 
 def understood(config):
-    """dict -> Config: `parse_config`, but for errors of its own kind."""
+    """dict -> Config: `parse_config`, but for what is missing."""
+    check_kinds(config)
     kind = config.get("model_type")
-    window = config.get("sliding_window", 4096 if kind == "mistral" else None)
+    config = {**USUAL[""], **USUAL.get(str(kind), {}), **{
+        name: value for name, value in config.items() if value is not None
+        or name == "sliding_window"}}
+    acts = [config[name] for name in ("hidden_act", "hidden_activation") if name in config]
+    if kind == "gemma":  # whose files mean the tanh form by either name
+        acts = ["gelu_pytorch_tanh" if act == "gelu" else act for act in acts]
+    ropes = [turns(config, place) for place in ("rope_parameters", "rope_scaling")
+             if config.get(place)] or [turns(config, "")]
+    for what, said in (("hidden_act and hidden_activation", acts),
+                       ("rope_parameters and rope_scaling", ropes)):
+        if said[0] != said[-1]:
+            raise ValueError(f"config.json: {what} disagree, {said}: leave out the wrong one")
+    config |= ropes[0] | {"hidden_act": acts[0]}
+    for name, values in PLAIN.items():
+        if config.get(name) not in values:
+            raise ValueError(f"config.json: {name}={config.get(name)!r} is not implemented: "
+                             f"expected one of {values}")
+    window, context = config.get("sliding_window"), config["max_position_embeddings"]
     if kind == "qwen3" and not config.get("use_sliding_window"):
         window = None
-    config = {name: value for name, value in config.items() if value is not None}
-    gemma = kind == "gemma"
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    act = config.get("hidden_activation", config.get("hidden_act"))
-    if gemma and act in (None, "gelu"):
-        act = "gelu_pytorch_tanh"  # what "gelu" means in the files that Gemma came with
-    asked = {**config, "hidden_act": act, "partial_rotary_factor": rope.get(
-                 "partial_rotary_factor", config.get("partial_rotary_factor")),
-             "rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    for name, values in PLAIN.items():
-        if asked.get(name) not in values:
-            raise ValueError(f"config.json: {name}={asked.get(name)!r} is not implemented: "
-                             f"expected one of {values}")
-    context = config.get("max_position_embeddings", 131072)
     if "sliding_attention" in config.get("layer_types", ()) or window and window < context:
         raise ValueError(f"config.json: sliding_window={window} below max_position_embeddings="
                          f"{context} is not implemented: every query sees all tokens before it")
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"config.json: rope_parameters={rope} differ between layers: that is not "
-                         "implemented")
-    L, E, H, F, V = (config[name] for name in (
-        "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size",
-        "vocab_size"))
-    scaling = None if asked["rope_type"] == "default" else tuple(rope[name] for name in SCALING)
+    L, E, H, F, V = (config[name] for name in SIZES)
     return Config(L, E, H, config.get("num_key_value_heads", H),
-                  config.get("head_dim", {"gemma": 256, "qwen3": 128}.get(kind, E // H)), F, V,
-                  rope_base=float(rope.get("rope_theta", config.get("rope_theta", 1e4))),
-                  eps=config.get("rms_norm_eps", 1e-6), embed_scale=gemma,
-                  act="gelu" if act == "gelu_pytorch_tanh" else "silu",
-                  tied=config.get("tie_word_embeddings", gemma),
-                  rope_scaling=scaling, qk_norm=kind == "qwen3")
+                  config.get("head_dim", E // max(1, H)), F, V, rope_base=config["rope_theta"],
+                  eps=config["rms_norm_eps"], embed_scale=kind == "gemma",
+                  act="silu" if acts[0] == "silu" else "gelu", tied=config["tie_word_embeddings"],
+                  rope_scaling=config["scaling"], qk_norm=kind == "qwen3")
 
 
 def read_json(path):
@@ -831,96 +903,136 @@ def read_json(path):
     return read
 
 
-def read_safetensors(path):
-    """path -> dict: every tensor by name, mapped: nothing is read before it is used.
-
-    The file is 8 bytes of header size, a JSON header, raw arrays. ValueError where it is not.
-    """
+def library():
+    """-> safetensors, which reads, checks and writes files. ValueError where it is missing."""
     try:
-        data = np.memmap(path, np.uint8, "r")
-        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        header, tensors = json.loads(data[8:start].tobytes()), {}
-        for name in header.keys() - {"__metadata__"}:
-            begin, stop = header[name]["data_offsets"]
-            if not 0 <= begin <= stop <= len(data) - start:
-                raise ValueError(f"{name} ends at byte {start + stop} of {len(data)}")
-            if header[name]["dtype"] not in SAFETENSORS_DTYPES:
-                raise ValueError(f"{name} is {header[name]['dtype']}: expected one of "
-                                 + ", ".join(SAFETENSORS_DTYPES))
-            dtype = jnp.dtype(SAFETENSORS_DTYPES[header[name]["dtype"]])
-            tensors[name] = data[start + begin:start + stop].view(dtype).reshape(
-                header[name]["shape"])
+        import safetensors.numpy
+    except ImportError:
+        raise ValueError('files of weights need the extra hf: pip install ".[hf]"') from None
+    return safetensors
+
+
+def open_tensors(path):
+    """path -> an open safetensors file: nothing is read before it is asked for. ValueError where it
+    is none, or holds anything but f32, f16 and bf16."""
+    files = library()
+    try:
+        file = files.safe_open(path, framework="numpy")
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except files.SafetensorError as error:
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from None
-    return tensors
+    for name in file.keys():
+        if (held := file.get_slice(name).get_dtype()) not in STORED:
+            raise ValueError(f"{path}: {name} is {held}: expected one of {', '.join(STORED)}")
+    return file
+
+
+def find_tensors(path):
+    """path -> dict, str: each tensor of a folder by name, not read yet, and what `save` put beside
+    them. As in transformers, model.safetensors counts before an index of shards."""
+    index, found, where = path / INDEX, {}, None
+    files, mark = ["model.safetensors"], None
+    if index.exists() and not (path / "model.safetensors").exists():
+        read = read_json(index)
+        where, mark = read.get("weight_map"), metadata(read).get(MARK)
+        if not isinstance(where, dict):
+            raise ValueError(f"{index} has no weight_map of tensors and files")
+        for name, file in where.items():
+            if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
+                raise ValueError(f"{index} says that {name} is in {file!r}: expected the name of a "
+                                 "safetensors file in its folder")
+        files = sorted(set(where.values()))
+    for file in files:
+        opened = open_tensors(path / file)
+        mark = mark or (opened.metadata() or {}).get(MARK)
+        for name in opened.keys():
+            if where and where.get(name) != file:
+                raise ValueError(f"{path / file} holds {name}, which {index} says is in "
+                                 f"{where.get(name)}")
+            found[name] = opened.get_slice(name)
+    for name in (where or found).keys() - found.keys():
+        raise ValueError(f"{index} says that {name} is in {where[name]}, which does not hold it")
+    return found, mark
+
+
+def metadata(index):
+    """dict -> dict: what an index says beside where its tensors are."""
+    return index["metadata"] if isinstance(index.get("metadata"), dict) else {}
+
+
+def earlier_config(path, mark):
+    """path, str -> path: of the config.json that the save of that mark is about to replace."""
+    return path / f"{OWN}{mark}-config.json"
+
+
+def alike(a, b):
+    """tensor, tensor -> bool: do two of files hold the same numbers?"""
+    return a.get_shape() == b.get_shape() and np.array_equal(a[:], b[:])
 
 
 def load(path, dtype=None):
     """path -> cfg, Params: a Hugging Face folder: config.json and model.safetensors, or its shards.
 
     Llama 2 and 3, SmolLM2, TinyLlama, Mistral, Gemma 1 and Qwen 3 (dense), in the file's dtype
-    (then cfg.dtype) or the one given. Tensors are mapped from the file and copied once. Gemma
-    stores norm scales less one; here they are whole, and f32, since bf16 would round the sum.
-    ValueError that names what is not implemented, missing, unexpected, or of another shape.
+    (then cfg.dtype) or the one given. Gemma stores norm scales less one; here they are whole, and
+    f32, since bf16 would round the sum. A head that differs from the table counts, whatever
+    config.json says of tying. ValueError that names what is not implemented, missing, unexpected,
+    damaged or of another shape; where the extra `hf` is missing, too.
     """
     path = pathlib.Path(path)
-    cfg = parse_config(read_json(path / "config.json"))
-    files, index, found = ["model.safetensors"], path / "model.safetensors.index.json", {}
-    if index.exists():
-        where = read_json(index).get("weight_map")
-        if not isinstance(where, dict):
-            raise ValueError(f"{index} has no weight_map of tensors and files")
-        files = sorted(set(where.values()))
-    for file in files:
-        found |= read_safetensors(path / file)
-    names = tensor_names(cfg)
-    known = {*jax.tree.leaves(names), "lm_head.weight"}  # some tied models store it all the same
-    for name in found.keys() - known:
+    config, (found, mark) = read_json(path / "config.json"), find_tensors(path)
+    earlier = earlier_config(path, config.get(MARK))
+    if config.get(MARK) != mark and earlier.exists():  # a save was cut short before the last rename
+        config = read_json(earlier)
+    cfg = parse_config(config)
+    layers = {name.split(".")[2] for name in found if name.startswith("model.layers.")}
+    if len(layers) != cfg.L:
+        raise ValueError(f"{path}: {len(layers)} layers in files, and config.json says "
+                         f"num_hidden_layers={cfg.L}")
+    table, head = (f"{NAMES[field]}.weight" for field in ("embed", "unembed"))
+    if cfg.tied and head in found:  # one of a tied pair may stand under either name, or both
+        found.setdefault(table, found[head])
+        cfg = dataclasses.replace(cfg, tied=alike(found[table], found[head]))
+        if cfg.tied:
+            del found[head]
+    names, wanted = tensor_names(cfg), np.asarray(frequencies(cfg))
+    for name in found.keys() - {*jax.tree.leaves(names)}:
         if not name.endswith("rotary_emb.inv_freq"):  # a table, not a weight
             raise ValueError(f"{path}: tensor {name} is not part of the model that is implemented")
+        held = found[name][:].astype(np.float32)
+        if held.shape != wanted.shape or not np.allclose(held, wanted, rtol=2 ** -8, atol=6e-8):
+            raise ValueError(f"{path}: {name} holds other frequencies than config.json gives")
 
     def read(letters, name):
         if name not in found:
             raise ValueError(f"{path}: tensor {name} is missing")
-        a, stored = found.pop(name), tuple(size_of(word, cfg) for word in letters.split())
-        if a.shape != stored:
-            raise ValueError(f"{path}: tensor {name} has shape {a.shape}, not {stored}, which "
-                             "config.json says")
+        shape = [size_of(word, cfg) for word in letters.split()]
+        if found[name].get_shape() != shape:
+            raise ValueError(f"{path}: tensor {name} has shape {found[name].get_shape()}, not "
+                             f"{shape}, which config.json says")
         if cfg.embed_scale and " " not in letters:
-            return jnp.array(1 + a.astype(np.float32))
-        return jnp.array(a.reshape(sizes(letters, cfg)), dtype)  # a copy: files may be replaced
+            return jnp.asarray(1 + found[name][:].astype(np.float32))
+        return jnp.asarray(found[name][:].reshape(sizes(letters, cfg)), dtype)
 
     params = jax.tree.map(read, dims(cfg), names)
     return dataclasses.replace(cfg, dtype=params.embed.dtype.name), params
 
 
-def write_safetensors(path, tensors):
-    """path, dict -> None: arrays by name. The file is replaced once it is whole: the old one, where
-    it is mapped, stays what it was."""
-    spelled, header, end = {ours: theirs for theirs, ours in SAFETENSORS_DTYPES.items()}, {}, 0
-    tensors = {name: np.asarray(a) for name, a in tensors.items()}
-    for name, a in tensors.items():
-        if a.dtype.name not in spelled:
-            raise ValueError(f"{name} is {a.dtype}: expected {', '.join(spelled)}")
-        header[name] = {"dtype": spelled[a.dtype.name], "shape": a.shape,
-                        "data_offsets": [end, end := end + a.nbytes]}
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    partial_file = pathlib.Path(f"{path}.partial")
-    with open(partial_file, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for a in tensors.values():
-            a.tofile(file)
-    partial_file.replace(path)
+def write_tensors(path, tensors, mark):
+    """path, dict, str -> None: arrays by name. ValueError where the disk does not take them."""
+    files = library()
+    try:
+        files.numpy.save_file(tensors, path, {"format": "pt", MARK: mark})
+    except (OSError, files.SafetensorError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def as_files_hold(cfg, params):
     """cfg, Params -> dict: every array by its name in files, and as it stands there. ValueError
     where files cannot hold it, or it is not cfg's."""
     names, found = tensor_names(cfg), {}
-    for dtype in {w.dtype.name for w in jax.tree.leaves(params)} - {*SAFETENSORS_DTYPES.values()}:
+    for dtype in {w.dtype.name for w in jax.tree.leaves(params)} - {*STORED.values()}:
         raise ValueError(f"{dtype} weights are not saved, but float32, float16 and bfloat16: save "
                          "those that int8 ones were made from")
     if jax.tree.structure(params) != jax.tree.structure(names):
@@ -929,9 +1041,9 @@ def as_files_hold(cfg, params):
     for letters, name, w in zip(*map(jax.tree.leaves, (dims(cfg), names, params)), strict=True):
         if w.shape != sizes(letters, cfg):
             raise ValueError(f"{name} has shape {w.shape}, not {sizes(letters, cfg)}, as cfg says")
-        found[name] = np.asarray(w).reshape([size_of(word, cfg) for word in letters.split()])
-        if cfg.embed_scale and " " not in letters:
-            found[name] = np.asarray(w, np.float32) - 1
+        w = np.asarray(w, np.float32) - 1 if cfg.embed_scale and " " not in letters else w
+        found[name] = np.ascontiguousarray(w).reshape(
+            [size_of(word, cfg) for word in letters.split()])
     return found
 
 
@@ -951,31 +1063,59 @@ def config_json(cfg):
         "max_position_embeddings": 131072, "tie_word_embeddings": cfg.tied}
 
 
+def in_shards(tensors, most):
+    """dict, bytes -> list of dict: in order, each of at most so many bytes, or of one array."""
+    shards, room = [{}], most
+    for name, w in tensors.items():
+        if shards[-1] and w.nbytes > room:
+            shards, room = [*shards, {}], most
+        room -= w.nbytes
+        shards[-1][name] = w
+    return shards
+
+
 def save(path, cfg, params, shard_bytes=5e9):
     """path, cfg, Params -> None: a folder that `load` and transformers read.
 
     More than `shard_bytes` go into several files and their index. ValueError, before anything is
-    written, for int8, and for parameters that are not cfg's.
+    written, for int8, for parameters that are not cfg's, and where a file of others would be read
+    in their place.
+
+    New files stand beside the old until one rename, the last, puts them in their place: cut short
+    before it, `load` gives the earlier model. What `save` did not write is never removed.
     """
-    path, shards, room = pathlib.Path(path), [{}], shard_bytes
+    path, mark = pathlib.Path(path), uuid.uuid4().hex[:8]
     tensors, config = as_files_hold(cfg, params), config_json(cfg)
-    config["torch_dtype"] = params.embed.dtype.name
-    for name, w in tensors.items():
-        if shards[-1] and w.nbytes > room:
-            shards, room = [*shards, {}], shard_bytes
-        room -= w.nbytes
-        shards[-1][name] = w
+    config |= {"torch_dtype": params.embed.dtype.name, MARK: mark}
+    shards, at, index = in_shards(tensors, shard_bytes), path / "config.json", path / INDEX
+    n, single = len(shards), path / "model.safetensors"
+    if n > 1 and single.exists() and not (open_tensors(single).metadata() or {}).get(MARK):
+        raise ValueError(f"{single} would be read before several files: remove it, or save "
+                         "elsewhere")
+    files = [path / f"{OWN}{mark}-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
+    new_config, new_index = (path / f"{OWN}{mark}-new-{name}.json" for name in ("config", "index"))
+    where = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
+    total = sum(w.nbytes for w in tensors.values())
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(config, indent=2))
-    index = path / "model.safetensors.index.json"
-    for earlier in (index, *path.glob("model*.safetensors")):
-        earlier.unlink(missing_ok=True)
-    if len(shards) == 1:
-        return write_safetensors(path / "model.safetensors", *shards)
-    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    for file, tensors in zip(files, shards, strict=True):
-        write_safetensors(path / file, tensors)
-    index.write_text(json.dumps({
-        "metadata": {"total_size": sum(w.nbytes for shard in shards for w in shard.values())},
-        "weight_map": {name: file for file, shard in zip(files, shards, strict=True)
-                       for name in shard}}))
+    try:
+        for file, shard in zip(files, shards, strict=True):
+            write_tensors(file, shard, mark)
+        if at.exists():
+            earlier_config(path, mark).write_bytes(at.read_bytes())
+        new_config.write_text(json.dumps(config, indent=2))
+        new_index.write_text(json.dumps({"metadata": {"total_size": total, MARK: mark},
+                                         "weight_map": where}))
+    except BaseException:
+        for file in path.glob(f"{OWN}{mark}*"):
+            file.unlink()
+        raise
+    new_config.replace(at)
+    if n == 1:
+        files.pop().replace(single)
+        if index.exists() and MARK in metadata(read_json(index)):
+            index.unlink()
+    else:
+        new_index.replace(index)
+        single.unlink(missing_ok=True)
+    for file in {*path.glob(f"{OWN}*")} - {*files}:
+        file.unlink()

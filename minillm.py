@@ -41,7 +41,11 @@ def matmul(x, w):
 
 
 def matmul_forward(x, w):
-    """MC, OC -> MO, (MC, OC): its gradient needs both operands."""
+    """MC, OC -> MO, (MC, OC): its gradient needs both operands. ValueError in float16, which ends
+    at 6e-8: a gradient of less, as most are, would be 0."""
+    if x.dtype == jnp.float16:
+        raise ValueError("a gradient in float16 underflows: cast to bfloat16, as wide as float32, "
+                         "or to float32 (Config.dtype)")
     return product(x, w), (x, w)
 
 
@@ -80,20 +84,27 @@ def rms_norm(x, scale, eps):
     return (unit * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-@jax.named_scope("embed")
-def rotary(pos, cfg):
-    """BT, cfg -> table: cosines and sines of every position's angles, both BT(D/2).
+def frequencies(cfg):
+    """cfg -> D/2: by how many radians a token each pair of a head turns.
 
-    In f32: bf16 rounds 257 to 256, and sin(257) is not sin(256). With `cfg.rope_scaling`, pairs
-    that turn less than `low` times in the `context` first trained on turn `factor` times slower,
-    those of more than `high` as before, others in between.
+    With `cfg.rope_scaling`, pairs that turn less than `low` times in the `context` first trained on
+    turn `factor` times slower, those of more than `high` as before, others in between.
     """
     frequency = cfg.rope_base ** (-jnp.arange(0, cfg.D, 2, dtype=jnp.float32) / cfg.D)
     if cfg.rope_scaling:
         factor, low, high, context = cfg.rope_scaling
         kept = jnp.clip((context * frequency / (2 * jnp.pi) - low) / (high - low), 0, 1)
         frequency = frequency * (kept + (1 - kept) / factor)
-    angle = pos[..., None].astype(jnp.float32) * frequency
+    return frequency
+
+
+@jax.named_scope("embed")
+def rotary(pos, cfg):
+    """BT, cfg -> table: cosines and sines of every position's angles, both BT(D/2).
+
+    In f32: bf16 rounds 257 to 256, and sin(257) is not sin(256).
+    """
+    angle = pos[..., None].astype(jnp.float32) * frequencies(cfg)
     return stored(jnp.cos(angle)), stored(jnp.sin(angle))
 
 
@@ -119,7 +130,8 @@ def partial_attention(q, k, v, seen):
 
     k and v are arrays, or int8 with a scale a slot: k's multiply the scores, v's the weights.
     `seen` may be B1MS, where rows of the batch differ. What is not seen must be finite: it is
-    multiplied by 0.
+    multiplied by 0. Next to int8, weights are bf16 rather than float16, in which a scale of 1e-4
+    times a weight of 1e-4 is 0.
     """
     k, k_scale = (k.q, k.scale.swapaxes(2, 3)) if hasattr(k, "scale") else (k, 1.0)
     v, v_scale = (v.q, v.scale.swapaxes(2, 3)) if hasattr(v, "scale") else (v, 1.0)
@@ -127,7 +139,8 @@ def partial_attention(q, k, v, seen):
     scores = jnp.where(seen, scores * q.shape[-1] ** -0.5, -jnp.inf)
     largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - finite(largest))
-    each = (weights * v_scale).astype(jnp.promote_types(q.dtype, v.dtype))
+    wide = jnp.bfloat16 if (q.dtype, v.dtype) == (jnp.float16, jnp.int8) else q.dtype
+    each = (weights * v_scale).astype(jnp.promote_types(wide, v.dtype))
     values = jnp.einsum("BKMS,BKSD->BKMD", each, v, **F32)
     return Partial(values, jnp.sum(weights, axis=-1, keepdims=True), largest)
 
@@ -145,9 +158,10 @@ def normalised(part):
     return part.values / part.total
 
 
-def finite(largest):
-    """BKM1 -> BKM1: what may be subtracted: 0 in place of an empty part's -inf."""
-    return jnp.where(largest == -jnp.inf, 0, largest)
+def finite(x):
+    """... -> ...: x, with 0 for what is infinite or no number: what meets it with weight 0 is then
+    as without it. An empty part's largest score, and what a token has that overflows."""
+    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def in_blocks(x, K, n=1):
@@ -379,7 +393,8 @@ def init(key, cfg, dtype="float32"):
         if " " not in name:
             return jnp.ones(sizes(name, cfg), dtype)
         fan_in = size_of(name.split()[1], cfg)
-        return (fan_in ** -0.5 * jax.random.normal(key, sizes(name, cfg))).astype(dtype)
+        drawn = jax.random.normal(key, sizes(name, cfg), jnp.float32)
+        return (fan_in ** -0.5 * drawn).astype(dtype)
 
     return tree.unflatten(map(leaf, names, jax.random.split(key, len(names))))
 
@@ -424,7 +439,7 @@ def block(x, w, table, cfg, attend, enter=dots, leave=dot, norm=rms_norm):
             raise ValueError(f"qk_norm={cfg.qk_norm} for parameters that were made with the other")
         if cfg.qk_norm:
             q, k = rms_norm(q, w.q_norm, cfg.eps), rms_norm(k, w.k_norm, cfg.eps)
-        q, k = rope(q, table), rope(k, table)
+        q, k, v = map(finite, (rope(q, table), rope(k, table), v))
     with jax.named_scope("attention"):
         out, state = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
     with jax.named_scope("out"):
@@ -523,8 +538,9 @@ class Adam(NamedTuple):
 
 
 def adam_init(params):
-    """Params -> Adam: zeros, in the parameters' shapes and dtypes."""
-    m, v = jax.tree.map(jnp.zeros_like, (params, params))
+    """Params -> Adam: zeros in the parameters' shapes, and f32 whatever these are: squares of
+    gradients leave float16's range, and bf16 loses what a mean is moved by."""
+    m, v = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), (params, params))
     return Adam(jnp.zeros((), jnp.int32), m, v)
 
 
@@ -534,7 +550,7 @@ def adamw(params, adam, grads, lr, b1=0.9, b2=0.95, eps=1e-8, decay=0.1):
 
     Weights decay; what has "norm" in its name does not.
     """
-    step = adam.step + 1
+    step, grads = adam.step + 1, cast(grads, jnp.float32)
     m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, adam.m, grads)
     v = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, adam.v, grads)
 
@@ -550,9 +566,10 @@ def train_step(params, adam, tokens, cfg, lr, loss=loss):
     """Params, Adam, B(T+1), cfg, lr -> Params, Adam, scalar: one step of AdamW down `loss`.
 
     The scalar is the loss before it. f32 master weights are cast to `cfg.dtype` once a step, and
-    gradients come back through the cast.
+    gradients come back through the cast, in f32 whatever the masters are. ValueError in float16.
     """
-    value, grads = jax.value_and_grad(lambda p: loss(cast(p, cfg.dtype), tokens, cfg))(params)
+    value, grads = jax.value_and_grad(lambda p: loss(cast(p, cfg.dtype), tokens, cfg))(
+        cast(params, jnp.float32))
     params, adam = adamw(params, adam, grads, lr)
     return params, adam, value
 

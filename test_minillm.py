@@ -724,14 +724,16 @@ def is_abstract(value):
 CONTRACTS = [fn for module in (minillm, infer, shard)
              for name, fn in inspect.getmembers(module, inspect.isroutine)
              if getattr(fn, "__module__", "") == module.__name__ and not name.startswith("_")]
-ON_THE_HOST = {"serve", "check_prompt", "load", "save", "parse_config", "understood", "read_json",
-               "read_safetensors", "write_safetensors", "as_files_hold", "model_draft", "in_twos",
-               "check_speculation", "rounds"}  # each has tests of its own
+ON_THE_HOST = {"serve", "check_prompt", "load", "save", "parse_config", "understood", "turns",
+               "read_json", "library", "open_tensors", "find_tensors", "earlier_config", "alike",
+               "write_tensors", "in_shards", "as_files_hold", "model_draft", "in_twos",
+               "frequencies", "check_speculation", "rounds"}  # each has tests of its own
 
 
 @pytest.mark.parametrize("fn", CONTRACTS + [matmul, lookup, rope, causal_attention],
                          ids=lambda fn: fn.__name__)
 def test_every_contract_line_holds(fn):
+    """And with 64-bit numbers switched on, every result has the dtype that it has without."""
     contract = re.match(r"(.*?) ?-> ([^:]*)", inspect.getdoc(fn) or "")
     assert contract, f"{fn.__name__} has no contract line"
     if fn.__name__ in ON_THE_HOST or fn.__module__ == "shard":  # a mesh gives shapes their meaning
@@ -753,7 +755,11 @@ def test_every_contract_line_holds(fn):
     def call(traced):
         return fn(*(traced.get(i, argument) for i, argument in enumerate(arguments)))
 
-    result = jax.eval_shape(call, {i: a for i, a in enumerate(arguments) if is_abstract(a)})
+    traced = {i: a for i, a in enumerate(arguments) if is_abstract(a)}
+    result = jax.eval_shape(call, traced)
+    with jax.enable_x64(True):
+        wide = jax.eval_shape(call, traced)
+    assert [a.dtype for a in jax.tree.leaves(wide)] == [a.dtype for a in jax.tree.leaves(result)]
     for got, want in zip(result if len(expected) > 1 else [result], expected, strict=True):
         got, want = ([a.shape for a in jax.tree.leaves(tree)] for tree in (got, want))
         assert got == want
@@ -992,6 +998,102 @@ def test_draws_have_the_frequencies_of_log_probs():
     assert np.sum((counts - expected) ** 2 / expected) < 20.5
 
 
+def a_life(cfg, text):
+    """Everything, from training to speculation, at small sizes: what it makes."""
+    params, B, key = weights(cfg), len(text), jax.random.key(1)
+    read, lengths = text[:, :4], np.full(B, 4)
+    yield jax.jit(train_step, static_argnames="cfg")(params, adam_init(params), text, cfg, 1e-2)
+    logits, cache = prefill_jit(params, init_cache(cfg, B, SLOTS, "int8"), read, lengths, cfg=cfg)
+    yield generate_jit(params, cache, logits, key, n=5, cfg=cfg, temperature=0.7, top_p=0.9)
+    yield dict(serve(params, list(read), B, SLOTS, 5, key, cfg, 0.7, top_k=3, end=0))
+    known = np.zeros((B, SLOTS), int)
+    known[:, :4] = read
+    cache = cache._replace(length=cache.length - 1)
+    for draft, state in ((ngram_draft(cfg, 2), None), (model_draft(params, cfg, 2), cache)):
+        yield speculate_jit(params, cache, known, key, n=5, cfg=cfg, draft=draft, state=state)
+
+
+def test_a_program_that_asks_for_64_bits_elsewhere_computes_the_same_here():
+    text = draw_tokens(grouped, 2, 9)
+    narrow = list(a_life(grouped, text))
+    with jax.enable_x64(True):
+        wide = list(a_life(grouped, text))
+    for a, b in zip(*map(jax.tree.leaves, (narrow, wide)), strict=True):
+        assert a.dtype == b.dtype
+        close(a, b)
+
+
+KINDS = ["threefry2x32", "rbg", "unsafe_rbg"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_draws_the_same_whatever_stands_beside_it_with_any_kind_of_key(kind):
+    """And other rows draw something else: 64 rows of 50 tokens hit 36 of them on average, and fewer
+    than 20 once in 10**9."""
+    key, pos, logits = jax.random.key(3, impl=kind), jnp.arange(64), jnp.zeros((64, 50))
+    how = (1.0, 0, 1.0)
+    for keys in (key, jnp.stack([jax.random.fold_in(key, i) for i in range(64)])):
+        drawn = sample(keys, logits, pos, *how)
+        assert len(np.unique(drawn)) >= 20
+        beside = sample(keys, logits.at[1:].set(jnp.arange(50.0)), pos, *how)
+        assert drawn[0] == beside[0] and np.any(drawn != beside)
+    assert np.array_equal(sample(keys[5:6], logits[:1], pos[5:6], *how), drawn[5:6])
+    proposals, even = jnp.zeros((64, 3), jnp.int32), jnp.log(jnp.full((64, 4, 2), 0.5))
+    draft = jnp.log(jnp.tile(jnp.array([0.9, 0.1]), (64, 3, 1)))
+    counts, tokens = accept(key, proposals, draft, even)
+    assert len(np.unique(counts)) == 4 and len(np.unique(tokens)) == 2
+    cfg, text = CONFIGS[2], draw_tokens(CONFIGS[2], 1, 4)
+    params = weights(cfg)
+    told = dict(serve(params, [text[0]] * 4, 2, 12, 6, key, cfg, 1.0))
+    assert len({tuple(map(int, told[i])) for i in told}) == 4
+    logits, cache = prefill_jit(params, init_cache(cfg, 1, 12), text, np.array([4]), cfg=cfg)
+    alone, _, _ = generate_jit(params, cache, logits, jax.random.fold_in(key, 2)[None], n=6,
+                               cfg=cfg, temperature=1.0)
+    assert np.array_equal(alone[0], told[2])
+
+
+@pytest.mark.parametrize("temperature", [1e-37, 1e-38, 1e-40, 1e-46, 5e-324])
+def test_a_temperature_near_0_is_greedy(temperature):
+    logits = jnp.asarray(*normals((5, 9)))
+    best = np.argmax(logits, -1)
+    assert np.array_equal(sample(jax.random.key(0), logits, jnp.arange(5), temperature, 0, 1), best)
+    close(jnp.exp(log_probs(logits, temperature)), np.eye(9)[best])
+
+
+@pytest.mark.parametrize("top_p", [1e-38, 1e-40, 1e-46, 5e-324])
+def test_a_top_p_near_0_keeps_the_most_probable_token(top_p):
+    logits = jnp.asarray(*normals((5, 9)))
+    close(jnp.exp(log_probs(logits, 1.0, 0, top_p)), np.eye(9)[np.argmax(logits, -1)])
+
+
+@pytest.mark.parametrize("row, p", [
+    ([0, -math.inf, 0, -math.inf], [.5, 0, .5, 0]), ([1, math.inf, 2, 3], [0, 1, 0, 0]),
+    ([math.inf, 1, math.inf, -math.inf], [.5, 0, .5, 0]),
+    ([0, math.nan, 0, math.nan], [.5, 0, .5, 0]),
+    ([-math.inf] * 4, [.25] * 4), ([math.nan] * 4, [.25] * 4)], ids=repr)
+@pytest.mark.parametrize("how", [(0.7, 0, 1.0), (0.7, 4, 1.0), (1e-40, 0, 1.0), (0.7, 0, 0.999)])
+def test_logits_that_are_not_finite_are_certain_or_impossible(row, p, how):
+    """+inf is certain, -inf and NaN impossible, and where there is nothing else, all are alike."""
+    logits, p = jnp.tile(jnp.array(row), (40, 1)), np.array(p)
+    if how[0] < 1e-38:
+        p = np.eye(4)[np.argmax(p)]
+    close(jnp.exp(log_probs(logits, *how))[0], p)
+    assert {*np.unique(sample(jax.random.key(0), logits, jnp.arange(40), *how))} == {
+        *np.flatnonzero(p)}
+
+
+def test_numbers_of_any_library_say_how_to_sample():
+    logits = jnp.asarray(*normals((5, 9)))
+    wanted = log_probs(logits, 0.5, 3, 0.75)
+    for how in ((np.float32(0.5), np.int64(3), np.float64(0.75)),
+                (jnp.float32(0.5), jnp.int32(3), jnp.float32(0.75)), (jnp.array(0.5), 3, 0.75)):
+        assert np.array_equal(log_probs(logits, *how), wanted)
+        assert np.array_equal(jax.jit(lambda x: log_probs(x, *how))(logits), wanted)
+    for how in ((math.nan, 0, 1), ([1], 0, 1), (1, 0.5, 1), (1, 0, None), (1, 0, math.nan)):
+        check(lambda: log_probs(logits, *how), "temperature=")
+    check(lambda: jax.jit(log_probs)(logits, 0.5), "static under jit")
+
+
 # -------------------------------------------------------------------------------------- infer: int8
 
 
@@ -1042,6 +1144,99 @@ def test_attention_to_an_int8_cache_is_attention_to_what_it_stands_for(starts, s
     s = np.abs(q).sum(-1).max() * np.asarray(held_k.scale).max() / 2 / np.sqrt(4)
     bound = np.expm1(2 * s) * np.abs(v).max() + np.asarray(held_v.scale).max() / 2
     assert np.all(np.abs(ours - attention_jit(q, k, v, pos)) <= bound)
+
+
+OVERFLOWS = 9  # a token of `narrow`
+
+
+@lru_cache(maxsize=None)
+def narrow():
+    """cfg, Params of float16, all finite, with a token whose values leave its range."""
+    cfg = replace(CONFIGS[4], L=2, dtype="float16")
+    params = cast(weights(replace(cfg, dtype="float32")), "float16")
+    return cfg, params._replace(embed=params.embed.at[OVERFLOWS].set(6e4))
+
+
+def well(cfg, *shape, seed=0):
+    return np.random.default_rng(seed).integers(0, OVERFLOWS, shape).astype(np.int32)
+
+
+@given(st.integers(1, 7), st.integers(0, 1), st.integers(0, 99))
+def test_a_token_that_overflows_touches_nobody_who_does_not_see_it(at, row, seed):
+    """Later in its row, as padding of a prompt, and in slots that were rolled back: in every kind
+    of cache, bit for bit."""
+    cfg, params = narrow()
+    text, lengths = well(cfg, 2, 8, seed=seed), np.full(2, 8)
+    lengths[row] = at
+    sick = text.copy()
+    sick[row, at:] = OVERFLOWS
+    logits = [forward_jit(params, tokens, cfg=cfg) for tokens in (text, sick)]
+    assert np.array_equal(logits[0][row, :at], logits[1][row, :at])
+    assert np.array_equal(logits[0][1 - row], logits[1][1 - row])
+    assert not np.any(np.isfinite(logits[1][row, at:])) and np.all(np.isfinite(logits[0]))
+    for dtype in ("float16", "int8"):
+        empty, more = init_cache(cfg, 2, SLOTS, dtype), well(cfg, 2, 3, seed=seed + 1)
+        (a, held), (b, padded) = (prefill_jit(params, empty, tokens, lengths, cfg=cfg)
+                                  for tokens in (text, sick))
+        assert np.array_equal(a, b)
+        _, back = extend_jit(params, padded, np.full((2, 3), OVERFLOWS), cfg=cfg)
+        back = back._replace(length=padded.length)
+        for cache in (padded, back):
+            assert np.array_equal(extend_jit(params, cache, more, cfg=cfg)[0],
+                                  extend_jit(params, held, more, cfg=cfg)[0])
+            assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(cache))
+
+
+def refused_draft(key, tokens, length, state):
+    made = jnp.full((len(tokens), 2), OVERFLOWS)
+    return made, infer.one_hot(made, narrow()[0].V), state
+
+
+def test_what_a_row_held_before_and_a_draft_that_is_refused_leave_nothing_behind():
+    cfg, params = narrow()
+    text, key = well(cfg, 3, 6), jax.random.key(0)
+    told = dict(serve(params, [text[0], np.array([1, OVERFLOWS]), text[1], text[2]], 2, SLOTS, 5,
+                      key, cfg))
+    alone = dict(serve(params, list(text), 2, SLOTS, 5, key, cfg))
+    assert all(np.array_equal(told[i], alone[j]) for i, j in ((0, 0), (2, 1), (3, 2)))
+    cache, lengths = init_cache(cfg, 3, SLOTS, "float16"), np.full(3, 6)
+    _, cache = prefill_jit(params, cache, text, lengths, cfg=cfg)
+    cache, known = cache._replace(length=cache.length - 1), np.zeros((3, SLOTS), np.int32)
+    known[:, :6] = text
+    told, other = (speculate_jit(params, cache, known, key, n=6, cfg=cfg, draft=draft, state=None)
+                   for draft in (jax.tree_util.Partial(refused_draft), ngram_draft(cfg, 2)))
+    assert np.array_equal(told[0][:, :12], other[0][:, :12])
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e3])
+def test_float16_around_an_int8_cache_is_as_near_as_bf16(size):
+    """Its scales are of 1e-6 here, and with weights of 1e-2 below the least of float16."""
+    q, k, v = normals((2, 3, 6, 4), (2, 2, 40, 4), (2, 2, 40, 4))
+    pos, off = np.full((2, 3), 39), []
+    for dtype in ("float16", "bfloat16"):
+        held = [quantize(jnp.asarray(a, dtype), -1) for a in (k, v * size)]
+        ours = infer.cached_attention(jnp.asarray(q, dtype), *held, pos)
+        exact = attention_jit(q, *map(dequantize, held), pos)
+        off.append(np.abs(ours - exact).max() / np.abs(exact).max())
+    assert off[0] <= off[1] < 2 ** -6
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_masters_of_any_dtype_train_and_a_gradient_in_float16_is_refused(dtype):
+    cfg, text = grouped, draw_tokens(grouped, 4, 9)
+    step, losses = jax.jit(train_step, static_argnames="cfg"), {}
+    for kind in ("float32", dtype):
+        params = cast(weights(cfg), kind)
+        adam = adam_init(params)
+        for _ in range(12):
+            params, adam, value = step(params, adam, text, cfg, 1e-2)
+        losses[kind] = float(value)
+        assert {a.dtype.name for a in jax.tree.leaves(params)} == {kind}
+        assert {a.dtype.name for a in jax.tree.leaves(adam[1:])} == {"float32"}
+    assert abs(losses[dtype] - losses["float32"]) < 0.05 * losses["float32"] < 0.1
+    half = replace(cfg, dtype="float16")
+    check(lambda: train_step(params, adam, text, half, 1e-2), "float16", "bfloat16")
+    check(lambda: jax.grad(loss)(cast(params, "float16"), text, half), "float16", "bfloat16")
 
 
 def test_the_program_makes_no_wide_copy_of_int8_slots():
@@ -1287,6 +1482,56 @@ def test_each_request_is_told_what_it_would_be_told_alone(how, dtype):
         assert told[i].tolist() == alone
 
 
+@pytest.mark.parametrize("row", [0, 2])
+def test_in_bf16_a_request_is_told_the_same_in_any_of_as_many_rows_whatever_they_hold(row):
+    """At another number of rows, products are summed in another order: then ties may fall either
+    way. And it is told in slots that hold it and no more, however seldom the host looks."""
+    cfg, n, S, key = replace(grouped, dtype="bfloat16"), 7, 16, jax.random.key(3)
+    params, how = cast(weights(grouped), "bfloat16"), dict(temperature=1.1, top_k=12)
+    prompts = [draw_tokens(cfg, T, seed=T) for T in (3, 9, 1, 9, 6)]
+    told = dict(serve(params, prompts, 3, S, n, key, cfg, **how, stride=50))
+    fill = jax.jit(infer.refill, static_argnames="cfg")
+    for i, prompt in enumerate(prompts):
+        logits, cache = jnp.zeros((3, cfg.V), jnp.float32), init_cache(cfg, 3, S)
+        for at in range(3):
+            text = prompt if at == row else draw_tokens(cfg, 5, seed=at)
+            logits, cache = fill(params, cache, logits, at, np.pad(text, (0, 16 - text.size))[None],
+                                 np.array([text.size], np.int32), cfg)
+        keys = jnp.stack([jax.random.fold_in(key, i if at == row else 99) for at in range(3)])
+        made, _, _ = generate_jit(params, cache, logits, keys, n=n, cfg=cfg, **how)
+        assert np.array_equal(made[row], told[i])
+
+
+def test_what_a_jitted_function_closes_over_is_checked_as_it_would_be_outside():
+    cfg, params = grouped, weights(grouped)
+    text, lengths = jnp.asarray(draw_tokens(cfg, 2, 7)), jnp.array([3, 6])
+    _, cache = prefill_jit(params, init_cache(cfg, 2, SLOTS), text, lengths, cfg=cfg)
+    draft, known = ngram_draft(cfg, 2), jnp.zeros((2, SLOTS), jnp.int32).at[:, :7].set(text)
+    adam, logits, key = adam_init(params), jnp.zeros((2, cfg.V)), jax.random.key(0)
+
+    def steps(params, text):
+        return jax.lax.scan(lambda state, _: (train_step(*state, text, cfg, 1e-2)[:2], None),
+                            (params, adam), length=2)[0]
+
+    for call, wrong in (
+            (lambda p, t=text: forward(p, t, cfg), text.at[1, 2].set(cfg.V)),
+            (lambda p, t=text: jax.grad(loss)(p, t, cfg), text.at[0, 0].set(-1)),
+            (lambda p, t=text: steps(p, t), text.at[0, 0].set(-1)),
+            (lambda p, t=lengths: prefill(p, cache, text, t, cfg), lengths.at[0].set(8)),
+            (lambda p, t=cache: extend(p, t, text, cfg), cache._replace(length=lengths + 15)),
+            (lambda p, t=cache: generate(p, t, logits, key, 3, cfg),
+             cache._replace(length=lengths + 16)),
+            (lambda p, t=cache: resize(t, 7), cache._replace(length=lengths + 2)),
+            (lambda p, t=cache: speculate(p, t, known, key, 3, cfg, draft, None),
+             cache._replace(length=lengths + 15))):
+        jitted = jax.jit(lambda p: call(p))(params)
+        for a, b in zip(*map(jax.tree.leaves, (jitted, call(params))), strict=True):
+            close(a, b, 1e-4)
+        with pytest.raises(ValueError) as outside:
+            call(params, wrong)
+        check(lambda: jax.jit(lambda p: call(p, wrong))(params), str(outside.value))
+
+
 def rounding(cfg, dtype):
     """block -> block: keys and values as a cache of `dtype` would give them back."""
     def rounded(x, w, table, cfg, attend):
@@ -1401,6 +1646,30 @@ def test_any_mixture_of_everything_is_recomputation(how, moves, seed):
 # ----------------------------------------------------------------------------- infer: real weights
 
 
+files = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None,
+                           reason='files of weights need the extra hf: pip install ".[hf]"')
+
+
+def in_file(folder, tensors=None):
+    """The tensors of a folder's one file; or replaces them, as another program would."""
+    from safetensors.numpy import load_file, save_file
+    if tensors is None:
+        return load_file(folder / "model.safetensors")
+    save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()},
+              folder / "model.safetensors")
+
+
+def edit(folder, **more):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+
+
+def same(a, b):
+    return all(x.dtype == y.dtype and np.array_equal(x, y)
+               for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+@files
 @pytest.mark.parametrize("cfg, dtype, shard_bytes", [
     (CONFIGS[0], "float32", 5e9), (CONFIGS[1], "bfloat16", 700), (CONFIGS[2], "float16", 5e9),
     (replace(CONFIGS[4], rope_scaling=(8, 1, 4, 64)), "float32", 1)], ids=repr)
@@ -1412,33 +1681,63 @@ def test_what_is_saved_is_loaded_bit_for_bit(cfg, dtype, shard_bytes, tmp_path):
     save(tmp_path, cfg, params, shard_bytes=shard_bytes)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard_bytes < 5e9)
     found, ours = load(tmp_path)
-    assert found == cfg
-    for a, b in zip(*map(jax.tree.leaves, (ours, params)), strict=True):
-        assert a.dtype == b.dtype and np.array_equal(a, b)
+    assert found == cfg and same(ours, params)
     _, wide = load(tmp_path, "float32")
     assert all(np.array_equal(a, b.astype("float32")) and a.dtype == jnp.float32
                for a, b in zip(*map(jax.tree.leaves, (wide, params))))
 
 
-def test_a_safetensors_file_is_a_length_a_header_and_raw_arrays(tmp_path):
-    """Written here by hand, as the format's description says, with a tensor at an odd offset."""
+def small_file(tmp_path):
+    """A safetensors file written by hand: a length, a header and raw arrays, in order."""
     a, b = np.arange(6, dtype="<f4").reshape(2, 3), np.array([1.5, -2], "<f2")
-    header = json.dumps({"__metadata__": {"format": "pt"},
-                         "b": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]},
-                         "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [4, 28]}}).encode()
-    whole = len(header).to_bytes(8, "little") + header + b.tobytes() + a.tobytes()
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(whole)
-    found = infer.read_safetensors(path)
-    assert np.array_equal(found["a"], a) and np.array_equal(found["b"], b) and len(found) == 2
-    for damaged in (b"", whole[:5], whole[:40], whole[:-1], b"\xff" * 40,
-                    whole.replace(b'"F32"', b'"I64"'), whole.replace(b"[2, 3]", b"[2, 4]"),
-                    whole.replace(b"data_offsets", b"data_offsetz")):
-        path.write_bytes(damaged)
-        check(lambda: infer.read_safetensors(path), path)
-    infer.write_safetensors(path, {"a": a, "b": b})
-    found = infer.read_safetensors(path)
-    assert np.array_equal(found["a"], a) and np.array_equal(found["b"], b)
+    header = {"b": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]},
+              "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [4, 28]}}
+    return tmp_path / "x.safetensors", header, b.tobytes() + a.tobytes(), {"a": a, "b": b}
+
+
+def write_file(path, header, data, length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+
+
+@files
+@given(st.data())
+def test_a_damaged_file_is_refused_by_its_name_or_holds_what_it_says(tmp_path_factory, data):
+    path, header, raw, arrays = small_file(tmp_path_factory.mktemp("files"))
+    write_file(path, header, raw)
+    whole, found = path.read_bytes(), infer.open_tensors(path)
+    assert {*found.keys()} == {*arrays} and all(
+        np.array_equal(found.get_slice(name)[:], a) for name, a in arrays.items())
+    start = data.draw(st.integers(0, len(whole) - 29))
+    stop = data.draw(st.integers(start + 1, len(whole) - 28))
+    size = stop - start
+    path.write_bytes(whole[:start] + data.draw(st.binary(min_size=size, max_size=size))
+                     + whole[stop:])
+    try:
+        found = infer.open_tensors(path)
+        for name in found.keys():
+            found.get_slice(name)[:]
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+@files
+def test_what_does_not_fit_in_a_file_is_refused_by_the_files_name(tmp_path):
+    path, header, raw, _ = small_file(tmp_path)
+
+    def with_a(**more):
+        return {**header, "a": {**header["a"], **more}}
+
+    for text, data, *length in (
+            (with_a(data_offsets=[0, 24]), raw[:24]), (with_a(data_offsets=[8, 32]), raw + b"1234"),
+            (header, raw + b"more"), (header, raw[:-1]), (with_a(shape=[-2, -3]), raw),
+            (with_a(shape=[2 ** 62, 6]), raw), (with_a(dtype="I64", shape=[3]), raw),
+            (json.dumps(header).encode("utf-16"), raw), (b"[" * 10 ** 5, b""),
+            (b'{"a":' * 10 ** 5, b""), (header, raw, 2 ** 60), (header, raw, 9), (b"", b"")):
+        write_file(path, text, data, *length)
+        check(lambda: infer.open_tensors(path), path)
+    path.write_bytes(b"")
+    check(lambda: infer.open_tensors(path), path)
 
 
 PUBLISHED_JSON = {  # as each model's own config.json spells it, without what changes nothing
@@ -1486,13 +1785,19 @@ def test_published_configurations_are_understood_however_they_spell_it(name):
     dict(mlp_bias=True),
     dict(rope_scaling=dict(type="linear", factor=2.0)), dict(hidden_act="relu"),
     dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), dict(partial_rotary_factor=0.5),
+    dict(rope_parameters=dict(rope_type="yarn", factor=4.0), rope_scaling=None),
     dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4))), dict(use_qk_norm=True),
     dict(attn_logit_softcapping=50.0), dict(final_logit_softcapping=30.0),
     dict(quantization_config=dict(bits=4)),
     dict(sliding_window=64, use_sliding_window=True, model_type="qwen3"),
     dict(sliding_window=64, max_position_embeddings=128),
     dict(layer_types=["sliding_attention"]), dict(rope_scaling=dict(rope_type="llama3", factor=8)),
-    dict(hidden_size=None), dict(num_key_value_heads=9), dict(rope_scaling="wrong kind")], ids=repr)
+    dict(hidden_size=None), dict(num_key_value_heads=9), dict(rope_scaling="wrong kind"),
+    dict(tie_word_embeddings="false"), dict(rms_norm_eps="1e-6"), dict(rms_norm_eps=-1),
+    dict(rope_theta=math.nan), dict(hidden_size="32"), dict(hidden_size=32.0),
+    dict(hidden_size=True), dict(hidden_act=None, hidden_activation=["silu"]),
+    dict(hidden_activation="gelu_pytorch_tanh"), dict(layer_types="full_attention"),
+    dict(rope_parameters=dict(rope_theta=1e4, rope_type="default"))], ids=repr)
 def test_what_config_json_asks_for_and_is_not_implemented_is_refused_by_name(asked):
     name = next(iter(asked))
     if name == "rope_scaling" and "factor': 8" in str(asked):
@@ -1500,10 +1805,8 @@ def test_what_config_json_asks_for_and_is_not_implemented_is_refused_by_name(ask
     elif "wrong" in str(asked):
         name = "wrong kind"
     name = {"rope_scaling": "rope_type", "num_key_value_heads": "K=9"}.get(name, name)
-    if "yarn" in str(asked):
-        name = "yarn"
-    elif name == "layer_types":
-        name = "sliding_window"
+    for word, said in (("sliding_attention", "sliding_window"), ("yarn", "yarn")):
+        name = said if word in str(asked) else name
     check(lambda: infer.parse_config({**PUBLISHED_JSON["llama-3.2-1b"], **asked}), name)
     assert infer.parse_config({**PUBLISHED_JSON["mistral-7b"], "sliding_window": 32768})
     without = {**PUBLISHED_JSON["mistral-7b"]}
@@ -1511,7 +1814,8 @@ def test_what_config_json_asks_for_and_is_not_implemented_is_refused_by_name(ask
     check(lambda: infer.parse_config(without), "sliding_window=4096", 32768)
 
 
-def test_a_folder_that_does_not_hold_the_model_is_refused_by_name(tmp_path):
+@files
+def test_a_folder_that_does_not_hold_the_model_is_refused_by_name(tmp_path, monkeypatch):
     cfg, params = CONFIGS[1], weights(CONFIGS[1])
     check(lambda: load(tmp_path / "none"), "none", "No such file")
     check(lambda: save(tmp_path, cfg, quantize_params(params, cfg)), "int8")
@@ -1520,25 +1824,128 @@ def test_a_folder_that_does_not_hold_the_model_is_refused_by_name(tmp_path):
     check(lambda: save(tmp_path, replace(cfg, F=21), params), "gate_proj", "(20, 16)", "(21, 16)")
     assert not list(tmp_path.iterdir())
     save(tmp_path, cfg, params)
-    file = tmp_path / "model.safetensors"
-    found = {name: np.array(a) for name, a in infer.read_safetensors(file).items()}
+    found = in_file(tmp_path)
     lost = {name: a for name, a in found.items() if "layers.1.mlp.up" not in name}
+    norm = found["model.norm.weight"]
     for tensors, words in (
             (lost, ["model.layers.1.mlp.up_proj.weight", "missing"]),
-            ({**found, "model.layers.0.self_attn.sinks": found["model.norm.weight"]},
-             ["sinks", "not part"]),
-            ({**found, "model.norm.weight": np.ones(9, np.float32)}, ["model.norm", "(9,)", "16"])):
-        infer.write_safetensors(file, tensors)
+            ({**found, "model.layers.0.self_attn.sinks": norm}, ["sinks", "not part"]),
+            ({**found, "x.rotary_emb.inv_freq": norm}, ["inv_freq", "frequencies"]),
+            ({**found, "model.layers.2.input_layernorm.weight": norm}, ["3 layers", "=2"]),
+            ({**found, "model.norm.weight": np.ones(9, np.float32)}, ["model.norm", "[9]", "16"])):
+        in_file(tmp_path, tensors)
         check(lambda: load(tmp_path), *words)
-    extra = {"lm_head.weight": np.ones(1, np.float32), "x.rotary_emb.inv_freq": found[
-        "model.norm.weight"]}
-    save(tmp_path, CONFIGS[0], weights(CONFIGS[0]))  # tied: a stored head is not read
-    infer.write_safetensors(file, {**infer.read_safetensors(file), **extra})
-    assert load(tmp_path)[0] == CONFIGS[0]
-    file.unlink()
+    in_file(tmp_path, {**found, "x.rotary_emb.inv_freq": np.float16(minillm.frequencies(cfg))})
+    assert load(tmp_path)[0] == cfg
+    edit(tmp_path, num_hidden_layers=10 ** 9)
+    check(lambda: load(tmp_path), "num_hidden_layers=1000000000", "2 layers")
+    (tmp_path / "model.safetensors").unlink()
     check(lambda: load(tmp_path), "model.safetensors", "No such file")
     (tmp_path / "config.json").write_text("{")
     check(lambda: load(tmp_path), "config.json", "JSON")
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    check(lambda: save(tmp_path / "new", cfg, params), 'pip install ".[hf]"')
+
+
+@files
+def test_a_head_of_its_own_counts_and_tied_tables_stand_under_either_name(tmp_path):
+    """As transformers 5.24 reads them: where config.json says tied, the file has the last word."""
+    cfg, params = CONFIGS[0], weights(CONFIGS[0])
+    save(tmp_path, cfg, params)
+    found = in_file(tmp_path)
+    table, tokens = found["model.embed_tokens.weight"], draw_tokens(cfg, 1, 5)
+    both, own = {**found, "lm_head.weight": table}, {**found, "lm_head.weight": table[::-1]}
+    alone = {name: a for name, a in both.items() if "embed_tokens" not in name}
+    for tensors, head in ((both, None), (alone, None), (own, table[::-1])):
+        in_file(tmp_path, tensors)
+        other, theirs = load(tmp_path)
+        assert other == replace(cfg, tied=head is None)
+        close(forward(theirs, tokens, other),
+              forward(params._replace(unembed=head), tokens, other))
+    edit(tmp_path, tie_word_embeddings=False)
+    in_file(tmp_path, found)
+    check(lambda: load(tmp_path), "lm_head.weight", "missing")
+
+
+@files
+@pytest.mark.parametrize("file", ["../x.safetensors", "/x.safetensors", "", "..", "x.bin", 3, None,
+                                  ["model.safetensors"], {}, "no\0where.safetensors"], ids=repr)
+def test_an_index_names_files_of_its_own_folder_and_each_holds_what_it_says(file, tmp_path):
+    cfg, params = CONFIGS[0], weights(CONFIGS[0])
+    save(tmp_path, cfg, params, shard_bytes=700)
+    index = tmp_path / infer.INDEX
+    whole = json.loads(index.read_text())
+    name, *_, other = whole["weight_map"]
+    for said, words in (
+            ({**whole["weight_map"], name: file}, [name, repr(file)]),
+            ({**whole["weight_map"], name: whole["weight_map"][other]}, [name]),
+            ({**whole["weight_map"], "more": whole["weight_map"][other]}, ["more"])):
+        index.write_text(json.dumps({**whole, "weight_map": said}))
+        check(lambda: load(tmp_path), index, *words)
+    for said in (None, [], {"weight_map": "all"}):
+        index.write_text(json.dumps(said))
+        check(lambda: load(tmp_path), index)
+    save(tmp_path, cfg, params)  # one file counts before an index, as in transformers
+    index.write_text(json.dumps(whole))
+    assert same(load(tmp_path)[1], params)
+
+
+@files
+@pytest.mark.parametrize("before", [5e9, 700])
+@pytest.mark.parametrize("after", [5e9, 700])
+def test_a_save_cut_short_anywhere_leaves_a_whole_model(before, after, tmp_path, monkeypatch):
+    """At every call that touches the disk; and what others put there stays."""
+    old, new = (CONFIGS[1], weights(CONFIGS[1])), (CONFIGS[0], weights(CONFIGS[0]))
+    calls = 0
+
+    def cut(call):
+        def instead(*args, **more):
+            nonlocal calls
+            calls -= 1
+            if calls == 0:
+                raise KeyboardInterrupt
+            return call(*args, **more)
+        return instead
+
+    def run(most):
+        nonlocal calls
+        folder = tmp_path / str(most)
+        save(folder, *old, shard_bytes=before)
+        for other in ("model_ema.safetensors", "model.lora.safetensors", "tokenizer.json"):
+            (folder / other).write_text(other)
+        calls = most
+        try:
+            save(folder, *new, shard_bytes=after)
+            return True
+        except KeyboardInterrupt:
+            pass
+        finally:
+            calls = 0
+            found = load(folder)
+            assert found[0] in (old[0], new[0]) and same(
+                found[1], (old if found[0] == old[0] else new)[1])
+            assert (folder / "model.lora.safetensors").read_text() == "model.lora.safetensors"
+            assert all((folder / name).exists() for name in ("model_ema.safetensors",
+                                                             "tokenizer.json"))
+        save(folder, *new)  # and the next one clears up
+        assert same(load(folder)[1], new[1]) and {path.name for path in folder.iterdir()} == {
+            "config.json", "model.safetensors", "model_ema.safetensors", "model.lora.safetensors",
+            "tokenizer.json"}
+
+    for name in ("replace", "unlink", "write_text", "write_bytes", "mkdir"):
+        monkeypatch.setattr(pathlib.Path, name, cut(getattr(pathlib.Path, name)))
+    monkeypatch.setattr(infer, "write_tensors", cut(infer.write_tensors))
+    assert next(most for most in itertools.count(1) if run(most)) > 5
+
+
+@files
+def test_a_file_of_others_that_would_be_read_instead_is_not_replaced(tmp_path):
+    cfg, params = CONFIGS[0], weights(CONFIGS[0])
+    save(tmp_path, cfg, params)
+    in_file(tmp_path, in_file(tmp_path))  # as another program writes it
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    check(lambda: save(tmp_path, cfg, params, shard_bytes=700), "model.safetensors", "elsewhere")
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_llama_3_scaling_slows_slow_pairs_and_leaves_fast_ones():
@@ -2157,6 +2564,64 @@ def test_a_saved_model_is_completed_alike_with_every_draft(calm, capsys, tmp_pat
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def byte_fallback(folder, **more):
+    """A tokenizer of letters that spells others in bytes and joins them again, as Llama 2's and
+    Gemma's do, saved with what training left in it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {word: i for i, word in enumerate(
+        ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcdefgh"])}
+    words = tokenizers.Tokenizer(tokenizers.models.BPE(
+        vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    words.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    words.decoder = tokenizers.decoders.Sequence([
+        tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(),
+        tokenizers.decoders.Fuse()])
+    words.enable_truncation(2)
+    words.enable_padding(length=30)
+    words.save(str(folder / "tokenizer.json"))
+    return words, len(vocab)
+
+
+@files
+@pytest.mark.parametrize("seed", range(3))
+def test_text_is_printed_once_and_whole_however_it_is_spelled(seed, capsys, tmp_path, monkeypatch):
+    """Most tokens of this model are single bytes, of which few make a character; and a byte that is
+    a character on its own is none any more once its neighbours are broken."""
+    _, V = byte_fallback(tmp_path)
+    cfg, step, prompt = Config(L=1, E=8, H=2, K=1, D=4, F=8, V=V), bench.generating, "abc \u6c34 a"
+    save(tmp_path, cfg, weights(cfg))
+    spelled = [2 + byte for byte in "\u6c34".encode()] + [V - 1, 2 + ord("b"), V - 2]
+
+    def spelling(*args):
+        for made, rounds in step(*args):  # some of what it draws is replaced by whole characters
+            draw = np.random.default_rng(seed)
+            yield [spelled[i % 6] if draw.random() < 0.8 else token
+                   for i, token in enumerate(made)], rounds
+
+    monkeypatch.setattr(bench, "generating", spelling)
+    monkeypatch.setattr(bench, "STRIDE", 1)
+    whole = tmp_path / "result"
+    bench.main(["complete", "--model", str(tmp_path), prompt, "--temperature", "3", "--new", "24",
+                "--seed", str(seed), "--json", str(whole)])
+    out = capsys.readouterr().out[:-1].rsplit("\n", 1)
+    result = json.loads(whole.read_text())
+    assert out[0] == result["text"] and out[0].startswith(prompt)
+    assert "prefill of 9 tokens" in out[1] and "\u6c34hb" in out[0][len(prompt):]
+
+
+@files
+@pytest.mark.parametrize("general, own, ends", [
+    (None, 5, [5]), ([7, 8], 5, [7, 8]), (6, None, [6]), (None, None, [])])
+def test_a_text_ends_where_generation_config_says_or_else_config(general, own, ends, tmp_path):
+    _, V = byte_fallback(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": own}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": general}))
+    cfg = Config(L=1, E=8, H=2, K=1, D=4, F=8, V=V)
+    assert list(bench.tokenizer(tmp_path, cfg).ends) == ends
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    check(lambda: bench.tokenizer(tmp_path, cfg), "generation_config.json", "eos_token_id")
+
+
 def test_completing_needs_a_tokenizer_and_a_draft_of_the_same_vocabulary(tmp_path, monkeypatch):
     save(tmp_path / "small", CONFIGS[0], weights(CONFIGS[0]))
     cfg = bench.parse_model(TINY)
@@ -2204,6 +2669,7 @@ def test_fewer_key_heads_are_trained_beside_each_other(calm, capsys, tmp_path):
     (["generate", "--model", "L1,E16,H2,K1,D8,F24,Vx"], ["Vx"]),
     (["generate", "--model", "L1,E16,H3,K2,D8,F24,V9"], ["H=3", "K=2"]),
     (["generate", "--model", "L1,E16,H2,K2,D7,F24,V9"], ["D=7"]),
+    (["--seed", "9" * 20], ["9" * 20, "4294967295"]), (["--seed", "-1"], ["--seed"]),
     (["generate", "--batch", "0"], ["'0'"]), (["prefill", "--batch", "1,a"], ["1,a"]),
     (["train", "--dtype", "float8"], ["float8", "bfloat16"]),
     (["train", "--text", "no-such-file"], ["no-such-file"]),
