@@ -22,7 +22,7 @@ from minillm import (Config, attention, block, causal_attention, causal_pairs, c
                      embed, extremes, forward, frequencies, in_twos, matmul, normalised, product,
                      product_flops, rotary, size_of, sizes, unembed)
 
-TINY = float(jnp.finfo(jnp.float32).tiny)  # what is less, XLA takes for 0
+TINY = float(jnp.finfo(jnp.float32).tiny)  # what is less counts as 0
 
 # --------------------------------------------------------------------------------------------- int8
 
@@ -634,7 +634,7 @@ def cut_at_end(new, count, end):
     if end is None:
         return count
     ends = (new == end) | (jnp.arange(new.shape[1]) == count[:, None])
-    return jnp.argmax(ends, axis=1).astype(count.dtype)
+    return jnp.argmax(ends, axis=1).astype(jnp.int32)
 
 
 def check_speculation(params, cache, tokens, key, n, cfg, draft, state):
