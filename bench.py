@@ -1024,9 +1024,10 @@ class Prepared(NamedTuple):
     ops: list       # of the compiled program; None where it runs on the host
 
 
-def prepare(job, params, seed):
+def prepare(job, params, seed, traced=False):
     """Job, Params or None, int -> Prepared: on this machine's first device, or on its mesh, where
-    parameters are born as they are split."""
+    parameters are born as they are split. To be traced, a GPU starts each kernel by itself: of
+    those that it starts together a trace does not say which operation they are."""
     mesh, cfg, key = mesh_of(job), job.cfg, jax.random.key(seed)
     step, make, donated, feed = PHASES[job.phase].build(job, mesh)
     if mesh:
@@ -1038,7 +1039,9 @@ def prepare(job, params, seed):
     row, ops = {"compile_seconds": 0.0}, None
     if job.phase != "serve":
         start = time.perf_counter()
-        compiled = jax.jit(step, donate_argnums=donated).lower(*args).compile()
+        apart = {"xla_gpu_enable_command_buffer": ""}
+        compiled = jax.jit(step, donate_argnums=donated).lower(*args).compile(
+            apart if traced and jax.default_backend() == "gpu" else None)
         seconds, ops = time.perf_counter() - start, operations(compiled.as_text(), job)
         row = program(step, args, compiled) | {"compile_seconds": seconds,
                                                "collectives": collectives(ops)}
@@ -1729,7 +1732,7 @@ def measure(job, params, ceilings, seed, folder=None):
     row = predicted_row(job, ceilings)
     say(f"{job.phase} {job.dtype} B={job.B}: predicted {row['predicted_seconds'] * 1e3:.1f} ms",
         end="")
-    prepared = prepare(job, params, seed)
+    prepared = prepare(job, params, seed, traced=bool(folder))
     told = PHASES[job.phase].tell(job, prepared.call())
     times = [seconds / told["steps"] for seconds in seconds_of(prepared.call)]
     row = measured_row(row | prepared.row | told, times, ceilings)
@@ -3341,7 +3344,8 @@ def run(args):
                 say(f"profiling {job.phase} {job.dtype} B={job.B}")
                 own = learned[job.cfg.K] if job.phase == "speculate" else init(
                     jax.random.key(args.seed), job.cfg, job.cfg.dtype)
-                row["profile"] = profile(prepare(job, in_dtype(own, job.cfg, job.dtype), args.seed))
+                row["profile"] = profile(prepare(job, in_dtype(own, job.cfg, job.dtype), args.seed,
+                                                 traced=True))
     except KeyboardInterrupt:
         say("\ninterrupted: what was measured so far")
     print_attention(jobs[-1])
