@@ -1480,7 +1480,8 @@ def test_each_request_is_told_what_it_would_be_told_alone(how, dtype):
                       cache_dtype=dtype))
     assert sorted(told) == list(range(len(prompts)))
     for i, prompt in enumerate(prompts):
-        logits, cache = prefill_jit(params, init_cache(cfg, 1, S, dtype), prompt[None],
+        padded = np.pad(prompt, (0, 17 - len(prompt)))[None]
+        logits, cache = prefill_jit(params, init_cache(cfg, 1, S, dtype), padded,
                                     np.array([len(prompt)]), cfg=cfg)
         alone, _, _ = generate_jit(params, cache, logits, jax.random.fold_in(key, i)[None], n=n,
                                    cfg=cfg, **how)
