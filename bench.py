@@ -240,7 +240,7 @@ def measure_read():
     """-> bytes/s of reading more than any cache holds, the best of two programs: half a GiB on a
     CPU; elsewhere 4, four times in a row, beside which starting a program takes no time."""
     rows, times = (1 << 15, 1) if on_cpu() else (1 << 18, 4)
-    a, row = jnp.ones((rows, 1 << 12)), jnp.ones((1 << 12,))
+    a, row = jnp.ones((rows, 1 << 12), "float32"), jnp.ones((1 << 12,), "float32")
     programs = jax.jit(lambda a: jnp.sum(a)), jax.jit(lambda a: a @ row)
     return times * a.nbytes / min(seconds_of(lambda: jax.block_until_ready(
         [program(a) for _ in range(times)]))[0] for program in programs)
@@ -818,7 +818,7 @@ def build_generate(job, mesh):
     return Program(lambda params, cache, logits: go_on(
                        params, behind(cache, job.prompt), logits, jax.random.key(0), job.new),
                    lambda params, key: (params, empty_cache(job, job.prompt + job.new),
-                                        jax.random.normal(key, (job.B, job.cfg.V))),
+                                        jax.random.normal(key, (job.B, job.cfg.V), "float32")),
                    (1, 2), lambda out, args: (args[0], out[2], out[1]))
 
 
@@ -874,7 +874,7 @@ def build_refill(job, mesh):
         return refill(params, cache, logits, 0, prompt, jnp.full((1,), job.prompt), job.cfg)
 
     return Program(step, lambda params, key: (
-        params, empty_cache(job, S), jax.random.normal(key, (job.B, job.cfg.V)),
+        params, empty_cache(job, S), jax.random.normal(key, (job.B, job.cfg.V), "float32"),
         jax.random.randint(key, (1, job.prompt), 0, job.cfg.V)),
         (1, 2), lambda out, args: (args[0], out[1], out[0], args[3]))
 

@@ -22,7 +22,7 @@ from minillm import (Config, attention, block, causal_attention, causal_pairs, c
                      embed, extremes, forward, frequencies, in_twos, matmul, normalised, product,
                      product_flops, rotary, size_of, sizes, unembed)
 
-TINY = float(jnp.finfo(jnp.float32).tiny)  # what is less counts as 0
+TINY, HUGE = float(jnp.finfo("float32").tiny), float(jnp.finfo("float32").max)  # 0 < f32 < inf
 
 # --------------------------------------------------------------------------------------------- int8
 
@@ -324,9 +324,9 @@ def sampling(temperature, top_k, top_p):
         how = float(temperature), operator.index(top_k), float(top_p)
     except TypeError:
         how = math.nan, 0, 1.0
-    if not 0 <= how[0] < math.inf or how[1] < 0 or not 0 < how[2] <= 1:
+    if not 0 <= how[0] <= HUGE or how[1] < 0 or not 0 < how[2] <= 1:
         raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: expected "
-                         "numbers, static under jit: a finite temperature >= 0, an integer "
+                         "numbers, static under jit: 0 <= temperature < 3.4e38, an integer "
                          "top_k >= 0, 0 < top_p <= 1")
     return how
 
@@ -418,7 +418,8 @@ def draw(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p=1.0
             new_logits = jnp.where(goes_on[:, None], new_logits, one_hot(token, cfg.V))
         return (new, new_logits), token
 
-    (cache, logits), tokens = jax.lax.scan(step, (cache, logits), length=n)
+    state = cache, logits.astype(jnp.float32)
+    (cache, logits), tokens = jax.lax.scan(step, state, length=n)
     return tokens.T, logits, cache
 
 
@@ -442,7 +443,7 @@ def refill(params, cache, logits, row, prompt, length, cfg):
     The prompt is read on its own and its cache inserted; the other rows do not notice.
     """
     new_logits, kv = read_apart(params, cache[:2], row, prompt, length, cfg)
-    lengths = cache.length.at[row].set(length[0])
+    lengths = cache.length.at[row].set(jnp.asarray(length, cache.length.dtype)[0])
     return logits.at[row].set(new_logits[0]), Cache(*kv, lengths)
 
 
@@ -896,7 +897,7 @@ def read_json(path):
         read = json.loads(pathlib.Path(path).read_bytes())
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(read, dict):
         raise ValueError(f"{path} holds no JSON object")

@@ -334,8 +334,9 @@ class Config:
                 (self.H % self.K, f"H={self.H} query heads cannot share K={self.K} key/value heads:"
                  " choose K that divides H"),
                 (self.D % 2, f"D={self.D} is odd: rotary positions turn pairs, choose an even D"),
-                (self.rope_scaling and len(self.rope_scaling) != 4,
-                 f"rope_scaling={self.rope_scaling}: (factor, low, high, context)")):
+                (self.rope_scaling and (len(self.rope_scaling) != 4
+                                        or self.rope_scaling[1] >= self.rope_scaling[2]),
+                 f"rope_scaling={self.rope_scaling}: (factor, low, high, context), low < high")):
             if wrong:
                 raise ValueError(why)
 
