@@ -778,7 +778,7 @@ def decode_bytes(cfg, B, S, T=1, cache_dtype="float32", dtype=None):
 # ------------------------------------------------------------------------------------ real weights
 
 
-STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # the dtypes of files, and ours
 NAMES = dict(  # of each array in Hugging Face's files
     embed="model.embed_tokens", out_norm="model.norm", unembed="lm_head",
     attn_norm="input_layernorm", wq="self_attn.q_proj", wk="self_attn.k_proj",
@@ -1093,6 +1093,7 @@ def save(path, cfg, params, shard_bytes=5e9):
     if n > 1 and single.exists() and not (open_tensors(single).metadata() or {}).get(MARK):
         raise ValueError(f"{single} would be read before several files: remove it, or save "
                          "elsewhere")
+    our_index = index.exists() and MARK in metadata(read_json(index))
     files = [path / f"{OWN}{mark}-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
     new_config, new_index = (path / f"{OWN}{mark}-new-{name}.json" for name in ("config", "index"))
     where = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
@@ -1113,7 +1114,7 @@ def save(path, cfg, params, shard_bytes=5e9):
     new_config.replace(at)
     if n == 1:
         files.pop().replace(single)
-        if index.exists() and MARK in metadata(read_json(index)):
+        if our_index:
             index.unlink()
     else:
         new_index.replace(index)
