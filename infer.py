@@ -972,14 +972,30 @@ def alike(a, b):
     return a.get_shape() == b.get_shape() and np.array_equal(a[:], b[:])
 
 
-def load(path, dtype=None):
+def part_of(tensor, letters, index, cfg):
+    """tensor, str, slices, cfg -> array: of an array of those letters what `index` asks for, of the
+    file only the rows that hold it: letters that the file joins are cut after the first."""
+    index, rows, shape, cut = list(index), [], [], []
+    for word in letters.split():
+        first, *inner = (index.pop(0) for _ in word)
+        size, *others = sizes(word, cfg)
+        start, stop, _ = first.indices(size)
+        rows.append(slice(start * math.prod(others), stop * math.prod(others)))
+        shape += [stop - start, *others]
+        cut += [slice(None), *inner]
+    return tensor[tuple(rows)].reshape(shape)[tuple(cut)]
+
+
+def load(path, dtype=None, shardings=None):
     """path -> cfg, Params: a Hugging Face folder: config.json and model.safetensors, or its shards.
 
     Llama 2 and 3, SmolLM2, TinyLlama, Mistral, Gemma 1 and Qwen 3 (dense), in the file's dtype
     (then cfg.dtype) or the one given. Gemma stores norm scales less one; here they are whole, and
     f32, since bf16 would round the sum. A head that differs from the table counts, whatever
-    config.json says of tying. ValueError that names what is not implemented, missing, unexpected,
-    damaged or of another shape; where the extra `hf` is missing, too.
+    config.json says of tying. With `shardings`, Params of them or what gives these for a cfg (as
+    `partial(shard.shardings, mesh=mesh, rules=shard.TENSOR)` does), each device is given its part
+    of each array, and no more is read. ValueError that names what is not implemented, missing,
+    unexpected, damaged or of another shape; where the extra `hf` is missing, too.
     """
     path = pathlib.Path(path)
     config, (found, mark) = read_json(path / "config.json"), find_tensors(path)
@@ -1005,18 +1021,27 @@ def load(path, dtype=None):
         if held.shape != wanted.shape or not np.allclose(held, wanted, rtol=2 ** -8, atol=6e-8):
             raise ValueError(f"{path}: {name} holds other frequencies than config.json gives")
 
-    def read(letters, name):
+    def read(letters, name, place=None):
         if name not in found:
             raise ValueError(f"{path}: tensor {name} is missing")
         shape = [size_of(word, cfg) for word in letters.split()]
         if found[name].get_shape() != shape:
             raise ValueError(f"{path}: tensor {name} has shape {found[name].get_shape()}, not "
                              f"{shape}, which config.json says")
-        if cfg.embed_scale and " " not in letters:
-            return jnp.asarray(1 + found[name][:].astype(np.float32))
-        return jnp.asarray(found[name][:].reshape(sizes(letters, cfg)), dtype)
 
-    params = jax.tree.map(read, dims(cfg), names)
+        def part(index):
+            a = part_of(found[name], letters, index, cfg)
+            if cfg.embed_scale and " " not in letters:
+                return 1 + a.astype(np.float32)
+            return a if dtype is None else a.astype(dtype)
+
+        shape = sizes(letters, cfg)
+        if place is None:
+            return jnp.asarray(part((slice(None),) * len(shape)))
+        return jax.make_array_from_callback(shape, place, part)
+
+    places = shardings(cfg) if callable(shardings) else shardings
+    params = jax.tree.map(read, dims(cfg), names, *([] if places is None else [places]))
     return dataclasses.replace(cfg, dtype=params.embed.dtype.name), params
 
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import lru_cache, partial, reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -735,7 +736,7 @@ CONTRACTS = [fn for module in (minillm, infer, shard)
              for name, fn in inspect.getmembers(module, inspect.isroutine)
              if getattr(fn, "__module__", "") == module.__name__ and not name.startswith("_")]
 ON_THE_HOST = {"serve", "check_prompt", "load", "save", "parse_config", "understood", "turns",
-               "read_json", "library", "open_tensors", "find_tensors", "earlier_config", "alike",
+               "read_json", "library", "open_tensors", "find_tensors", "part_of", "earlier_config", "alike",
                "write_tensors", "in_shards", "as_files_hold", "model_draft", "in_twos",
                "frequencies", "check_speculation", "rounds"}  # each has tests of its own
 
@@ -1894,6 +1895,38 @@ def test_an_index_names_files_of_its_own_folder_and_each_holds_what_it_says(file
     save(tmp_path, cfg, params)  # one file counts before an index, as in transformers
     index.write_text(json.dumps(whole))
     assert same(load(tmp_path)[1], params)
+
+
+@files
+@pytest.mark.parametrize("axes, rules", [
+    (dict(tensor=4), shard.TENSOR), (dict(data=8, tensor=1), {"matrix": "data"}),
+    (dict(data=2, tensor=2), {**shard.TENSOR, "matrix": "data"}),
+    (dict(tensor=2), dict(D="tensor"))])
+@pytest.mark.parametrize("cfg", [
+    Config(L=2, E=16, H=8, K=4, D=4, F=24, V=32, tied=False, qk_norm=True),
+    Config(L=1, E=8, H=4, K=4, D=2, F=16, V=16, act="gelu", embed_scale=True)])
+def test_each_device_is_given_its_part_of_each_tensor_and_no_more_is_read(
+        cfg, axes, rules, tmp_path, monkeypatch):
+    class Counted(NamedTuple):
+        tensor: object
+        get_shape = property(lambda self: self.tensor.get_shape)
+
+        def __getitem__(self, index):
+            read.append(self.tensor[index].nbytes)
+            return self.tensor[index]
+
+    save(tmp_path, cfg, weights(cfg))
+    _, whole = load(tmp_path)
+    found, mark = infer.find_tensors(tmp_path)
+    counted, read = {name: Counted(tensor) for name, tensor in found.items()}, []
+    monkeypatch.setattr(infer, "find_tensors", lambda path: (counted, mark))
+    mesh = shard.make_mesh(**axes)
+    _, split = load(tmp_path, shardings=partial(shard.shardings, mesh=mesh, rules=rules))
+    assert same(whole, split)
+    assert all(a.sharding == b for a, b in zip(*map(jax.tree.leaves, (
+        split, shard.shardings(cfg, mesh, rules)))))
+    inner = rules == dict(D="tensor")  # rows of a head are read together, and cut
+    assert sum(read) == 4 * param_count(cfg) or inner and sum(read) <= 8 * param_count(cfg)
 
 
 @files
