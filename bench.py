@@ -238,7 +238,7 @@ def measure_flops(dtype):
 
 def measure_read():
     """-> bytes/s of reading more than any cache holds, the best of two programs: half a GiB on a
-    CPU; elsewhere 4, four times in a row, beside which starting a program takes no time."""
+    CPU; elsewhere 4 GiB four times in a row, beside which starting a program takes no time."""
     rows, times = (1 << 15, 1) if on_cpu() else (1 << 18, 4)
     a, row = jnp.ones((rows, 1 << 12), "float32"), jnp.ones((1 << 12,), "float32")
     programs = jax.jit(lambda a: jnp.sum(a)), jax.jit(lambda a: a @ row)
@@ -1025,9 +1025,9 @@ class Prepared(NamedTuple):
 
 
 def prepare(job, params, seed, traced=False):
-    """Job, Params or None, int -> Prepared: on this machine's first device, or on its mesh, where
-    parameters are born as they are split. To be traced, a GPU starts each kernel by itself: of
-    those that it starts together a trace does not say which operation they are."""
+    """Job, Params or None, int, bool -> Prepared: on this machine's first device, or on its mesh,
+    where parameters are made as they are split. To be traced, a GPU starts each kernel by itself:
+    of those that it starts together a trace does not say which operation they are."""
     mesh, cfg, key = mesh_of(job), job.cfg, jax.random.key(seed)
     step, make, donated, feed = PHASES[job.phase].build(job, mesh)
     if mesh:
@@ -2656,13 +2656,13 @@ def train_on_text(args, jobs):
     T, V = jobs[0].prompt, jobs[0].cfg.V
     if V != 256:
         raise ValueError(f"V={V}: a model of bytes has V=256")
+    text, held = read_text(args.text, T)
     if args.save:
         library()
         try:
             pathlib.Path(args.save).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--save {args.save}: {error.strerror}") from None
-    text, held = read_text(args.text, T)
     limits, rows = ceilings(jobs), []
     try:
         for job in jobs:
@@ -2689,8 +2689,9 @@ def train_on_text(args, jobs):
 
 
 class Words(NamedTuple):
-    """What turns text into tokens and back. `settled` tells how many of a list of tokens are
-    written the same whatever follows: a run of single bytes may yet become other characters."""
+    """What turns text into tokens and back. `settled` tells how many of a list of tokens, from its
+    beginning, make text that no later token changes: a run of single bytes may yet become other
+    characters."""
     encode: Callable
     decode: Callable
     ends: tuple = ()
@@ -2783,8 +2784,8 @@ def speculating(params, cache, prompt, key, cfg, how, draft, state):
 
 
 def stream(args):
-    """args -> iterator of (str, str, dict): the prompt and what follows so far, as much of it as
-    stays whatever comes, all of it, and how fast."""
+    """args -> iterator of (str, str, dict): of the prompt and what follows so far the text that is
+    final, all of it, and how fast it came."""
     cfg, params, args.dtype = load_in(args.model, args.dtype)
     args.cache = args.cache or default_cache(args.dtype)
     encode, decode, ends, settled = tokenizer(args.model, cfg)
@@ -2795,6 +2796,10 @@ def stream(args):
                          + (", or no --draft" if args.draft else ""))
     check_tokens(prompt, cfg)
     S = T + args.new + STRIDE + args.n_draft + 1
+    free, needed = memory(), kv_bytes(cfg, 1, S, args.cache)
+    if free is not None and needed > free:
+        raise ValueError(f"a cache of {S} slots holds {needed / GB:.1f} GB and {free / GB:.1f} GB "
+                         "are free: a smaller --new")
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     draft = load_draft(args, cfg, prompt, S, how) if args.draft else None
     how["end"] = ends[0] if ends and prompt[0, -1] not in ends else None
@@ -2825,10 +2830,15 @@ def stream(args):
 def complete(args):
     """Writes on from a prompt, to stdout as it goes, and says how fast that was."""
     shown, text, told = "", "", {}
-    for stays, text, told in stream(args):
-        if stays.startswith(shown):
-            print(stays[len(shown):], end="", flush=True)
-            shown = stays
+    try:
+        for stays, text, told in stream(args):
+            if stays.startswith(shown):
+                print(stays[len(shown):], end="", flush=True)
+                shown = stays
+    except KeyboardInterrupt:
+        if not told:
+            raise
+        say("\ninterrupted")
     print(text[len(shown):])
     rounds = f", {told['a_round']:.2f} tokens a round" if told["rounds"] else ""
     print(f"prefill of {told['prompt']} tokens {told['prefill_seconds'] * 1e3:.1f} ms, then "
@@ -3000,7 +3010,7 @@ def some_dtypes(text):
     return text.split(",")
 
 
-number = checked(whole, "one whole number from 1")
+number = checked(whole, "one whole number from 1 to 2147483647")
 seed = checked(partial(whole, least=0, most=2 ** 32 - 1), "a whole number from 0 to 4294967295")
 numbers = checked(lambda text: [whole(part) for part in text.split(",")],
                   "whole numbers from 1, as 1,8,32")

@@ -22,7 +22,7 @@ from minillm import (Config, attention, block, causal_attention, causal_pairs, c
                      embed, extremes, forward, frequencies, in_twos, matmul, normalised, product,
                      product_flops, rotary, size_of, sizes, unembed)
 
-TINY, HUGE = float(jnp.finfo("float32").tiny), float(jnp.finfo("float32").max)  # 0 < f32 < inf
+TINY, HUGE = 1.2e-38, 1e37  # below the one, a number counts as 0 in f32; beyond the other, 1 / it
 
 # --------------------------------------------------------------------------------------------- int8
 
@@ -322,13 +322,13 @@ def sampling(temperature, top_k, top_p):
     can depend on them. ValueError where they are no numbers or make no distribution."""
     try:
         how = float(temperature), operator.index(top_k), float(top_p)
-    except TypeError:
-        how = math.nan, 0, 1.0
-    if not 0 <= how[0] <= HUGE or how[1] < 0 or not 0 < how[2] <= 1:
-        raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: expected "
-                         "numbers, static under jit: 0 <= temperature < 3.4e38, an integer "
-                         "top_k >= 0, 0 < top_p <= 1")
-    return how
+        if 0 <= how[0] < math.inf and how[1] >= 0 and 0 < how[2] <= 1:
+            return how
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: expected numbers, "
+                     "static under jit: a finite temperature >= 0, an integer top_k >= 0, "
+                     "0 < top_p <= 1")
 
 
 def below_largest(logits):
@@ -351,14 +351,14 @@ def log_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     logits = below_largest(logits)
     if temperature < TINY:
         return one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
-    logits = logits / temperature
+    logits = logits / min(temperature, HUGE)
     if 0 < top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     if top_p < 1:
         down = -jnp.sort(-logits, axis=-1)
-        before = jnp.cumsum(jax.nn.softmax(down, axis=-1), axis=-1) - jax.nn.softmax(down, axis=-1)
-        kept = before < max(top_p, TINY)  # the first at least
+        p = jax.nn.softmax(down, axis=-1)
+        kept = jnp.cumsum(p, axis=-1) - p < max(top_p, TINY)  # the first at least
         smallest = jnp.min(jnp.where(kept, down, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     return jax.nn.log_softmax(logits, axis=-1)
@@ -367,11 +367,14 @@ def log_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
 def row_keys(key, B):
     """key, int -> keys: B of them, folded from one by row; B keys are one a row.
 
-    Of whatever kind, they go on as threefry's: under vmap, "rbg" draws a batch from its first key.
+    Keys of any kind become threefry keys, of their first two words: under vmap, "rbg" would draw a
+    whole batch from its first key. ValueError for another number of keys than rows.
     """
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     words = jax.random.key_data(key) if typed else key
     keys = jax.random.wrap_key_data(words[..., :2], impl="threefry2x32")
+    if keys.ndim and keys.shape != (B,):
+        raise ValueError(f"keys of shape {keys.shape} for {B} rows: expected one key, or one a row")
     return keys if keys.ndim else jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(B))
 
 
@@ -473,7 +476,7 @@ def serve(params, prompts, B, S, n, key, cfg, temperature=0.0, top_k=0, top_p=1.
 
     The one loop here that runs on the host, so it compiles its two steps itself: prompts are padded
     to powers of two, for few programs. ValueError for a prompt that does not fit, when it is taken;
-    those of a list are all looked at first.
+    those of a list are all looked at before the first is. (Nothing is until the iterator is asked.)
     """
     if n < 1 or stride < 1:
         raise ValueError(f"n={n}, stride={stride}: at least one token of each")
@@ -645,6 +648,7 @@ def check_speculation(params, cache, tokens, key, n, cfg, draft, state):
     """
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
+    check_room(cache, n)
     keys, S = jax.vmap(jax.random.split, out_axes=1)(row_keys(key, len(tokens))), tokens.shape[1]
     _, n_draft, V = jax.eval_shape(draft, keys[0], tokens, cache.length, state)[1].shape
     if V != cfg.V:
@@ -828,14 +832,17 @@ def check_kinds(config):
     for name, kind in KINDS.items():
         value = config.get(name)
         right = type(value) is kind or kind is float and type(value) is int
-        if value is not None and not (right and (kind is not float or 0 < value < math.inf)):
-            raise ValueError(f"config.json: {name}={value!r} should be "
-                             + ("a finite number above 0" if kind is float else kind.__name__))
+        if kind in (int, float):
+            right = right and 0 < value < (2 ** 31 if kind is int else 1e38)
+        if value is not None and not right:
+            raise ValueError(f"config.json: {name}={value!r} should be " + {
+                int: "a whole number from 1", float: "a number above 0, below 1e38"}.get(
+                    kind, kind.__name__))
 
 
 def turns(config, place):
-    """dict, str -> dict: all about rotary positions, some of it said in a place of its own."""
-    rope = config.get(place, {})
+    """dict, str -> dict: what is said of rotary positions, in `place` or else outside of it."""
+    rope = {name: value for name, value in config.get(place, {}).items() if value is not None}
     check_kinds(rope)
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"config.json: {place}={rope} differs between layers: that is not "
@@ -880,7 +887,11 @@ def understood(config):
     window, context = config.get("sliding_window"), config["max_position_embeddings"]
     if kind == "qwen3" and not config.get("use_sliding_window"):
         window = None
-    if "sliding_attention" in config.get("layer_types", ()) or window and window < context:
+    others = [kind for kind in config.get("layer_types", ()) if kind != "full_attention"]
+    if others:
+        raise ValueError(f"config.json: layer_types hold {others[0]!r}: only full_attention is "
+                         "implemented")
+    if window and window < context:
         raise ValueError(f"config.json: sliding_window={window} below max_position_embeddings="
                          f"{context} is not implemented: every query sees all tokens before it")
     L, E, H, F, V = (config[name] for name in SIZES)
@@ -962,13 +973,16 @@ def metadata(index):
     return index["metadata"] if isinstance(index.get("metadata"), dict) else {}
 
 
-def earlier_config(path, mark):
-    """path, str -> path: of the config.json that the save of that mark is about to replace."""
-    return path / f"{OWN}{mark}-config.json"
+def config_of(path, mark):
+    """path, str -> path: of the config.json of weights with that mark. Where another save was cut
+    short, config.json is that one's already, and it kept the earlier one beside it."""
+    other = read_json(path / "config.json").get(MARK)
+    kept = path / f"{OWN}{str(other)[:8]}-config.json"
+    return kept if other != mark and kept.exists() else path / "config.json"
 
 
 def alike(a, b):
-    """tensor, tensor -> bool: do two of files hold the same numbers?"""
+    """tensor, tensor -> bool: do two tensors in files hold the same numbers?"""
     return a.get_shape() == b.get_shape() and np.array_equal(a[:], b[:])
 
 
@@ -998,11 +1012,9 @@ def load(path, dtype=None, shardings=None):
     unexpected, damaged or of another shape; where the extra `hf` is missing, too.
     """
     path = pathlib.Path(path)
-    config, (found, mark) = read_json(path / "config.json"), find_tensors(path)
-    earlier = earlier_config(path, config.get(MARK))
-    if config.get(MARK) != mark and earlier.exists():  # a save was cut short before the last rename
-        config = read_json(earlier)
-    cfg = parse_config(config)
+    read_json(path / "config.json")
+    found, mark = find_tensors(path)
+    cfg = parse_config(read_json(config_of(path, mark)))
     layers = {name.split(".")[2] for name in found if name.startswith("model.layers.")}
     if len(layers) != cfg.L:
         raise ValueError(f"{path}: {len(layers)} layers in files, and config.json says "
@@ -1013,13 +1025,10 @@ def load(path, dtype=None, shardings=None):
         cfg = dataclasses.replace(cfg, tied=alike(found[table], found[head]))
         if cfg.tied:
             del found[head]
-    names, wanted = tensor_names(cfg), np.asarray(frequencies(cfg))
-    for name in found.keys() - {*jax.tree.leaves(names)}:
-        if not name.endswith("rotary_emb.inv_freq"):  # a table, not a weight
-            raise ValueError(f"{path}: tensor {name} is not part of the model that is implemented")
-        held = found[name][:].astype(np.float32)
-        if held.shape != wanted.shape or not np.allclose(held, wanted, rtol=2 ** -8, atol=6e-8):
-            raise ValueError(f"{path}: {name} holds other frequencies than config.json gives")
+    names = tensor_names(cfg)
+    tables = {name for name in found if name.endswith("rotary_emb.inv_freq")}  # no weights
+    for name in found.keys() - tables - {*jax.tree.leaves(names)}:
+        raise ValueError(f"{path}: tensor {name} is not part of the model that is implemented")
 
     def read(letters, name, place=None):
         if name not in found:
@@ -1042,6 +1051,10 @@ def load(path, dtype=None, shardings=None):
 
     places = shardings(cfg) if callable(shardings) else shardings
     params = jax.tree.map(read, dims(cfg), names, *([] if places is None else [places]))
+    for name in tables:
+        if found[name].get_shape() != [cfg.D // 2] or not np.allclose(
+                found[name][:].astype(np.float32), frequencies(cfg), rtol=2 ** -8, atol=6e-8):
+            raise ValueError(f"{path}: {name} holds other frequencies than config.json gives")
     return dataclasses.replace(cfg, dtype=params.embed.dtype.name), params
 
 
@@ -1050,6 +1063,7 @@ def write_tensors(path, tensors, mark):
     files = library()
     try:
         files.numpy.save_file(tensors, path, {"format": "pt", MARK: mark})
+        path.chmod(0o644)  # the library's files are their owner's alone
     except (OSError, files.SafetensorError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -1083,7 +1097,7 @@ def config_json(cfg):
         "hidden_size": cfg.E, "intermediate_size": cfg.F, "num_hidden_layers": cfg.L,
         "num_attention_heads": cfg.H, "num_key_value_heads": cfg.K, "head_dim": cfg.D,
         "hidden_act": {"silu": "silu", "gelu": "gelu_pytorch_tanh"}[cfg.act],
-        "rms_norm_eps": cfg.eps, "rope_theta": cfg.rope_base,
+        "rms_norm_eps": float(cfg.eps), "rope_theta": float(cfg.rope_base),
         "rope_scaling": cfg.rope_scaling and {
             "rope_type": "llama3", **dict(zip(SCALING, cfg.rope_scaling, strict=True))},
         "max_position_embeddings": 131072, "tie_word_embeddings": cfg.tied}
@@ -1104,14 +1118,17 @@ def save(path, cfg, params, shard_bytes=5e9):
     """path, cfg, Params -> None: a folder that `load` and transformers read.
 
     More than `shard_bytes` go into several files and their index. ValueError, before anything is
-    written, for int8, for parameters that are not cfg's, and where a file of others would be read
-    in their place.
+    written, for int8, for parameters that are not cfg's, for a cfg that `load` would refuse, and
+    where a file of others would be read in their place.
 
-    New files stand beside the old until one rename, the last, puts them in their place: cut short
-    before it, `load` gives the earlier model. What `save` did not write is never removed.
+    New files stand beside the old until one call, the last that `load` sees, puts them in their
+    place: cut short before it, `load` gives the earlier model. config.json, model.safetensors and
+    its index are replaced; of all others only what `save` wrote is ever removed.
     """
     path, mark = pathlib.Path(path), uuid.uuid4().hex[:8]
     tensors, config = as_files_hold(cfg, params), config_json(cfg)
+    if dataclasses.replace(parse_config(config), dtype=cfg.dtype) != cfg:
+        raise ValueError(f"{cfg} is not what config.json can say of it: {parse_config(config)}")
     config |= {"torch_dtype": params.embed.dtype.name, MARK: mark}
     shards, at, index = in_shards(tensors, shard_bytes), path / "config.json", path / INDEX
     n, single = len(shards), path / "model.safetensors"
@@ -1119,6 +1136,10 @@ def save(path, cfg, params, shard_bytes=5e9):
         raise ValueError(f"{single} would be read before several files: remove it, or save "
                          "elsewhere")
     our_index = index.exists() and MARK in metadata(read_json(index))
+    try:
+        before = config_of(path, find_tensors(path)[1])
+    except ValueError:  # there is no whole model to keep
+        before = None
     files = [path / f"{OWN}{mark}-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
     new_config, new_index = (path / f"{OWN}{mark}-new-{name}.json" for name in ("config", "index"))
     where = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
@@ -1127,8 +1148,8 @@ def save(path, cfg, params, shard_bytes=5e9):
     try:
         for file, shard in zip(files, shards, strict=True):
             write_tensors(file, shard, mark)
-        if at.exists():
-            earlier_config(path, mark).write_bytes(at.read_bytes())
+        if before:
+            (path / f"{OWN}{mark}-config.json").write_bytes(before.read_bytes())
         new_config.write_text(json.dumps(config, indent=2))
         new_index.write_text(json.dumps({"metadata": {"total_size": total, MARK: mark},
                                          "weight_map": where}))

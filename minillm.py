@@ -130,8 +130,8 @@ def partial_attention(q, k, v, seen):
 
     k and v are arrays, or int8 with a scale a slot: k's multiply the scores, v's the weights.
     `seen` may be B1MS, where rows of the batch differ. What is not seen must be finite: it is
-    multiplied by 0. Next to int8, weights are bf16 rather than float16, in which a scale of 1e-4
-    times a weight of 1e-4 is 0.
+    multiplied by 0. Next to int8, softmax weights are bf16 rather than float16, in which a scale of
+    1e-4 times a weight of 1e-4 is 0.
     """
     k, k_scale = (k.q, k.scale.swapaxes(2, 3)) if hasattr(k, "scale") else (k, 1.0)
     v, v_scale = (v.q, v.scale.swapaxes(2, 3)) if hasattr(v, "scale") else (v, 1.0)
@@ -159,8 +159,8 @@ def normalised(part):
 
 
 def finite(x):
-    """... -> ...: x, with 0 for what is infinite or no number: what meets it with weight 0 is then
-    as without it. An empty part's largest score, and what a token has that overflows."""
+    """... -> ...: x, with 0 for what is infinite or no number, so that a product of it with 0 is 0:
+    of the largest score of an empty part, and of what a token that overflows gives to attention."""
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
@@ -318,7 +318,7 @@ class Config:
     embed_scale: bool = False  # Gemma multiplies embeddings by sqrt(E)
     tied: bool = True          # unembed with the embedding matrix
     dtype: str = "float32"     # train_step computes in this, as do int8 weights; masters are f32
-    rope_scaling: tuple = None  # Llama 3.1's (factor, low, high, context): see `rotary`
+    rope_scaling: tuple = None  # Llama 3.1's (factor, low, high, context): see `frequencies`
     qk_norm: bool = False      # Qwen 3 normalises each head's queries and keys
 
     def __post_init__(self):
