@@ -789,9 +789,9 @@ NAMES = dict(  # of each array in Hugging Face's files
     wv="self_attn.v_proj", wo="self_attn.o_proj", q_norm="self_attn.q_norm",
     k_norm="self_attn.k_norm", mlp_norm="post_attention_layernorm", w_gate="mlp.gate_proj",
     w_up="mlp.up_proj", w_down="mlp.down_proj")
-INDEX, MARK, OWN = "model.safetensors.index.json", "minillm_save", "minillm-"  # `save` writes those
+INDEX, MARK, PREFIX = "model.safetensors.index.json", "minillm_save", "minillm-"  # by `save`
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-PLAIN = {  # what config.json may ask for, where any other value is another model
+IMPLEMENTED = {  # what config.json may ask for, where any other value is another model
     "model_type": ("llama", "mistral", "gemma", "qwen3"),
     "hidden_act": ("silu", "gelu_pytorch_tanh"),
     **dict.fromkeys(("attention_bias", "mlp_bias", "use_qk_norm", "qk_layernorm",
@@ -806,12 +806,13 @@ KINDS = {**dict.fromkeys((*SIZES, "num_key_value_heads", "head_dim", "max_positi
          **dict.fromkeys(("rope_parameters", "rope_scaling"), dict), "layer_types": list,
          **dict.fromkeys(("tie_word_embeddings", "use_sliding_window"), bool),
          **dict.fromkeys(("hidden_act", "hidden_activation"), str)}
-USUAL = {"": dict(hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False,
-                  max_position_embeddings=131072),  # what is meant where nothing is said
-         "mistral": dict(num_key_value_heads=8, sliding_window=4096),
-         "gemma": dict(num_key_value_heads=16, head_dim=256, tie_word_embeddings=True,
-                       hidden_act="gelu_pytorch_tanh"),
-         "qwen3": dict(num_key_value_heads=32, head_dim=128)}
+DEFAULTS = {  # what is meant where nothing is said: in every family, and in one
+    "": dict(hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False,
+             max_position_embeddings=131072),
+    "mistral": dict(num_key_value_heads=8, sliding_window=4096),
+    "gemma": dict(num_key_value_heads=16, head_dim=256, tie_word_embeddings=True,
+                  hidden_act="gelu_pytorch_tanh"),
+    "qwen3": dict(num_key_value_heads=32, head_dim=128)}
 
 
 def tensor_names(cfg):
@@ -840,7 +841,7 @@ def check_kinds(config):
                     kind, kind.__name__))
 
 
-def turns(config, place):
+def rotary_settings(config, place):
     """dict, str -> dict: what is said of rotary positions, in `place` or else outside of it."""
     rope = {name: value for name, value in config.get(place, {}).items() if value is not None}
     check_kinds(rope)
@@ -867,20 +868,20 @@ def understood(config):
     """dict -> Config: `parse_config`, but for what is missing."""
     check_kinds(config)
     kind = config.get("model_type")
-    config = {**USUAL[""], **USUAL.get(str(kind), {}), **{
+    config = {**DEFAULTS[""], **DEFAULTS.get(str(kind), {}), **{
         name: value for name, value in config.items() if value is not None
         or name == "sliding_window"}}
     acts = [config[name] for name in ("hidden_act", "hidden_activation") if name in config]
     if kind == "gemma":  # whose files mean the tanh form by either name
         acts = ["gelu_pytorch_tanh" if act == "gelu" else act for act in acts]
-    ropes = [turns(config, place) for place in ("rope_parameters", "rope_scaling")
-             if config.get(place)] or [turns(config, "")]
+    ropes = [rotary_settings(config, place) for place in ("rope_parameters", "rope_scaling")
+             if config.get(place)] or [rotary_settings(config, "")]
     for what, said in (("hidden_act and hidden_activation", acts),
                        ("rope_parameters and rope_scaling", ropes)):
         if said[0] != said[-1]:
             raise ValueError(f"config.json: {what} disagree, {said}: leave out the wrong one")
     config |= ropes[0] | {"hidden_act": acts[0]}
-    for name, values in PLAIN.items():
+    for name, values in IMPLEMENTED.items():
         if config.get(name) not in values:
             raise ValueError(f"config.json: {name}={config.get(name)!r} is not implemented: "
                              f"expected one of {values}")
@@ -947,7 +948,7 @@ def find_tensors(path):
     files, mark = ["model.safetensors"], None
     if index.exists() and not (path / "model.safetensors").exists():
         read = read_json(index)
-        where, mark = read.get("weight_map"), metadata(read).get(MARK)
+        where, mark = read.get("weight_map"), index_metadata(read).get(MARK)
         if not isinstance(where, dict):
             raise ValueError(f"{index} has no weight_map of tensors and files")
         for name, file in where.items():
@@ -968,7 +969,7 @@ def find_tensors(path):
     return found, mark
 
 
-def metadata(index):
+def index_metadata(index):
     """dict -> dict: what an index says beside where its tensors are."""
     return index["metadata"] if isinstance(index.get("metadata"), dict) else {}
 
@@ -977,7 +978,7 @@ def config_of(path, mark):
     """path, str -> path: of the config.json of weights with that mark. Where another save was cut
     short, config.json is that one's already, and it kept the earlier one beside it."""
     other = read_json(path / "config.json").get(MARK)
-    kept = path / f"{OWN}{str(other)[:8]}-config.json"
+    kept = path / f"{PREFIX}{str(other)[:8]}-config.json"
     return kept if other != mark and kept.exists() else path / "config.json"
 
 
@@ -1135,13 +1136,14 @@ def save(path, cfg, params, shard_bytes=5e9):
     if n > 1 and single.exists() and not (open_tensors(single).metadata() or {}).get(MARK):
         raise ValueError(f"{single} would be read before several files: remove it, or save "
                          "elsewhere")
-    our_index = index.exists() and MARK in metadata(read_json(index))
+    our_index = index.exists() and MARK in index_metadata(read_json(index))
     try:
         before = config_of(path, find_tensors(path)[1])
     except ValueError:  # there is no whole model to keep
         before = None
-    files = [path / f"{OWN}{mark}-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
-    new_config, new_index = (path / f"{OWN}{mark}-new-{name}.json" for name in ("config", "index"))
+    files = [path / f"{PREFIX}{mark}-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
+    new_config, new_index = (path / f"{PREFIX}{mark}-new-{name}.json"
+                             for name in ("config", "index"))
     where = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
     total = sum(w.nbytes for w in tensors.values())
     path.mkdir(parents=True, exist_ok=True)
@@ -1149,12 +1151,12 @@ def save(path, cfg, params, shard_bytes=5e9):
         for file, shard in zip(files, shards, strict=True):
             write_tensors(file, shard, mark)
         if before:
-            (path / f"{OWN}{mark}-config.json").write_bytes(before.read_bytes())
+            (path / f"{PREFIX}{mark}-config.json").write_bytes(before.read_bytes())
         new_config.write_text(json.dumps(config, indent=2))
         new_index.write_text(json.dumps({"metadata": {"total_size": total, MARK: mark},
                                          "weight_map": where}))
     except BaseException:
-        for file in path.glob(f"{OWN}{mark}*"):
+        for file in path.glob(f"{PREFIX}{mark}*"):
             file.unlink()
         raise
     new_config.replace(at)
@@ -1165,5 +1167,5 @@ def save(path, cfg, params, shard_bytes=5e9):
     else:
         new_index.replace(index)
         single.unlink(missing_ok=True)
-    for file in {*path.glob(f"{OWN}*")} - {*files}:
+    for file in {*path.glob(f"{PREFIX}*")} - {*files}:
         file.unlink()

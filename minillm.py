@@ -166,14 +166,15 @@ def finite(x):
 
 def in_blocks(x, K, n=1):
     """BTHD, K -> 1BK(T*G)D: the rows of one product for each key head: row t * G + g is token t's
-    g-th query of the G that share it. With n, the same of n blocks of T, the last one padded."""
+    g-th query of the G that share it. With n, the same of n blocks of T/n, the last one padded: the
+    result begins with n in place of 1."""
     B, T, H, D = x.shape
     x = jnp.pad(x, ((0, 0), (0, -T % n), (0, 0), (0, 0))).reshape(B, n, -1, K, H // K, D)
     return x.transpose(1, 0, 3, 2, 4, 5).reshape(n, B, K, -1, D)
 
 
 def by_token(x, T, H):
-    """1BK(T*G)D, T, H -> BTHD: the way back."""
+    """1BK(T*G)D, T, H -> BTHD: the way back, of n blocks too."""
     n, B, K, _, D = x.shape
     x = x.reshape(n, B, K, -1, H // K, D).transpose(1, 0, 3, 2, 4, 5)
     return x.reshape(B, -1, H, D)[:, :T]
@@ -673,9 +674,9 @@ def few_rows(plain, x, w):
 
 
 def stored(x, dtype=None):
-    """BT -> BT: x. XLA's CPU code is made to write it to memory as it is (x of another dtype than
-    the one given is left alone): it would compute cosines again for each head and layer, 15% of a
-    prefill at batch 1, and multiply a transposed bf16 operand as f32, 30% of a training step."""
+    """... -> ...: x. XLA's CPU code is made to write it to memory as it is (with a dtype, only x of
+    that one): it would compute cosines again for each head and layer, 15% of a prefill at batch 1,
+    and multiply a transposed bf16 operand as f32, 30% of a training step."""
     def written(x):
         return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
 
