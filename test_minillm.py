@@ -736,9 +736,9 @@ def is_abstract(value):
 CONTRACTS = [fn for module in (minillm, infer, shard)
              for name, fn in inspect.getmembers(module, inspect.isroutine)
              if getattr(fn, "__module__", "") == module.__name__ and not name.startswith("_")]
-ON_THE_HOST = {"serve", "check_prompt", "load", "save", "parse_config", "understood",
-               "rotary_settings", "read_json", "library", "open_tensors", "find_tensors",
-               "part_of", "config_of", "alike", "write_tensors", "in_shards", "as_files_hold", "model_draft", "in_twos",
+ON_THE_HOST = {"serve", "check_prompt", "load", "save", "parse_config", "understood", "alike",
+               "rotary_settings", "read_json", "library", "open_tensors", "find_tensors", "part_of",
+               "config_of", "write_tensors", "in_shards", "as_files_hold", "model_draft", "in_twos",
                "frequencies", "check_speculation", "rounds"}  # each has tests of its own
 
 
