@@ -42,9 +42,9 @@ import numpy as np
 
 import shard
 from infer import (Cache, array_bytes, decode_bytes, decode_flops, extend, generate, init_cache,
-                   kv_bytes, library, load, model_draft, ngram_draft, prefill, prefill_flops,
-                   quantize_params, read_arrays, read_json, refill, save, serve, speculate,
-                   weight_bytes, wide_bytes)
+                   kv_bytes, library, load, load_adam, model_draft, ngram_draft, prefill,
+                   prefill_flops, quantize_params, read_arrays, read_json, refill, save, serve,
+                   speculate, weight_bytes, wide_bytes)
 from minillm import (Adam, Config, Params, adam_init, cast, causal_attention, causal_pairs,
                      check_tokens, init, loss, param_count, size_of, traced_flops, train_flops,
                      train_step, unembed)
@@ -2613,11 +2613,28 @@ def held_out_loss(params, held, T, nats):
     return total / count
 
 
-def train_text(args, job, limits, text, held):
-    """args, Job, dict, bytes, bytes -> row, Params: trains, and measures each step as it goes."""
-    cfg, B, T, key = job.cfg, job.B, job.prompt, jax.random.key(args.seed)
-    row, params, draw = predicted_row(job, limits), init(key, cfg), np.random.default_rng(args.seed)
-    adam = adam_init(params)
+def new_state(job, seed):
+    """Job, int -> Params, Adam: where training begins."""
+    params = init(jax.random.key(seed), job.cfg)
+    return params, adam_init(params)
+
+
+def resume(args, job):
+    """args, Job -> Job, Params, Adam: of the model in --resume DIR, where its training stopped."""
+    cfg, params = load(args.resume, "float32")
+    if args.model and replace(job.cfg, dtype=cfg.dtype) != cfg:
+        raise ValueError(f"--model {job.model} is not the model in --resume {args.resume}: leave "
+                         "it out")
+    job = job._replace(model=args.resume, cfg=replace(cfg, dtype=job.cfg.dtype))
+    return job, *load_adam(args.resume, cfg, params)
+
+
+def train_text(args, job, params, adam, limits, text, held):
+    """args, Job, Params, Adam, dict, bytes, bytes -> row, Params, Adam: trains, and measures each
+    step as it goes."""
+    cfg, B, T, began = job.cfg, job.B, job.prompt, int(adam.step)
+    row, draw = predicted_row(job, limits), np.random.default_rng(args.seed)
+    draw.integers(0, len(text) - T, (began, B))  # what was read before
     nats = jax.jit(lambda params, tokens: loss(cast(params, cfg.dtype), tokens, cfg))
     row |= {"parameters": param_count(cfg),
             "cache_bytes_per_token": kv_bytes(cfg, 1, 1, job.cache_dtype),
@@ -2633,7 +2650,8 @@ def train_text(args, job, limits, text, held):
             starts = draw.integers(0, len(text) - T, B)
             tokens = np.stack([text[start:start + T + 1] for start in starts])
             start = time.perf_counter()
-            params, adam, value = step(params, adam, tokens, args.lr * min(1, (i + 1) / 20))
+            params, adam, value = step(params, adam, tokens,
+                                       args.lr * min(1, (began + i + 1) / 20))
             value = float(value)
             times.append(time.perf_counter() - start)
             if live or i % 10 == 0 or i == args.steps - 1:
@@ -2648,15 +2666,21 @@ def train_text(args, job, limits, text, held):
         say(f"\ninterrupted after {len(times)} steps")
     say()
     row |= {"loss_after": held_out_loss(params, held, T, nats), "steps": len(times)}
-    return measured_row(row, times[1:] or times, limits), params  # the first fetches all memory
+    # the first fetches all memory
+    return measured_row(row, times[1:] or times, limits), params, adam
 
 
 def train_on_text(args, jobs):
     """Trains on args.text, once for each job, and prints held-out loss before and after."""
-    T, V = jobs[0].prompt, jobs[0].cfg.V
-    if V != 256:
-        raise ValueError(f"V={V}: a model of bytes has V=256")
+    T = jobs[0].prompt
     text, held = read_text(args.text, T)
+    began = None
+    if args.resume:
+        job, *began = resume(args, jobs[0])
+        jobs = [job]
+    for job in jobs:
+        if job.cfg.V != 256:
+            raise ValueError(f"V={job.cfg.V}: a model of bytes has V=256")
     if args.save:
         library()
         try:
@@ -2666,7 +2690,8 @@ def train_on_text(args, jobs):
     limits, rows = ceilings(jobs), []
     try:
         for job in jobs:
-            row, params = train_text(args, job, limits, text, held)
+            params, adam = began or new_state(job, args.seed)
+            row, params, adam = train_text(args, job, params, adam, limits, text, held)
             rows.append(row)
     except KeyboardInterrupt:
         say("\ninterrupted: what was trained so far")
@@ -2679,7 +2704,7 @@ def train_on_text(args, jobs):
     if rows:
         cfg, prompt = job.cfg, held[None, :min(T, len(held), 64)]
         if args.save:
-            save(args.save, cfg, params)
+            save(args.save, cfg, params, adam=adam)
             say(f"saved to {args.save}")
         said = recite(cast(params, cfg.dtype), cfg, prompt, args.new, jax.random.key(args.seed), .5)
         print(f"{decode(prompt[0])!r} goes on {said!r}")
@@ -3136,6 +3161,8 @@ def add_phase(command, name):
         command.add_argument("--steps", type=number, help="train on --text so often (100)")
         command.add_argument("--lr", type=positive, default=1e-3, help="learning rate (0.001)")
         command.add_argument("--save", metavar="DIR", help="write what was trained there")
+        command.add_argument("--resume", metavar="DIR", help="go on from what --save wrote, as one "
+                             "longer run: with the same --text, --batch, --prompt, --lr and --seed")
     else:
         command.add_argument("--cache", choices=DTYPES, help="dtype of the cache (the fastest here:"
                              " float32 on a CPU, elsewhere bfloat16 for narrow weights)")
@@ -3196,7 +3223,7 @@ def parse(argv):
         except ValueError as error:
             parser.error(str(error))
     if getattr(args, "chip", None) and args.phase != "plan":
-        here = [name for name in ("text", "steps", "save", "profile", "plot")
+        here = [name for name in ("text", "steps", "save", "resume", "profile", "plot")
                 if getattr(args, name, None)]
         if here:
             parser.error(f"--{here[0]} is for this machine: leave out --{here[0]} or --chip")
@@ -3214,7 +3241,9 @@ def parse(argv):
     if args.phase == "train":
         if "int8" in args.dtype:
             parser.error("train takes --dtype float32 or bfloat16: int8 has no gradient")
-        if args.text or args.steps or args.save or args.kv_heads and not args.chip:
+        if args.resume and args.kv_heads:
+            parser.error("--resume goes on with the heads that were saved: leave out --kv-heads")
+        if args.text or args.steps or args.save or args.resume or args.kv_heads and not args.chip:
             args.text = args.text or pathlib.Path(__file__).with_name("README.md")
             args.steps = args.steps or 100
             if len(args.dtype) > 1 or len(args.batch or [8]) > 1:

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minillm import (Config, attention, block, causal_attention, causal_pairs, check_tokens, dims,
-                     embed, extremes, forward, frequencies, in_twos, matmul, normalised, product,
-                     product_flops, rotary, size_of, sizes, unembed)
+from minillm import (Adam, Config, attention, block, causal_attention, causal_pairs, check_tokens,
+                     dims, embed, extremes, forward, frequencies, in_twos, matmul, normalised,
+                     product, product_flops, rotary, size_of, sizes, unembed)
 
 TINY, HUGE = 1.2e-38, 1e37  # below the one, a number counts as 0 in f32; beyond the other, 1 / it
 
@@ -1059,11 +1059,54 @@ def load(path, dtype=None, shardings=None):
     return dataclasses.replace(cfg, dtype=params.embed.dtype.name), params
 
 
-def write_tensors(path, tensors, mark):
+def adam_file(path, mark):
+    """path, str -> path: of the optimizer's state that was saved with weights of that mark."""
+    return path / f"{PREFIX}{mark}-adam.safetensors"
+
+
+def adam_arrays(cfg, params, adam):
+    """cfg, Params, Adam -> dict: what is saved of an optimizer, by name: both means of each array,
+    and norm scales themselves, since files of weights may hold them less one, and so rounded."""
+    trees, found = (dims(cfg), tensor_names(cfg), params, adam.m, adam.v), {}
+    for letters, name, w, m, v in zip(*map(jax.tree.leaves, trees), strict=True):
+        if m.shape != w.shape or v.shape != w.shape:
+            raise ValueError(f"adam's means of {name} have shapes {m.shape} and {v.shape}, not "
+                             f"{w.shape}: they are another model's")
+        found |= {f"m.{name}": m, f"v.{name}": v} | ({} if " " in letters else {name: w})
+    return found
+
+
+def load_adam(path, cfg, params):
+    """path, cfg, Params -> Params, Adam: beside weights that `load` gave, the state that `save` was
+    given with them, to go on from bit for bit. ValueError where it was given none, or the state is
+    another model's."""
+    path = pathlib.Path(path)
+    file = adam_file(path, find_tensors(path)[1])
+    if not file.exists():
+        raise ValueError(f"{path} holds no optimizer's state: training goes on from what was saved "
+                         "with one (bench.py train --save)")
+    found, like = open_tensors(file), adam_arrays(cfg, params, Adam(0, params, params))
+    for name in {*found.keys()} ^ {*like}:
+        raise ValueError(f"{file} holds another model's state: {name} is in one and not the other")
+
+    def read(name):
+        a = found.get_slice(name)
+        if tuple(a.get_shape()) != like[name].shape:
+            raise ValueError(f"{file}: {name} has shape {a.get_shape()}, not {like[name].shape}")
+        return jnp.asarray(a[:])
+
+    names = tensor_names(cfg)
+    params = jax.tree.map(lambda letters, name, w: w if " " in letters else read(name),
+                          dims(cfg), names, params)
+    m, v = (jax.tree.map(lambda name: read(f"{mean}.{name}"), names) for mean in "mv")
+    return params, Adam(jnp.int32(int(found.metadata()["step"])), m, v)
+
+
+def write_tensors(path, tensors, mark, **more):
     """path, dict, str -> None: arrays by name. ValueError where the disk does not take them."""
     files = library()
     try:
-        files.numpy.save_file(tensors, path, {"format": "pt", MARK: mark})
+        files.numpy.save_file(tensors, path, {"format": "pt", MARK: mark, **more})
         path.chmod(0o644)  # the library's files are their owner's alone
     except (OSError, files.SafetensorError) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -1115,8 +1158,9 @@ def in_shards(tensors, most):
     return shards
 
 
-def save(path, cfg, params, shard_bytes=5e9):
-    """path, cfg, Params -> None: a folder that `load` and transformers read.
+def save(path, cfg, params, shard_bytes=5e9, adam=None):
+    """path, cfg, Params -> None: a folder that `load` and transformers read, and with `adam`, an
+    optimizer's state, one that training goes on from (`load_adam`).
 
     More than `shard_bytes` go into several files and their index. ValueError, before anything is
     written, for int8, for parameters that are not cfg's, for a cfg that `load` would refuse, and
@@ -1131,6 +1175,8 @@ def save(path, cfg, params, shard_bytes=5e9):
     if dataclasses.replace(parse_config(config), dtype=cfg.dtype) != cfg:
         raise ValueError(f"{cfg} is not what config.json can say of it: {parse_config(config)}")
     config |= {"torch_dtype": params.embed.dtype.name, MARK: mark}
+    state = adam and {name: np.ascontiguousarray(a)
+                      for name, a in adam_arrays(cfg, params, adam).items()}
     shards, at, index = in_shards(tensors, shard_bytes), path / "config.json", path / INDEX
     n, single = len(shards), path / "model.safetensors"
     if n > 1 and single.exists() and not (open_tensors(single).metadata() or {}).get(MARK):
@@ -1150,6 +1196,8 @@ def save(path, cfg, params, shard_bytes=5e9):
     try:
         for file, shard in zip(files, shards, strict=True):
             write_tensors(file, shard, mark)
+        if adam:
+            write_tensors(adam_file(path, mark), state, mark, step=str(int(adam.step)))
         if before:
             (path / f"{PREFIX}{mark}-config.json").write_bytes(before.read_bytes())
         new_config.write_text(json.dumps(config, indent=2))
@@ -1167,5 +1215,5 @@ def save(path, cfg, params, shard_bytes=5e9):
     else:
         new_index.replace(index)
         single.unlink(missing_ok=True)
-    for file in {*path.glob(f"{PREFIX}*")} - {*files}:
+    for file in {*path.glob(f"{PREFIX}*")} - {*files, adam_file(path, mark)}:
         file.unlink()

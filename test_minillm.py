@@ -739,6 +739,7 @@ CONTRACTS = [fn for module in (minillm, infer, shard)
 ON_THE_HOST = {"serve", "check_prompt", "load", "save", "parse_config", "understood", "alike",
                "rotary_settings", "read_json", "library", "open_tensors", "find_tensors", "part_of",
                "config_of", "write_tensors", "in_shards", "as_files_hold", "model_draft", "in_twos",
+               "adam_file", "load_adam", "adam_arrays",
                "frequencies", "check_speculation", "rounds"}  # each has tests of its own
 
 
@@ -1938,10 +1939,14 @@ def test_each_device_is_given_its_part_of_each_tensor_and_no_more_is_read(
 @pytest.mark.parametrize("before", [5e9, 700])
 @pytest.mark.parametrize("after", [5e9, 700])
 def test_a_save_cut_short_anywhere_leaves_a_whole_model(before, after, tmp_path, monkeypatch):
-    """At every call that touches the disk; and what others put there stays."""
+    """With its optimizer's state, at every call that touches the disk; and what others put there
+    stays."""
     old, new = (CONFIGS[1], weights(CONFIGS[1])), (CONFIGS[0], weights(CONFIGS[0]))
     third, calls = (replace(CONFIGS[1], rope_base=5e5), weights(CONFIGS[1], seed=1)), 0
     others = "model_ema.safetensors", "model.lora.safetensors", "tokenizer.json"
+
+    def state(params):
+        return minillm.Adam(jnp.int32(7), params, jax.tree.map(jnp.square, params))
 
     def cut(call):
         def instead(*args, **more):
@@ -1955,15 +1960,16 @@ def test_a_save_cut_short_anywhere_leaves_a_whole_model(before, after, tmp_path,
     def run(most):
         nonlocal calls
         folder = tmp_path / str(most)
-        save(folder, *old, shard_bytes=before)
+        save(folder, *old, before, adam=state(old[1]))
         for other in others:
             (folder / other).write_text(other)
         for cfg, params in (third, new):  # twice
             calls = most
             with contextlib.suppress(KeyboardInterrupt):
-                save(folder, cfg, params, shard_bytes=after)
+                save(folder, cfg, params, after, adam=state(params))
         done, calls, found = calls > 0, 0, load(folder)
         assert any(found[0] == cfg and same(found[1], params) for cfg, params in (old, third, new))
+        assert same(infer.load_adam(folder, *found), (found[1], state(found[1])))
         save(folder, *new)  # and the next one clears up
         assert same(load(folder)[1], new[1]) and {path.name for path in folder.iterdir()} == {
             "config.json", "model.safetensors", *others}
@@ -2601,6 +2607,53 @@ def test_a_saved_model_is_completed_alike_with_every_draft(calm, capsys, tmp_pat
     assert "weights int8, cache int8" in complete("--dtype", "int8", "--cache", "int8")[1]
     sampled = [complete("--temperature", "1", "--top-k", "9", "--seed", seed)[0] for seed in "112"]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+@files
+@pytest.mark.parametrize("cfg", [CONFIGS[4], CONFIGS[1]])
+def test_training_that_is_saved_and_goes_on_is_one_longer_training_bit_for_bit(cfg, tmp_path):
+    """Gemma's norm scales too, which files of weights round."""
+    step, text = jax.jit(train_step, static_argnames="cfg"), draw_tokens(cfg, 6, 2, 7)
+    params, adam = weights(cfg), adam_init(weights(cfg))
+    for i in range(6):
+        if i == 3:
+            save(tmp_path, cfg, params, adam=adam)
+        params, adam, _ = step(params, adam, text[i], cfg, 1e-2)
+    found, theirs = load(tmp_path)
+    theirs, state = infer.load_adam(tmp_path, found, theirs)
+    for i in range(3, 6):
+        theirs, state, _ = step(theirs, state, text[i], cfg, 1e-2)
+    assert found == cfg and same((params, adam), (theirs, state))
+    save(tmp_path / "other", replace(cfg, F=7), weights(replace(cfg, F=7)), adam=adam_init(
+        weights(replace(cfg, F=7))))
+    file = next(tmp_path.glob("*-adam*"))
+    file.write_bytes(next((tmp_path / "other").glob("*-adam*")).read_bytes())
+    check(lambda: infer.load_adam(tmp_path, cfg, params), file.name, "shape")
+    save(tmp_path, cfg, params)  # without a state: the earlier one does not belong to these
+    check(lambda: infer.load_adam(tmp_path, cfg, params), str(tmp_path), "--save")
+    check(lambda: save(tmp_path, cfg, params, adam=adam_init(weights(replace(cfg, F=7)))), "adam")
+
+
+@files
+def test_a_resumed_run_is_one_longer_run_bit_for_bit(calm, capsys, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 30)
+
+    def train(steps, *more):
+        bench.main(["train", "--text", str(text), "--steps", str(steps), "--prompt", "16", "--new",
+                    "2", "--batch", "3", *map(str, more)])
+
+    train(5, "--model", TINY, "--save", tmp_path / "whole")
+    train(3, "--model", TINY, "--save", tmp_path / "part")
+    train(2, "--resume", tmp_path / "part", "--save", tmp_path / "part")
+    assert same(*(infer.load_adam(tmp_path / name, *load(tmp_path / name))
+                  for name in ("whole", "part")))
+    for more, words in ((["--resume", tmp_path], "config.json"),
+                        (["--resume", tmp_path / "part", "--model", "L1,E8,H2,K1,D4,F8,V256"],
+                         "--model"), (["--resume", tmp_path / "part", "--kv-heads", "1"], "heads")):
+        with pytest.raises(SystemExit) as caught:
+            train(1, *more)
+        assert words in f"{caught.value.code}{capsys.readouterr().err}"
 
 
 def byte_fallback(folder, **more):
