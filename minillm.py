@@ -436,12 +436,14 @@ def block(x, w, table, cfg, attend, enter=dots, leave=dot, norm=rms_norm):
     """BTE, Layer, table, cfg, attend -> BTE, state: one layer: attention, then an MLP
     (arXiv:2002.05202). `attend` takes q as BTHD, k and v as BKTD."""
     with jax.named_scope("qkv"):
-        q, k, v = enter(norm(x, w.attn_norm, cfg.eps), (w.wq, w.wk, w.wv))
+        q, k, v = enter(finite(norm(x, w.attn_norm, cfg.eps)), (w.wq, w.wk, w.wv))
         if cfg.qk_norm != (w.q_norm is not None):
             raise ValueError(f"qk_norm={cfg.qk_norm} for parameters that were made with the other")
         if cfg.qk_norm:
             q, k = rms_norm(q, w.q_norm, cfg.eps), rms_norm(k, w.k_norm, cfg.eps)
-        q, k, v = map(finite, (rope(q, table), rope(k, table), v))
+        q, k = rope(q, table), rope(k, table)
+        if x.dtype == jnp.float16:  # where products of finite numbers overflow
+            k, v = finite(k), finite(v)
     with jax.named_scope("attention"):
         out, state = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
     with jax.named_scope("out"):
