@@ -2845,8 +2845,9 @@ def stream(args):
         told |= {"seconds": time.perf_counter() - start, "rounds": rounds,
                  "a_round": len(made) / max(1, rounds), "tokens": len(made[:stop])}
         ids = [*prompt[0], *made[:stop]]
-        stays = decode(ids[:settled(ids)])
-        yield stays.rstrip("\ufffd"), decode(ids), told  # the rest of a character may come yet
+        text, final = decode(ids), settled(ids)
+        stays = text if final == len(ids) else decode(ids[:final])
+        yield stays.rstrip("\ufffd"), text, told  # the rest of a character may come yet
         if len(made) >= args.new or stop < len(made):
             return
         made, rounds = next(steps)
@@ -3015,8 +3016,8 @@ def checked(parse, known):
 
 
 def whole(text, least=1, most=2 ** 31 - 1):
-    """str -> int, from 1 to what int32 holds; ValueError otherwise."""
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
+    """str -> int, from `least` to `most`, by default what int32 holds; ValueError otherwise."""
+    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
         raise ValueError
     return int(text)
 

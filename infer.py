@@ -964,7 +964,7 @@ def find_tensors(path):
                 raise ValueError(f"{path / file} holds {name}, which {index} says is in "
                                  f"{where.get(name)}")
             found[name] = opened.get_slice(name)
-    for name in (where or found).keys() - found.keys():
+    for name in (where or {}).keys() - found.keys():
         raise ValueError(f"{index} says that {name} is in {where[name]}, which does not hold it")
     return found, mark
 

@@ -161,7 +161,6 @@ def shaped(*shape, dtype="int32"):
 # ----------------------------------------------------------------------------------- minillm: flops
 
 
-@settings(max_examples=3)
 @given(configs, st.integers(1, 3), st.sampled_from([1, 7, 130]),
        st.sampled_from(["float32", "bfloat16"]))
 def test_forward_and_its_gradient_multiply_what_the_formulas_say(cfg, B, T, dtype):
@@ -281,7 +280,6 @@ def test_causal_attention_and_its_gradient_are_the_definition(T, H, K, dtype):
         assert ours.dtype == dtype and np.abs(ours - exact).max() <= limit
 
 
-@settings(max_examples=3)
 @given(st.integers(0, 99), st.sampled_from([(2, 3, 7), (1, 11), (5, 1, 1, 5)]),
        st.sampled_from(["float32", "int8"]))
 def test_parts_are_merged_in_any_order_and_an_empty_one_changes_nothing(seed, widths, dtype):
@@ -465,7 +463,6 @@ def test_a_later_token_does_not_touch_an_earlier_logit(cfg, t, seed):
     assert not np.array_equal(a[:, t], b[:, t])
 
 
-@settings(max_examples=3)
 @given(configs, st.integers(0, 500))
 def test_rotary_turns_keep_lengths_and_see_only_distance(cfg, shift):
     x, y = normals((1, 1, 1, cfg.D), (1, 1, 1, cfg.D))
@@ -739,8 +736,8 @@ CONTRACTS = [fn for module in (minillm, infer, shard)
 ON_THE_HOST = {"serve", "check_prompt", "load", "save", "parse_config", "understood", "alike",
                "rotary_settings", "read_json", "library", "open_tensors", "find_tensors", "part_of",
                "config_of", "write_tensors", "in_shards", "as_files_hold", "model_draft", "in_twos",
-               "adam_file", "load_adam", "adam_arrays",
-               "frequencies", "check_speculation", "rounds"}  # each has tests of its own
+               "adam_file", "load_adam", "adam_arrays", "frequencies", "check_speculation",
+               "rounds"}  # each has tests of its own
 
 
 @pytest.mark.parametrize("fn", CONTRACTS + [matmul, lookup, rope, causal_attention],
@@ -2656,7 +2653,7 @@ def test_a_resumed_run_is_one_longer_run_bit_for_bit(calm, capsys, tmp_path):
         assert words in f"{caught.value.code}{capsys.readouterr().err}"
 
 
-def byte_fallback(folder, **more):
+def byte_fallback(folder):
     """A tokenizer of letters that spells others in bytes and joins them again, as Llama 2's and
     Gemma's do, saved with what training left in it."""
     tokenizers = pytest.importorskip("tokenizers")
@@ -2959,7 +2956,7 @@ def test_a_profile_attributes_the_operations_time_to_named_regions(phase, B, opt
         if op["region"]:
             named[op["region"]] += op["times"]
     # of a single row's products the compiler drops the names
-    assert sum(named.values()) >= 0.9 * sum(op["times"] for op in found["operations"])
+    assert sum(named.values()) >= 0.94 * sum(op["times"] for op in found["operations"])
     assert named.keys() >= {"qkv", "attention", "out", "mlp", "unembed"} | (
         {"loss", "optimizer"} if phase == "train" else set())
     assert any(op["kind"] == "product" and op["region"] == "mlp" and "product" in op["source"]
