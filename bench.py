@@ -41,10 +41,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import shard
-from infer import (Cache, array_bytes, decode_bytes, decode_flops, extend, generate, init_cache,
-                   kv_bytes, library, load, load_adam, model_draft, ngram_draft, prefill,
-                   prefill_flops, quantize_params, read_arrays, read_json, refill, save, serve,
-                   speculate, weight_bytes, wide_bytes)
+from infer import (Cache, array_bytes, decode_bytes, decode_flops, empty, extend, generate,
+                   init_cache, kv_bytes, library, load, load_adam, model_draft, ngram_draft,
+                   prefill, prefill_flops, quantize_params, read_arrays, read_json, refill, save,
+                   serve, slots_of, speculate, weight_bytes, wide_bytes)
 from minillm import (Adam, Config, Params, adam_init, cast, causal_attention, causal_pairs,
                      check_tokens, init, loss, param_count, size_of, traced_flops, train_flops,
                      train_step, unembed)
@@ -58,6 +58,7 @@ SHARDED = "L2,E512,H8,K8,D64,F1408,V256"
 SMALL = "L4,E256,H8,K2,D32,F704,V256"  # learns a text of some KB in a minute on two cores
 REQUESTS = 3  # that `serve` gets for each row, so that it is refilled twice
 STRIDE = 8  # tokens between two looks at what was made
+HOP_SECONDS = 1e-6  # from one device to the next
 HELD_BACK = 0.08  # of the memory, for what is neither weights nor cache
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -440,17 +441,21 @@ def degree(cfg, chips):
                if not any(size % n for size in (chips, cfg.E, cfg.F, cfg.H, cfg.V)))
 
 
-def sent_bytes(job, T, n):
-    """Job, int, int -> bytes that n devices send together, with the cache over heads where it can
-    be, else over rows, else over slots."""
+def communication(job, T, n, link, hop):
+    """Job, int, int, bytes/s, seconds -> dict: the part of a step that n devices send, all bytes
+    together, with the cache over heads where it can be, else over rows, else over slots: each
+    device's bytes over its link, both ways, and a latency for each hop."""
     layout = "sequence" if job.B % n else "batch"
     if not job.cfg.K % n:
         layout = "heads"
-    sent = shard.comm_bytes(job.cfg, job.phase, job.B, T, tensor=n, layout=layout)
-    return n * sum(size for _, size in sent.values())
+    events = shard.comm_events(job.cfg, job.phase, job.B, T, tensor=n, layout=layout)
+    formula, hops = shard.tally(events), shard.hops(events)
+    return {"name": "communication", "flops": 0, "bound": "links", "hops": hops,
+            "bytes": n * sum(size for _, size in formula.values()),
+            "seconds": shard.comm_seconds(formula, link / 2, 1, hops, hop)}
 
 
-def step_parts(job, chip, chips, parameters=None):
+def step_parts(job, chip, chips, parameters=None, hop=HOP_SECONDS):
     """Job, Chip, int -> list of dict: weights, attention and communication of one step, all chips'
     flops and bytes together. `parameters` replaces the exact count of what is multiplied."""
     cost = PHASES[job.phase].cost(job)
@@ -461,25 +466,30 @@ def step_parts(job, chip, chips, parameters=None):
     limits = sheet(chip, chips)
     found = [timed(part, limits["flops_per_second"][part.dtype], limits["read_bytes_per_second"])
              for part in (weights, attention)]
-    if chips > 1:
-        sent = Part("communication", 0, sent_bytes(job, cost.T, chips), job.dtype)
-        found.append(timed(sent, 1, chips * chip.link))
-    return found
+    return found + [communication(job, cost.T, chips, chip.link, hop)] * (chips > 1)
 
 
-def useful_degree(job, chip, parameters):
+def in_all(parts, hidden=False):
+    """list of dict, bool -> seconds: parts that follow one another or, `hidden`, what is sent
+    behind the weights' products, as rings can do: then the longer of the two counts."""
+    took = {part["name"]: part["seconds"] for part in parts}
+    links = took.pop("communication", 0.0)
+    return sum(took.values()) + (max(0.0, links - took["weights"]) if hidden else links)
+
+
+def useful_degree(job, chip, parameters, hop):
     """Job, Chip -> int: the most chips, in powers of two, whose links take no longer than their
     memory and products do. More would wait for links."""
     best = 1
     while degree(job.cfg, 2 * best) == 2 * best:
-        *parts, sent = step_parts(job, chip, 2 * best, parameters)
+        *parts, sent = step_parts(job, chip, 2 * best, parameters, hop)
         if sent["seconds"] > sum(part["seconds"] for part in parts):
             break
         best *= 2
     return best
 
 
-def napkin(job, chip, chips, parameters=None, batch=None):
+def napkin(job, chip, chips, parameters=None, batch=None, hop=HOP_SECONDS):
     """Job, Chip, int -> dict: memory, batch and times, from the sheet alone. `parameters` is a
     rounded count in place of the exact one; job.prompt is the context, job.new is 0. Copies of the
     model that share no chips share the batch."""
@@ -492,10 +502,10 @@ def napkin(job, chip, chips, parameters=None, batch=None):
     most, taken = (max(0, int((share * memory - weights) // sequence))
                    for share in (1, 1 - HELD_BACK))
     B = -(-batch // copies) if batch else max(1, taken)  # of each copy
-    parts = {word: step_parts(job._replace(phase=phase, B=rows), chip, n, parameters)
+    parts = {word: step_parts(job._replace(phase=phase, B=rows), chip, n, parameters, hop)
              for word, phase, rows in (("prefill", "prefill", B), ("generate", "generate", B),
                                        ("alone", "generate", 1), ("first", "prefill", 1))}
-    total = {word: sum(part["seconds"] for part in found) for word, found in parts.items()}
+    total = {word: in_all(found) for word, found in parts.items()}
     for part in parts["prefill"] + parts["generate"]:
         part["flops"], part["bytes"] = part["flops"] * copies, part["bytes"] * copies
     needed, limits = weights + B * sequence, sheet(chip)
@@ -511,13 +521,15 @@ def napkin(job, chip, chips, parameters=None, batch=None):
         "cache_bytes": copies * B * sequence,
         "step_bytes": sum(part["bytes"] for part in parts["generate"][:2]),
         "prefill_seconds": total["prefill"], "prefill_parts": parts["prefill"],
+        **{f"{word}_hidden_seconds": in_all(parts[word], hidden=True)
+           for word in ("prefill", "generate")},
         "first_token_seconds": total["first"],
         "generate_seconds": total["generate"], "generate_parts": parts["generate"],
         "tokens_per_second": (batch or B * copies) / total["generate"],
         "seconds_per_token_alone": total["alone"],
         "weights_over_memory_seconds": weights / n / chip.read,
         "weights_over_links_seconds": weights * (chips - 1) / chips / chip.link,
-        "tensor_parallel_degree": useful_degree(job._replace(B=B), chip, parameters)}
+        "tensor_parallel_degree": useful_degree(job._replace(B=B), chip, parameters, hop)}
 
 
 WAYS = {  # out of a large cache: its model and dtype, instead of these
@@ -589,10 +601,12 @@ PLAN = (  # a line of the napkin: what it says, and the figure
     ("its cache", lambda n: si(n["cache_bytes"], "B")),
     ("a generate step reads", lambda n: si(n["step_bytes"], "B")),
     ("and takes", lambda n: si(n["generate_seconds"], "s")),
+    ("or, with links behind products (rings)", lambda n: si(n["generate_hidden_seconds"], "s")),
     ("which makes", lambda n: f"{n['tokens_per_second']:,.0f} tokens/s"),
     ("a token at batch 1 takes", lambda n: si(n["seconds_per_token_alone"], "s")),
     ("prefill of one sequence", lambda n: si(n["first_token_seconds"], "s")),
     ("prefill of the batch", lambda n: si(n["prefill_seconds"], "s")),
+    ("or, with links behind products", lambda n: si(n["prefill_hidden_seconds"], "s")),
     ("useful tensor-parallel degree", lambda n: f"{n['tensor_parallel_degree']}"),
     ("weights over memory, a part each", lambda n: si(n["weights_over_memory_seconds"], "s")),
     ("weights over links (FSDP), all each",
@@ -612,7 +626,7 @@ def print_plan(columns, chips):
         for part in next(iter(columns.values()))[key]:
             print(f"{word:8}  {part['name']:13}  {si(part['flops'], 'FLOP'):>11}  "
                   f"{si(part['bytes'], 'B'):>8}  {si(part['seconds'], 's'):>8}  bound by "
-                  + ("links" if part["name"] == "communication" else part["bound"]))
+                  + part["bound"] + (f", {part['hops']} hops" if "hops" in part else ""))
     if chips > 1:
         print("FSDP is for training: a step that makes one token a row has nothing to hide the "
               "weights' trip behind")
@@ -628,10 +642,10 @@ def plan(args):
     cfg = replace(cfg, dtype="float32" if args.weights == "float32" else "bfloat16")
     (chip_name, chip), B = args.chip, args.batch
     job = Job("generate", name, cfg, B or 1, args.context, 0, args.weights, args.cache)
-    numbers = {"exact": napkin(job, chip, args.chips, None, B)}
+    numbers = {"exact": napkin(job, chip, args.chips, None, B, args.hop)}
     if args.parameters:
         numbers = {f"{args.parameters:g} parameters":
-                   napkin(job, chip, args.chips, args.parameters, B), **numbers}
+                   napkin(job, chip, args.chips, args.parameters, B, args.hop), **numbers}
     first = next(iter(numbers.values()))
     print(f"{name} on {args.chips} x {chip_name} ({chip.source}): "
           f"{si(chip.flops[args.weights], 'FLOP/s')} in {args.weights}, {si(chip.read, 'B/s')}, "
@@ -756,13 +770,14 @@ def functions(job, mesh):
         read = partial(prefill, rows=rows_at_a_time(job))
         return SimpleNamespace(loss=loss, **{name: partial(fn, cfg=cfg) for name, fn in dict(
             prefill=read, extend=extend, unembed=unembed, generate=generate,
-            speculate=speculate).items()})
+            speculate=speculate).items()}, empty=partial(empty, cfg))
     enter, leave = RINGS[job.ring]
     split = dict(cfg=cfg, mesh=mesh, layout=job.layout, enter=enter)
     by_hand = partial(shard.sharded_loss, mesh=mesh, enter=enter, leave=leave)
     return SimpleNamespace(
         loss=by_hand if job.by == "hand" else partial(shard.fsdp_loss, mesh=mesh),
         unembed=partial(shard.tp_unembed, **split),
+        empty=lambda B, S, dtype: shard.tp_empty(cfg, B, S, dtype, mesh, job.layout),
         **{name: partial(getattr(shard, f"tp_{name}"), leave=leave, **split)
            for name in ("prefill", "extend", "generate", "speculate")})
 
@@ -789,13 +804,15 @@ def rows_at_a_time(job):
 
 def slots(job, S):
     """Job, int -> int: S, or where slots are split the next number that divides."""
-    n = dict(job.mesh).get("tensor", 1) if job.layout == "sequence" else 1
+    by_slots = shard.LAYOUTS[job.layout].letter == "S"
+    n = shard.sizes_of(dict(job.mesh).get("tensor", 1))[-1] if by_slots else 1
     return -(-S // n) * n
 
 
-def empty_cache(job, S):
-    """Job, int -> Cache."""
-    return init_cache(job.cfg, job.B, slots(job, S), job.cache_dtype)
+def empty_cache(job, S, mesh=None):
+    """Job, int, Mesh or None -> Cache."""
+    cache = init_cache(job.cfg, job.B, slots(job, S), job.cache_dtype)
+    return shard.as_laid_out(cache, mesh, job.layout) if mesh else cache
 
 
 def behind(cache, length):
@@ -807,7 +824,7 @@ def build_prefill(job, mesh):
     """-> B random prompts of T tokens, read into a cache of T slots."""
     read, B, T = functions(job, mesh).prefill, job.B, job.prompt
     return Program(lambda params, cache, tokens: read(params, cache, tokens, jnp.full((B,), T)),
-                   lambda params, key: (params, empty_cache(job, T),
+                   lambda params, key: (params, empty_cache(job, T, mesh),
                                         jax.random.randint(key, (B, T), 0, job.cfg.V)),
                    (1,), lambda out, args: (args[0], out[1], args[2]))
 
@@ -817,7 +834,7 @@ def build_generate(job, mesh):
     go_on = functions(job, mesh).generate
     return Program(lambda params, cache, logits: go_on(
                        params, behind(cache, job.prompt), logits, jax.random.key(0), job.new),
-                   lambda params, key: (params, empty_cache(job, job.prompt + job.new),
+                   lambda params, key: (params, empty_cache(job, job.prompt + job.new, mesh),
                                         jax.random.normal(key, (job.B, job.cfg.V), "float32")),
                    (1, 2), lambda out, args: (args[0], out[2], out[1]))
 
@@ -831,7 +848,7 @@ def build_verify(job, mesh):
         return fns.unembed(params, x), cache
 
     return Program(step, lambda params, key: (
-        params, empty_cache(job, verify_slots(job)),
+        params, empty_cache(job, verify_slots(job), mesh),
         jax.random.randint(key, (job.B, job.n_draft + 1), 0, job.cfg.V)),
         (1,), lambda out, args: (args[0], out[1], args[2]))
 
@@ -846,7 +863,7 @@ def build_speculate(job, mesh):
         known = np.resize(np.frombuffer(SENTENCE.encode(), np.uint8).astype(np.int32), T)
         text = jnp.zeros((job.B, S), jnp.int32).at[:, :T].set(known % cfg.V)
         _, cache = prefill_jit(params, empty_cache(job, S), text[:, :T], jnp.full(job.B, T), cfg)
-        return params, cache, text
+        return params, shard.as_laid_out(cache, mesh, job.layout) if mesh else cache, text
 
     return Program(lambda params, cache, text: rounds(  # the last token is not read yet
                        params, behind(cache, T - 1), text, jax.random.key(0), job.new, draft=draft,
@@ -925,17 +942,28 @@ def speculated(job, out):
 
 
 def sent(job):
-    """Job -> dict or None: what each device sends in a step, by formula; None where that is the
-    compiler's choice."""
-    sizes, cfg, B = dict(job.mesh), job.cfg, job.B
-    data, tensor = sizes.get("data", 1), sizes.get("tensor", 1)
+    """Job -> list of events or None: what each device sends in a step, by formula; None where that
+    is the compiler's choice."""
     if job.by == "compiler":
         return None
     if job.phase in PRODUCTS:
-        return shard.tally([shard.trips(cfg, B, tensor, job.ring)[PRODUCTS.index(job.phase)]])
-    form = "verify" if job.phase == "speculate" else job.phase
-    T = {"generate": 1, "verify": job.n_draft + 1}.get(form, job.prompt)
-    return shard.comm_bytes(cfg, form, B, T, data, tensor, job.layout, job.ring)
+        return shard.trips(job.cfg, job.B, dict(job.mesh)["tensor"], job.ring)[
+            PRODUCTS.index(job.phase)]
+    T = {"generate": 1, "verify": job.n_draft + 1, "speculate": job.n_draft + 1}
+    return shard.comm_events(job.cfg, job.phase, job.B, T.get(job.phase, job.prompt), **dict(
+        job.mesh), layout=job.layout, ring=job.ring, dtype=job.dtype, cache_dtype=job.cache_dtype)
+
+
+def on_links(job, link):
+    """Job, bytes/s one way -> dict: what each device sends in a step, collective by collective, and
+    the seconds that it takes; None where that is the compiler's choice, and nothing alone."""
+    events = sent(job) if job.mesh else []
+    if events is None:
+        return {"predicted_collectives": None, "link_seconds": None, "hops": None}
+    formula, ways = shard.tally(events), max(1, job.ring)
+    hops = shard.hops(events, ways)
+    return {"predicted_collectives": formula, "hops": hops,
+            "link_seconds": shard.comm_seconds(formula, link, ways, hops)}
 
 
 class Phase(NamedTuple):
@@ -975,8 +1003,8 @@ def mesh_of(job, devices=None):
 
 def placed(job, mesh, args):
     """Job, Mesh, arguments -> their shardings on the real machine, one for what is alike."""
-    cfg, rows = job.cfg, jax.P(shard.data_axes(mesh) or None)
-    rules = shard.LAYOUTS[job.layout].rules
+    cfg, rows = job.cfg, jax.P(shard.axes_of(mesh, "data") or None)
+    rules, draws = shard.layout_rules(mesh, job.layout), jax.P(*rows, shard.axes_of(mesh, "tensor"))
     if job.phase == "train":
         rules = {**(shard.TENSOR if job.by == "hand" else {}), **shard.FSDP}
     elif job.phase in PRODUCTS:
@@ -994,7 +1022,7 @@ def placed(job, mesh, args):
         if isinstance(a, Cache):
             shard.check_layout(a, mesh, job.layout)
             return shard.cache_specs(mesh, job.layout)
-        return rows
+        return draws if a.shape == (job.B, cfg.V) and a.dtype == jnp.float32 else rows
 
     split = tuple(map(spec, args))
     if job.phase in PRODUCTS:
@@ -1075,7 +1103,6 @@ PARTS = {"slice", "dynamic-slice", "gather"}  # read a part of their first opera
 WRITES = {"dynamic-update-slice": 1, "scatter": 2}  # write an operand, this one, into their first
 KINDS = {"all-gather": "all_gather", "all-reduce": "all_reduce", "all-to-all": "all_to_all",
          "reduce-scatter": "reduce_scatter", "collective-permute": "permute"}
-HOP_SECONDS = 1e-6
 ABSURD = 1e12  # cycles: what stands where the compiler has no estimate
 
 
@@ -1686,11 +1713,14 @@ def read_by_all(job, cost):
     if not shape or job.phase in PRODUCTS:
         return cost
     mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
-    copies = mesh.size // shape.get("tensor", 1)
+    axes = shard.axes_of(mesh, "tensor")
+    copies = mesh.size // shard.size_over(mesh, axes)
     moved, held = cost.weight_bytes * copies, cost.weight_bytes
     if job.phase != "train":
         held *= copies
-        rules, cfg = shard.LAYOUTS[job.layout].rules, job.cfg
+        rules, cfg = shard.layout_rules(mesh, job.layout), job.cfg
+        if job.phase == "prefill" and shard.LAYOUTS[job.layout].by_token:  # gathered over the last
+            rules = {letter: axes[:-1] for letter in rules}
         moved = sum(array_bytes(name, cfg, job.dtype) * mesh.size // math.prod(
             mesh.shape[axis] for axes in shard.spec(name, cfg, mesh, rules)
             for axis in shard.split_over(axes)) for name in jax.tree.leaves(read_arrays(cfg)))
@@ -1873,7 +1903,7 @@ def split_counts(job, ways):
     found = []
     for phase, T in (("prefill", job.prompt), ("generate", 1)):
         own = job._replace(phase=phase, new=1, mesh=(("tensor", ways),))
-        formula, (step, make, *_) = sent(own), PHASES[phase].build(own, mesh)
+        formula, (step, make, *_) = shard.tally(sent(own)), PHASES[phase].build(own, mesh)
         counted = shard.traced_comm(step, *jax.eval_shape(make, abstract(own), jax.random.key(0)))
         found.append({"form": phase, "devices": ways, "B": job.B, "T": T, **{
             f"{name}_{what}": sum(pair[i] for pair in told.values())
@@ -2083,31 +2113,39 @@ def on_chips(job, name, chips, mesh=None, layout=None):
     n = chips * target.devices
     shape += "x2" * (target.devices == 2)
     mesh = mesh or ({"data": n} if job.phase == "train" else {"tensor": n})
-    data, tensor = mesh.get("data", 1), mesh.get("tensor", 1)
-    if set(mesh) - {"data", "tensor"} or data * tensor != n:
-        raise ValueError(f"a mesh of {mesh} on {chips} x {name}: axes data and tensor, and {n} "
-                         f"devices in all, not {math.prod(mesh.values())}")
-    if job.phase == "train" and (job.B % data or job.by == "compiler" and tensor > 1):
+    data, context, tensor = (math.prod(shard.sizes_of(mesh.get(axis, 1)))
+                             for axis in ("data", "context", "tensor"))
+    known = ("data", "context", "tensor") if job.phase == "train" else ("data", "tensor")
+    if set(mesh) - {*known} or data * context * tensor != n:
+        raise ValueError(f"a mesh of {mesh} on {chips} x {name}: axes {', '.join(known)}, and {n} "
+                         f"devices in all, not {data * context * tensor}")
+    if job.prompt % context:
+        raise ValueError(f"--prompt {job.prompt} tokens over {context} devices of context: a "
+                         "multiple of it")
+    if job.phase == "train" and (job.B % data or job.by == "compiler" and context * tensor > 1):
         raise ValueError(f"B={job.B} rows over {data} devices of data" + (
-            f": --batch {-(-job.B // data) * data}" if job.B % data else f" and {tensor} of tensor:"
-            " by the compiler training is split over data alone"))
+            f": --batch {-(-job.B // data) * data}" if job.B % data else f" and {context * tensor} "
+            "others: by the compiler training is split over data alone"))
     job = job._replace(chip=name, chips=chips)
     if job.ring and tensor == 1:
         raise ValueError(f"ring={job.ring} on a mesh of {mesh}: rings go around an axis tensor of "
                          "two or more")
     if n == 1:
         return job
+    axes = {"tensor": mesh.get("tensor", 1)}
     if data > 1 or job.phase == "train":
-        data = torus_axes(shape, tensor)
-    axes = {"data": data, "tensor": tensor} if data != 1 or job.phase == "train" else {
-        "tensor": tensor}
+        axes = {"data": torus_axes(shape, context * tensor), **axes}
+    if context > 1:
+        axes = {"data": axes["data"], "context": context, "tensor": axes["tensor"]}
     if job.phase == "train" and job.by == "compiler":
-        axes = {"data": data}
+        axes = {"data": axes["data"]}
     job = job._replace(mesh=tuple(axes.items()))
     if job.phase == "train" or job.phase in PRODUCTS:
         return job
-    fit = [name for name, size in (("heads", job.cfg.K), ("batch", job.B // (n // tensor)))
-           if size % tensor == 0] + ["sequence"]
+    *first, last = shard.sizes_of(axes["tensor"])
+    fit = [name for name, size in (("heads", job.cfg.K // math.prod(first)),
+                                   ("batch", job.B // (n // tensor))) if size % last == 0]
+    fit += ["sequence", "context"]
     if layout not in (None, *fit):
         raise ValueError(f"layout {layout!r} does not divide over {tensor} devices of tensor with "
                          f"K={job.cfg.K} and B={job.B // (n // tensor)} rows a copy: --layout "
@@ -2323,16 +2361,13 @@ def useful_flops(job, cost):
 
 def chip_row(job, ask):
     """Job, ask -> dict: predicted from the sheet, then compiled; nothing is measured."""
-    chip, mesh = CHIPS[job.chip], {axis: math.prod(n) if isinstance(n, tuple) else n
-                                   for axis, n in job.mesh}
-    formula, cost = sent(job) if job.mesh else {}, PHASES[job.phase].cost(job)
-    row = predicted_row(job, sheet(chip, job.chips))
+    chip, mesh = CHIPS[job.chip], {axis: math.prod(n) if axis == "data" and isinstance(n, tuple)
+                                   else n for axis, n in job.mesh}
+    row, cost = predicted_row(job, sheet(chip, job.chips)), PHASES[job.phase].cost(job)
     row |= {"flops": useful_flops(job, cost), "chip": job.chip,
             "chips": job.chips, "mesh": mesh, "layout": job.layout, "ring": job.ring, "by": job.by,
             "slice": "one of " * (job.chips == 1) + f"{TARGETS[job.chip].name} "
-            + slice_of(job.chip, job.chips),
-            "predicted_collectives": formula, "link_seconds": None if formula is None else
-            shard.comm_seconds(formula, chip.link / 2, max(1, job.ring))}
+            + slice_of(job.chip, job.chips), **on_links(job, chip.link / 2)}
     say(f"{form_name(job)} {job.dtype} B={job.B} on {row['slice']}: predicted "
         f"{si(row['predicted_seconds'], 's')}, compiling ...")
     row |= ask(job)
@@ -2764,16 +2799,36 @@ def tokenizer(path, cfg):
                  end_tokens(file.parent), settled)
 
 
-def load_in(path, dtype):
-    """path, dtype or None -> Config, Params, dtype: in the file's own unless one is given."""
-    cfg, params = load(path)
+def simulate(devices):
+    """int -> None: makes so many devices of a CPU, unless what is here was looked at before."""
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def split_over(cfg, devices):
+    """Config, int or None -> Mesh or None, layout: one sequence over so many devices, or over as
+    many of those that are here as divide the model."""
+    n = devices or degree(cfg, jax.device_count())
+    return (shard.make_mesh(tensor=n) if n > 1 else None), "sequence" if cfg.K % n else "heads"
+
+
+def load_in(path, dtype, devices=1):
+    """path, dtype or None, int or None -> Config, Params, dtype: in the file's own unless one is
+    given. Of several devices each is given its part, and no more is read."""
+    def rules(cfg):
+        mesh, layout = split_over(cfg, devices)
+        return mesh and (cfg, mesh, shard.layout_rules(mesh, layout))
+
+    cfg, params = load(path, shardings=lambda cfg: rules(cfg) and shard.shardings(*rules(cfg)))
     dtype = dtype or cfg.dtype
     cfg = computing_in(cfg, dtype)
-    return cfg, in_dtype(params, cfg, dtype), dtype
+    params = in_dtype(params, cfg, dtype)
+    return cfg, shard.place(params, *rules(cfg)) if rules(cfg) else params, dtype
 
 
 def load_draft(args, cfg, prompt, S, how):
-    """-> draft and its state for `speculate`: a smaller model from a folder, or n-grams."""
+    """-> draft and its state for `speculate`: a smaller model from a folder, of which every device
+    has all, or n-grams."""
     if args.draft == "ngram":
         return ngram_draft(cfg, args.n_draft), None
     draft_cfg, params, _ = load_in(args.draft, args.dtype)
@@ -2785,25 +2840,28 @@ def load_draft(args, cfg, prompt, S, how):
     return model_draft(params, draft_cfg, args.n_draft, **how), cache
 
 
-def generating(params, cache, logits, key, cfg, how):
+def generating(generate, params, cache, logits, key, how):
     """-> iterator: compiles, then gives all tokens made so far, and no rounds."""
-    step = generate_jit.lower(params, cache, logits, key, STRIDE, cfg, **how).compile()
-    made = []
+    step, made = jax.jit(partial(generate, n=STRIDE, **how), donate_argnums=(1, 2)).lower(
+        params, cache, logits, key).compile(), []
     while True:
         yield made, 0
         tokens, logits, cache = step(params, cache, logits, key)
         made = made + np.asarray(tokens[0]).tolist()
 
 
-def speculating(params, cache, prompt, key, cfg, how, draft, state):
+def speculating(speculate, params, cache, prompt, key, how, mesh, draft, state):
     """-> iterator: compiles, then gives all tokens made so far, and in how many rounds."""
     T, made, rounds = prompt.shape[1], [], 0
-    text = jnp.zeros((1, cache.k[0].shape[2]), jnp.int32).at[:, :T].set(prompt)
+    text = jnp.zeros((1, slots_of(cache)), jnp.int32).at[:, :T].set(prompt)
     cache = cache._replace(length=cache.length - 1)
-    step = speculate_jit.lower(params, cache, text, key, STRIDE, cfg, draft, state, **how).compile()
+    if mesh:
+        text, draft, state = jax.device_put((text, draft, state), jax.NamedSharding(mesh, jax.P()))
+    step = jax.jit(partial(speculate, n=STRIDE, **how), donate_argnums=(1, 2)).lower(
+        params, cache, text, key, draft=draft, state=state).compile()
     while True:
         yield made, rounds
-        text, cache, state, counts = step(params, cache, text, key, draft, state)
+        text, cache, state, counts = step(params, cache, text, key, draft=draft, state=state)
         made = np.asarray(text)[0, T:int(cache.length[0]) + 1].tolist()
         rounds += int(np.sum(counts))
 
@@ -2811,7 +2869,7 @@ def speculating(params, cache, prompt, key, cfg, how, draft, state):
 def stream(args):
     """args -> iterator of (str, str, dict): of the prompt and what follows so far the text that is
     final, all of it, and how fast it came."""
-    cfg, params, args.dtype = load_in(args.model, args.dtype)
+    cfg, params, args.dtype = load_in(args.model, args.dtype, args.devices)
     args.cache = args.cache or default_cache(args.dtype)
     encode, decode, ends, settled = tokenizer(args.model, cfg)
     prompt = np.asarray(encode(args.prompt), np.int32)[None]
@@ -2828,16 +2886,19 @@ def stream(args):
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     draft = load_draft(args, cfg, prompt, S, how) if args.draft else None
     how["end"] = ends[0] if ends and prompt[0, -1] not in ends else None
-    read = prefill_jit.lower(params, init_cache(cfg, 1, S, args.cache), prompt, np.array([T]),
-                             cfg).compile()
-    for _ in range(2):  # the first run also fetches the weights from wherever they were
-        given = jax.block_until_ready((params, init_cache(cfg, 1, S, args.cache), prompt,
+    mesh, layout = split_over(cfg, args.devices)
+    over = (("tensor", mesh.size),) if mesh else ()
+    job = Job("generate", "", cfg, 1, T, S - T, args.dtype, args.cache, mesh=over, layout=layout)
+    fns, S = functions(job, mesh), slots(job, S)
+    read = jax.jit(fns.prefill, donate_argnums=1)
+    for _ in range(3):  # compiled; then weights are fetched from wherever they were
+        given = jax.block_until_ready((params, fns.empty(1, S, args.cache)[0], prompt,
                                        np.array([T])))
         start = time.perf_counter()
         logits, cache = jax.block_until_ready(read(*given))
     told = {"prompt": T, "prefill_seconds": time.perf_counter() - start}
-    steps = speculating(params, cache, prompt, key, cfg, how, *draft) if args.draft else \
-        generating(params, cache, logits, key, cfg, how)
+    steps = speculating(fns.speculate, params, cache, prompt, key, how, mesh, *draft) \
+        if args.draft else generating(fns.generate, params, cache, logits, key, how)
     made, rounds = next(steps)
     start = time.perf_counter()
     while True:
@@ -2855,6 +2916,8 @@ def stream(args):
 
 def complete(args):
     """Writes on from a prompt, to stdout as it goes, and says how fast that was."""
+    if args.devices:
+        simulate(args.devices)
     shown, text, told = "", "", {}
     try:
         for stays, text, told in stream(args):
@@ -2886,8 +2949,10 @@ def form_jobs(args, name, cfg, n):
     pairs = [(n, 1), (1, n)] + ([(n // 2, 2)] if n % 2 == 0 and n > 2 else [])
     jobs += [base._replace(ring=ring, mesh=(("data", data), ("tensor", tensor)))
              for (data, tensor), ring in itertools.product(pairs, (0, 1)) if tensor > 1 or not ring]
+    jobs += [base._replace(mesh=(("data", 1), ("context", n), ("tensor", 1)))] * (n > 1)
     jobs += [base._replace(phase=phase, layout=layout, ring=ring) for layout in shard.LAYOUTS
-             for ring in (0, 1) for phase in ("prefill", "generate")]
+             for ring in (0, 1) for phase in ("prefill", "generate")
+             if layout != "context" or phase == "prefill" and not ring]
     if args.chip:
         jobs = [job._replace(flags=flags) for job in jobs for flags in (False, True)
                 if not flags or job.phase == "train" and TARGETS[args.chip[0]].extra == "tpu"]
@@ -2898,8 +2963,9 @@ def form_jobs(args, name, cfg, n):
 def measure_form(job, link, seed):
     """Job, bytes/s, int -> dict: predicted, counted in the jaxpr, compiled, measured, and what it
     gave."""
-    formula, prepared = sent(job), prepare(job, None, seed)
-    told = PHASES[job.phase].tell(job, result := prepared.call())
+    links, prepared = on_links(job, link), prepare(job, None, seed)
+    formula, result = links["predicted_collectives"], prepared.call()
+    told = PHASES[job.phase].tell(job, result)
     # a fixed number: processes that each stopped by their own clock would wait for one another
     times, steps = seconds_of(prepared.call, at_most=5), told["steps"]
     counted = prepared.row["counted"]
@@ -2913,7 +2979,7 @@ def measure_form(job, link, seed):
                 "counted_bytes": sum(size for _, size in counted.values()) // steps,
                 "as_predicted": counted == {kind: (steps * number, steps * size)
                                             for kind, (number, size) in formula.items()},
-                "link_seconds": shard.comm_seconds(formula, link, max(1, job.ring))}),
+                "link_seconds": links["link_seconds"], "hops": links["hops"]}),
             "measured_seconds": statistics.median(times) / steps}
 
 
@@ -2939,7 +3005,7 @@ def run_shard(args):
         jax.config.update("jax_num_cpu_devices", args.devices // args.processes)
         jax.distributed.initialize(**found)
     else:
-        jax.config.update("jax_num_cpu_devices", args.devices)
+        simulate(args.devices)
     n, first, rows = jax.device_count(), jax.process_index() == 0, []
     if first:
         print(f"{name}, B={args.batch}, {n} device(s) in {jax.process_count()} process(es); sent: "
@@ -3041,6 +3107,7 @@ seed = checked(partial(whole, least=0, most=2 ** 32 - 1), "a whole number from 0
 numbers = checked(lambda text: [whole(part) for part in text.split(",")],
                   "whole numbers from 1, as 1,8,32")
 positive = checked(above_zero, "a number above 0")
+latency = checked(lambda text: above_zero(text) if float(text) else 0.0, "a number from 0")
 dtypes = checked(some_dtypes, f"some of {', '.join(DTYPES)}")
 model = checked(lambda text: (text, parse_model(text)), None)
 chip_name = checked(lambda text: (text, parse_chip(text)), None)
@@ -3048,8 +3115,9 @@ ring_ways = checked(lambda text: [{"0": 0, "1": 1, "2": 2}[n] for n in text.spli
                     "some of 0, 1, 2")
 switch = checked(lambda text: [{"off": False, "on": True}[word] for word in text.split(",")],
                  "off, on, or off,on")
-mesh_sizes = checked(lambda text: {name: whole(n) for name, n in (
-    part.split("=") for part in text.split(","))}, "axes and sizes, as data=16,tensor=4")
+mesh_sizes = checked(lambda text: {name: whole(n) if "x" not in n else tuple(
+    map(whole, n.split("x"))) for name, n in (part.split("=") for part in text.split(","))},
+    "axes and sizes, as data=16,tensor=4, or tensor=4x4")
 
 
 def writable(text):
@@ -3089,6 +3157,8 @@ def add_plan(command):
     command.add_argument("--tokens", type=positive, default=1e12, help="to train on (1e12)")
     command.add_argument("--mfu", type=positive, default=0.5, help="model flops utilisation of "
                          "training (0.5)")
+    command.add_argument("--hop", type=latency, default=HOP_SECONDS, metavar="SECONDS", help="from "
+                         "device to device (1e-6)")
     command.add_argument("--compile", action="store_true", help="and ask the chip's compiler what "
                          "fits (needs its extra)")
 
@@ -3107,6 +3177,8 @@ def add_complete(command):
     command.add_argument("--draft", metavar="DIR|ngram", help="speculate with a smaller model, or "
                          "with what the text said before")
     command.add_argument("--n-draft", type=number, default=4, help="tokens it proposes (4)")
+    command.add_argument("--devices", type=number, metavar="N", help="tensor parallel over so many "
+                         "(as many as are here and divide the model; on a CPU so many are made)")
 
 
 def add_chip(command):
@@ -3170,9 +3242,10 @@ def add_phase(command, name):
     if name != "serve":
         add_chip(command)
         command.add_argument("--mesh", type=mesh_sizes, metavar="data=N,tensor=N", help="of the "
-                             "chips (train: all data; others: all tensor)")
+                             "chips (train: all data; others: all tensor); tensor=MxN: keys over "
+                             "M, the layout over N; train: context=N too")
         command.add_argument("--layout", choices=tuple(shard.LAYOUTS), help="of a cache on several "
-                             "chips (the first that divides)")
+                             "chips (the first that divides); context: slots, and prompts too")
         command.add_argument("--ring", type=ring_ways, default=[0], help="collective matmuls: 0 "
                              "the references (default), 1 or 2 rings of so many ways, or several")
         command.add_argument("--flags", type=switch, default=[False], help="compile with the "

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from minillm import (Adam, Config, attention, block, causal_attention, causal_pairs, check_tokens,
                      dims, embed, extremes, forward, frequencies, in_twos, matmul, normalised,
@@ -110,14 +111,14 @@ def init_cache(cfg, B, S, dtype="float32"):
         raise ValueError(f"a cache of {jnp.dtype(dtype).name}: expected float32, bfloat16, float16 "
                          "or int8")
 
-    def empty():
+    def layer():
         slots = jnp.zeros((B, cfg.K, S, cfg.D), dtype)
         if slots.dtype != jnp.int8:
             return slots
         return Q8(slots, jnp.zeros((B, cfg.K, S, 1), jnp.float32))
 
     def layers():
-        return tuple(empty() for _ in range(cfg.L))
+        return tuple(layer() for _ in range(cfg.L))
 
     return Cache(layers(), layers(), jnp.zeros((B,), jnp.int32))
 
@@ -134,6 +135,11 @@ def resize(cache, S):
     return Cache(*jax.tree.map(fit, cache[:2]), cache.length)
 
 
+def slots_of(cache):
+    """Cache -> int: slots of a row: S of BKSD, or where they are split, of BKnSD, all n parts."""
+    return math.prod(cache.k[0].shape[2:-1])
+
+
 def check_room(cache, new, S=None):
     """Cache, int -> None: ValueError unless every row has room for `new` more tokens in S slots.
 
@@ -142,7 +148,7 @@ def check_room(cache, new, S=None):
     """
     if new < 0:
         raise ValueError(f"{new} new tokens: 0 or more")
-    S = cache.k[0].shape[2] if S is None else S
+    S = slots_of(cache) if S is None else S
     held = max(extremes(cache.length), default=0)
     if held + new > S:
         raise ValueError(f"{held} tokens in the cache + {new} new > {S} slots: "
@@ -196,7 +202,7 @@ def cached_attention(q, k, v, pos, finish=normalised):
 
 def check_prompts(cache, tokens, lengths):
     """Cache, BT, B -> None: ValueError unless prompts and lengths fit each other and the cache."""
-    (B, T), S = tokens.shape, cache.k[0].shape[2]
+    (B, T), S = tokens.shape, slots_of(cache)
     if T > S:
         raise ValueError(f"prompt of {T} tokens > {S} slots: init_cache(S={T})")
     if jnp.shape(lengths) != (B,):
@@ -222,12 +228,13 @@ def extend_cache(q, k, v, old_k, old_v, pos):
     return cached_attention(q, k, v, pos), (k, v)
 
 
-def fill_cache(q, k, v, old_k, old_v, pos):
-    """BTHD, BKTD, BKTD, BKSD, BKSD, BT -> BTHD, (BKSD, BKSD): write slots 0 to T - 1; look at them
-    alone, rounded as the cache holds them, so that `extend` in any chunks gives the same."""
+def fill_cache(q, k, v, old_k, old_v, pos, row=0, insert=insert):
+    """BTHD, BKTD, BKTD, BKSD, BKSD, BT -> BTHD, (BKSD, BKSD): write slots 0 to T - 1 of the rows
+    from `row` on; look at them alone, rounded as the cache holds them, so that `extend` in any
+    chunks gives the same."""
     old, held = (old_k, old_v), (as_held(k, old_k), as_held(v, old_v))
     seen = (as_seen(new, q.dtype) for new in held)
-    return causal_attention(q, *seen), insert(old, held, 0)
+    return causal_attention(q, *seen), insert(old, held, row)
 
 
 def through_layers(params, cache, x, pos, cfg, attend, **seams):
@@ -297,19 +304,15 @@ def prefill(params, cache, tokens, lengths, cfg, rows=None):
     if rows in (None, B):
         return read_prompts(params, cache, tokens, lengths, cfg)
 
+    def read(cache, group):
+        row, *prompts = group
+        logits, new = read_prompts(params, cache, *prompts, cfg, partial(fill_cache, row=row))
+        return cache._replace(k=new.k, v=new.v), logits
+
     lengths = jnp.asarray(lengths, jnp.int32)
     groups = jnp.arange(0, B, rows), tokens.reshape(-1, rows, T), lengths.reshape(-1, rows)
-    kv, logits = jax.lax.scan(lambda kv, group: read_apart(params, kv, *group, cfg)[::-1],
-                              cache[:2], groups)
-    return logits.reshape(B, -1), Cache(*kv, lengths)
-
-
-def read_apart(params, kv, row, tokens, lengths, cfg):
-    """Params, (k, v), int, BT, B, cfg -> BV, (k, v): prompts read in a cache of their own, which is
-    then inserted from `row` on."""
-    own = init_cache(cfg, *tokens.shape, kv[0][0].dtype)
-    logits, own = prefill(params, own, tokens, lengths, cfg)
-    return logits, insert(kv, own[:2], row)
+    cache, logits = jax.lax.scan(read, cache, groups)
+    return logits.reshape(B, -1), cache._replace(length=lengths)
 
 
 def one_hot(token, V):
@@ -331,12 +334,37 @@ def sampling(temperature, top_k, top_p):
                      "0 < top_p <= 1")
 
 
-def below_largest(logits):
+def row_largest(logits):
+    """BV -> B1: of each row."""
+    return jnp.max(logits, axis=-1, keepdims=True)
+
+
+def kth_largest(logits, k):
+    """BV, int -> B1: the least where there are fewer."""
+    return jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
+
+
+def below_largest(logits, largest=row_largest):
     """BV -> BV: f32, less each row's largest. So +inf is certain, -inf and NaN are never drawn, and
     where there is nothing else, all are alike."""
     logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits.astype(jnp.float32))
-    largest = jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.where(logits == largest, 0, logits - largest)
+    most = largest(logits)
+    return jnp.where(logits == most, 0, logits - most)
+
+
+def kept(logits, temperature, top_k=0, top_p=1.0, largest=row_largest, kth=kth_largest):
+    """BV, temperature, top_k, top_p -> BV: `log_probs`, less a number a row, of a temperature that
+    is not 0."""
+    logits = below_largest(logits, largest) / min(temperature, HUGE)
+    if top_k:
+        logits = jnp.where(logits < kth(logits, top_k), -jnp.inf, logits)
+    if top_p < 1:
+        down = -jnp.sort(-logits, axis=-1)
+        p = jax.nn.softmax(down, axis=-1)
+        most = jnp.cumsum(p, axis=-1) - p < max(top_p, TINY)  # the first at least
+        smallest = jnp.min(jnp.where(most, down, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    return logits
 
 
 def log_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -348,20 +376,9 @@ def log_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     of them alone is even. ValueError where the three make no distribution.
     """
     temperature, top_k, top_p = sampling(temperature, top_k, top_p)
-    logits = below_largest(logits)
     if temperature < TINY:
-        return one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
-    logits = logits / min(temperature, HUGE)
-    if 0 < top_k < logits.shape[-1]:
-        smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    if top_p < 1:
-        down = -jnp.sort(-logits, axis=-1)
-        p = jax.nn.softmax(down, axis=-1)
-        kept = jnp.cumsum(p, axis=-1) - p < max(top_p, TINY)  # the first at least
-        smallest = jnp.min(jnp.where(kept, down, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    return jax.nn.log_softmax(logits, axis=-1)
+        return one_hot(jnp.argmax(below_largest(logits), axis=-1), logits.shape[-1])
+    return jax.nn.log_softmax(kept(logits, temperature, top_k, top_p), axis=-1)
 
 
 def row_keys(key, B):
@@ -378,6 +395,13 @@ def row_keys(key, B):
     return keys if keys.ndim else jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(B))
 
 
+def noise(key, pos, V):
+    """key, B, V -> BV: for each row and position, Gumbel's: added to log-probabilities, the largest
+    sum is a draw."""
+    keys = jax.vmap(jax.random.fold_in)(row_keys(key, len(pos)), pos)
+    return jax.vmap(lambda key: jax.random.gumbel(key, (V,), jnp.float32))(keys)
+
+
 @jax.named_scope("sample")
 def sample(key, logits, pos, temperature, top_k, top_p):
     """key, BV, B, temperature, top_k, top_p -> B: a token a row.
@@ -386,11 +410,11 @@ def sample(key, logits, pos, temperature, top_k, top_p):
     run would have drawn. `key` may also be B keys, one a row whatever its number. What logits that
     are not finite mean, `log_probs` says.
     """
-    if sampling(temperature, top_k, top_p)[0] < TINY:
-        return jnp.argmax(below_largest(logits), axis=-1).astype(jnp.int32)
-    keys = jax.vmap(jax.random.fold_in)(row_keys(key, len(pos)), pos)
-    logp = log_probs(logits, temperature, top_k, top_p)
-    return jax.vmap(jax.random.categorical)(keys, logp).astype(jnp.int32)
+    temperature, top_k, top_p = sampling(temperature, top_k, top_p)
+    scores = below_largest(logits)
+    if temperature >= TINY:
+        scores = kept(logits, temperature, top_k, top_p) + noise(key, pos, logits.shape[-1])
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
 def generate(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p=1.0, end=None):
@@ -407,7 +431,7 @@ def generate(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p
 
 
 def draw(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p=1.0, end=None,
-         append=append, unembed=unembed):
+         append=append, unembed=unembed, sample=sample, one_hot=one_hot):
     """Params, Cache, BV, key, n, cfg -> Bn, BV, Cache: `generate`, unchecked, of parts that can be
     replaced where a model lives on several devices."""
     def step(state, _):
@@ -440,14 +464,17 @@ def generate_reference(params, prompt, n, cfg):
 # ------------------------------------------------------------------------- many requests, few rows
 
 
-def refill(params, cache, logits, row, prompt, length, cfg):
-    """Params, Cache, BV, int, 1T, 1, cfg -> BV, Cache: one row starts over with a prompt.
+def empty(cfg, B, S, dtype):
+    """cfg, int, int, dtype -> Cache, BV: empty rows, and logits that tell nothing."""
+    return init_cache(cfg, B, S, dtype), jnp.zeros((B, cfg.V), jnp.float32)
 
-    The prompt is read on its own and its cache inserted; the other rows do not notice.
-    """
-    new_logits, kv = read_apart(params, cache[:2], row, prompt, length, cfg)
-    lengths = cache.length.at[row].set(jnp.asarray(length, cache.length.dtype)[0])
-    return logits.at[row].set(new_logits[0]), Cache(*kv, lengths)
+
+def refill(params, cache, logits, row, prompt, length, cfg):
+    """Params, Cache, BV, int, 1T, 1, cfg -> BV, Cache: one row starts over with a prompt, which is
+    read on its own; the other rows do not notice."""
+    told, new = read_prompts(params, cache, prompt, length, cfg, partial(fill_cache, row=row))
+    return logits.at[row].set(told[0]), new._replace(
+        length=cache.length.at[row].set(new.length[0]))
 
 
 def check_prompt(request, prompt, n, S, cfg):
@@ -464,7 +491,7 @@ def check_prompt(request, prompt, n, S, cfg):
 
 
 def serve(params, prompts, B, S, n, key, cfg, temperature=0.0, top_k=0, top_p=1.0, end=None,
-          stride=8, cache_dtype="float32"):
+          stride=8, cache_dtype="float32", empty=empty, refill=refill, generate=generate):
     """Params, prompts, B, S, n, key, cfg -> iterator of (int, tokens): continuous batching.
 
     Any iterable of prompts, through B rows of S slots. Each request gets n tokens, or fewer where
@@ -477,17 +504,18 @@ def serve(params, prompts, B, S, n, key, cfg, temperature=0.0, top_k=0, top_p=1.
     The one loop here that runs on the host, so it compiles its two steps itself: prompts are padded
     to powers of two, for few programs. ValueError for a prompt that does not fit, when it is taken;
     those of a list are all looked at before the first is. (Nothing is until the iterator is asked.)
+    `empty`, `refill` and `generate` can be replaced where a model lives on several devices.
     """
     if n < 1 or stride < 1:
         raise ValueError(f"n={n}, stride={stride}: at least one token of each")
     fill = jax.jit(refill, static_argnames="cfg", donate_argnames=("cache", "logits"))
     go_on = jax.jit(generate, static_argnames=("n", "cfg", "temperature", "top_k", "top_p", "end"),
                     donate_argnames=("cache", "logits"))
-    temperature, top_k, top_p = sampling(temperature, top_k, top_p)
+    how = dict(zip(("temperature", "top_k", "top_p"), sampling(temperature, top_k, top_p)), end=end)
     stride = min(stride, n)
     checked = (check_prompt(i, prompt, n, S, cfg) for i, prompt in enumerate(prompts))
     waiting = enumerate(list(checked) if hasattr(prompts, "__len__") else checked)
-    cache, logits = init_cache(cfg, B, S, cache_dtype), jnp.zeros((B, cfg.V), jnp.float32)
+    cache, logits = empty(cfg, B, S, cache_dtype)
     requests, made, keys = np.full(B, -1), [[] for _ in range(B)], row_keys(key, B)
     while True:
         for row in np.flatnonzero(requests < 0):
@@ -496,13 +524,12 @@ def serve(params, prompts, B, S, n, key, cfg, temperature=0.0, top_k=0, top_p=1.
                 padded = min(S, 1 << max(4, (prompt.size - 1).bit_length()))
                 prompt_padded = np.pad(prompt, ((0, 0), (0, padded - prompt.size)))
                 logits, cache = fill(params, cache, logits, row, prompt_padded,
-                                     np.array([prompt.size], np.int32), cfg)
+                                     np.array([prompt.size], np.int32), cfg=cfg)
                 own = jax.random.fold_in(key, requests[row])
                 keys = keys.at[row].set(row_keys(own[None], 1)[0])
         if np.all(requests < 0):
             return
-        tokens, logits, cache = go_on(params, cache, logits, keys, stride, cfg, temperature, top_k,
-                                      top_p, end)
+        tokens, logits, cache = go_on(params, cache, logits, keys, n=stride, cfg=cfg, **how)
         for row, new in enumerate(np.asarray(tokens)):
             made[row] = [*made[row], *new][:n]
             if end in made[row]:
@@ -1077,9 +1104,9 @@ def adam_arrays(cfg, params, adam):
 
 
 def load_adam(path, cfg, params):
-    """path, cfg, Params -> Params, Adam: beside weights that `load` gave, the state that `save` was
-    given with them, to go on from bit for bit. ValueError where it was given none, or the state is
-    another model's."""
+    """path, cfg, Params -> Params, Adam: beside weights that `load` gave, and split as they are,
+    the state that `save` was given with them, to go on from bit for bit. ValueError where it was
+    given none, or the state is another model's."""
     path = pathlib.Path(path)
     file = adam_file(path, find_tensors(path)[1])
     if not file.exists():
@@ -1090,10 +1117,10 @@ def load_adam(path, cfg, params):
         raise ValueError(f"{file} holds another model's state: {name} is in one and not the other")
 
     def read(name):
-        a = found.get_slice(name)
-        if tuple(a.get_shape()) != like[name].shape:
-            raise ValueError(f"{file}: {name} has shape {a.get_shape()}, not {like[name].shape}")
-        return jnp.asarray(a[:])
+        a, w = found.get_slice(name), like[name]
+        if tuple(a.get_shape()) != w.shape:
+            raise ValueError(f"{file}: {name} has shape {a.get_shape()}, not {w.shape}")
+        return jax.make_array_from_callback(w.shape, w.sharding, lambda index: a[index])
 
     names = tensor_names(cfg)
     params = jax.tree.map(lambda letters, name, w: w if " " in letters else read(name),
@@ -1112,6 +1139,13 @@ def write_tensors(path, tensors, mark, **more):
         raise ValueError(f"{path}: {error}") from None
 
 
+def on_host(w):
+    """array -> array: all of it, also of one that several processes hold: each gets it."""
+    if not isinstance(w, jax.Array) or w.is_fully_addressable or w.is_fully_replicated:
+        return np.asarray(w)
+    return multihost_utils.process_allgather(w, tiled=True)
+
+
 def as_files_hold(cfg, params):
     """cfg, Params -> dict: every array by its name in files, and as it stands there. ValueError
     where files cannot hold it, or it is not cfg's."""
@@ -1125,7 +1159,8 @@ def as_files_hold(cfg, params):
     for letters, name, w in zip(*map(jax.tree.leaves, (dims(cfg), names, params)), strict=True):
         if w.shape != sizes(letters, cfg):
             raise ValueError(f"{name} has shape {w.shape}, not {sizes(letters, cfg)}, as cfg says")
-        w = np.asarray(w, np.float32) - 1 if cfg.embed_scale and " " not in letters else w
+        w = on_host(w)
+        w = w.astype(np.float32) - 1 if cfg.embed_scale and " " not in letters else w
         found[name] = np.ascontiguousarray(w).reshape(
             [size_of(word, cfg) for word in letters.split()])
     return found
@@ -1162,7 +1197,8 @@ def save(path, cfg, params, shard_bytes=5e9, adam=None):
     """path, cfg, Params -> None: a folder that `load` and transformers read, and with `adam`, an
     optimizer's state, one that training goes on from (`load_adam`).
 
-    More than `shard_bytes` go into several files and their index. ValueError, before anything is
+    More than `shard_bytes` go into several files and their index. Split arrays are written whole;
+    of several processes, which all call it, the first writes. ValueError, before anything is
     written, for int8, for parameters that are not cfg's, for a cfg that `load` would refuse, and
     where a file of others would be read in their place.
 
@@ -1170,13 +1206,25 @@ def save(path, cfg, params, shard_bytes=5e9, adam=None):
     place: cut short before it, `load` gives the earlier model. config.json, model.safetensors and
     its index are replaced; of all others only what `save` wrote is ever removed.
     """
-    path, mark = pathlib.Path(path), uuid.uuid4().hex[:8]
     tensors, config = as_files_hold(cfg, params), config_json(cfg)
     if dataclasses.replace(parse_config(config), dtype=cfg.dtype) != cfg:
         raise ValueError(f"{cfg} is not what config.json can say of it: {parse_config(config)}")
-    config |= {"torch_dtype": params.embed.dtype.name, MARK: mark}
-    state = adam and {name: np.ascontiguousarray(a)
+    config["torch_dtype"] = params.embed.dtype.name
+    state = adam and {name: np.ascontiguousarray(on_host(a))
                       for name, a in adam_arrays(cfg, params, adam).items()}
+    try:
+        if jax.process_index() == 0:
+            commit(pathlib.Path(path), config, tensors, shard_bytes, state,
+                   state and int(on_host(adam.step)))
+    finally:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("minillm.save")
+
+
+def commit(path, config, tensors, shard_bytes, state, step):
+    """path, dict, dict, bytes, dict or None, int or None -> None: what `save` writes."""
+    mark = uuid.uuid4().hex[:8]
+    config[MARK] = mark
     shards, at, index = in_shards(tensors, shard_bytes), path / "config.json", path / INDEX
     n, single = len(shards), path / "model.safetensors"
     if n > 1 and single.exists() and not (open_tensors(single).metadata() or {}).get(MARK):
@@ -1196,8 +1244,8 @@ def save(path, cfg, params, shard_bytes=5e9, adam=None):
     try:
         for file, shard in zip(files, shards, strict=True):
             write_tensors(file, shard, mark)
-        if adam:
-            write_tensors(adam_file(path, mark), state, mark, step=str(int(adam.step)))
+        if state:
+            write_tensors(adam_file(path, mark), state, mark, step=str(step))
         if before:
             (path / f"{PREFIX}{mark}-config.json").write_bytes(before.read_bytes())
         new_config.write_text(json.dumps(config, indent=2))

@@ -224,15 +224,16 @@ def blocked(q, k, v):
     return tuple(in_blocks(a, K, n) for a in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
 
 
-def over_pairs(q, k, v, step, state):
+def over_pairs(q, k, v, step, state, before=0):
     """nBKMD, nBKSD, nBKSD, step, state -> state: `step(state, i, j, q, k, v, seen)` for each block
-    i of queries and, in order, each block j of keys that it sees, some of it or all."""
+    i of queries and, in order, each block j of keys that it sees, some of it or all: keys up to its
+    own place or, with `before` 1, before it."""
     n, size = len(k), k.shape[3]
     token, G = jnp.arange(size), q.shape[3] // size
 
     def one(state, pair):
         i, j = pair
-        seen = j * size + token <= (i * size + jnp.repeat(token, G))[:, None]
+        seen = j * size + token + before <= (i * size + jnp.repeat(token, G))[:, None]
         return step(state, i, j, q[i], k[j], v[j], seen), None
 
     return lax.scan(one, state, jnp.array([(i, j) for i in range(n) for j in range(i + 1)]))[0]
@@ -248,9 +249,9 @@ def causal_attention(q, k, v):
     return causal_forward(q, k, v)[0]
 
 
-def causal_forward(q, k, v):
+def causal_forward(q, k, v, before=0):
     """BTHD, BKTD, BKTD -> BTHD, saved: its gradient needs operands and result, and of each query
-    the logarithm of its sum of exponentials."""
+    the logarithm of its sum of exponentials. (`before`: as of `over_pairs`.)"""
     blocks = blocked(q, k, v)
 
     def step(state, i, j, q, k, v, seen):
@@ -264,12 +265,12 @@ def causal_forward(q, k, v):
     rows = blocks[0]  # a state of the results' shapes: every number is overwritten
     one, narrow = rows[0].astype(jnp.float32), jnp.zeros_like(rows[..., :1], "float32")
     state = Partial(one, narrow[0], narrow[0]), rows, narrow
-    _, out, log_total = over_pairs(*blocks, step, state)
+    _, out, log_total = over_pairs(*blocks, step, state, before)
     out = by_token(out, *q.shape[1:3])
     return out, (q, k, v, out, log_total)
 
 
-def causal_backward(saved, dy):
+def causal_backward(saved, dy, before=0):
     """saved, BTHD -> BTHD, BKTD, BKTD: five products a pair, for the two forwards: the softmax p is
     computed again. Through it goes, from scores s, ds = p (dp - sum(p dp)), where the sum is
     dy . out. Keys come first in all of them, so that dk and dv are plain products. Scores are
@@ -292,7 +293,7 @@ def causal_backward(saved, dy):
         return row, dq.at[i].set(row.astype(dq.dtype)), dk, dv
 
     row, dk, dv = (a.astype(jnp.float32) for a in (blocks[0][0], *blocks[1:]))  # overwritten, too
-    _, dq, dk, dv = over_pairs(*blocks, step, (row, blocks[0], dk, dv))
+    _, dq, dk, dv = over_pairs(*blocks, step, (row, blocks[0], dk, dv), before)
     dk, dv = (by_token(d, T, K).swapaxes(1, 2).astype(k.dtype) for d in (dk, dv))
     return by_token(dq, T, H), dk, dv
 
@@ -419,6 +420,8 @@ def cast(params, dtype):
 #     embed    Params, BT, cfg -> BTE            embed              where V is split
 #     unembed  Params, BTE, cfg -> BTV           unembed            where V is split
 #     append   Params, Cache, BT, cfg            infer.append       where all of that is
+#     sample   key, BV, B, how -> B              infer.sample       where V is split
+#     one_hot  B, V -> BV                        infer.one_hot      where V is split
 #     finish   Partial -> BKMD                   normalised         where slots are split
 #     block    x, w, table, cfg, attend          block              by one that is computed again
 #     loss     Params, B(T+1), cfg -> scalar     loss               by sharded_loss
@@ -459,8 +462,11 @@ def causal(q, k, v):
 
 
 def extremes(x):
-    """array -> tuple: its least and greatest value; empty where only the run will tell them."""
-    return () if isinstance(x, jax.core.Tracer) else (np.asarray(x).min(), np.asarray(x).max())
+    """array -> tuple: its least and greatest value; empty where only the run will tell them, or
+    other processes hold some of it."""
+    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+        return ()
+    return np.asarray(x).min(), np.asarray(x).max()
 
 
 def check_tokens(tokens, cfg):

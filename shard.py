@@ -1,30 +1,32 @@
 """shard: the same model on several devices, every collective written out.
 
 BT(E/t) reads: E, split over the t devices of the mesh axis "tensor". Training splits weights over
-"data" too (FSDP) and gathers them a layer at a time. Generating splits weights and cache over
-"tensor", and rows over "data", where each part has a copy of the weights: gathering would send all
-weights through the links for every token, and links are slower than memory. Functions that name an
-axis run inside `jax.shard_map`, on a device's own part; those that take a mesh call it. Letters as
-in minillm.py.
+"data" too (FSDP) and gathers them a layer at a time, and tokens over "context" (ring attention).
+Generating splits weights and cache over "tensor", and rows over "data", where each part has a copy
+of the weights: gathering would send all weights through the links for every token, and links are
+slower than memory. Functions that name an axis run inside `jax.shard_map`, on a device's own part;
+those that take a mesh call it. Letters as in minillm.py.
 """
 import math
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from infer import (Cache, Q8, append, as_held, as_seen, cached_attention, check_batch,
-                   check_prompts, check_room, check_speculation, draw, extend_cache, fill_cache,
-                   insert, read_prompts, rounds, row_keys, write)
-from minillm import (block, causal, causal_attention, check_tokens, dims, dot, embed, finite,
-                     inner_jaxprs, loss, rotary, size_of)
+from infer import (TINY, Cache, Q8, append, array_bytes, as_held, as_seen, cached_attention,
+                   check_batch, check_prompts, check_room, check_speculation, draw, empty,
+                   extend_cache, fill_cache, insert, kept, noise, one_hot, read_prompts, rounds,
+                   row_keys, row_largest, sample, sampling, serve, slots_of, through_layers, write)
+from minillm import (Partial, block, by_token, causal, causal_attention, causal_backward,
+                     causal_blocks, causal_forward, check_tokens, dims, dot, embed, finite,
+                     in_blocks, inner_jaxprs, loss, merge, normalised, rotary, size_of)
 
 P = jax.P
 TENSOR = dict(H="tensor", K="tensor", F="tensor", V="tensor")  # letters to mesh axes
-FSDP = dict(matrix="data")  # every matrix, over each axis of data: see `spec`
+FSDP = dict(matrix="data")  # every matrix, over each axis of data and context: see `spec`
 
 # ------------------------------------------------------------------------------- who holds what
 
@@ -34,7 +36,8 @@ def make_mesh(devices=None, **axes):
 
     A tuple makes an axis of each of its sizes: data=(4, 4) is data0 and data1. Axes follow the
     devices' coordinates where they have some, so that with the slice's own shape each is one axis
-    of its torus. ValueError where there are fewer devices.
+    of its torus, and what goes over several goes over one after another. ValueError where there are
+    fewer devices.
     `jax.config.update("jax_num_cpu_devices", 8)` before anything else simulates 8 of them.
     """
     devices = jax.devices() if devices is None else devices
@@ -59,9 +62,15 @@ def mesh_axes(**axes):
     return named
 
 
-def data_axes(mesh):
-    """Mesh -> tuple: the axes that rows are split over: "data", or data0, data1, and so on."""
-    return tuple(axis for axis in mesh.shape if axis.startswith("data"))
+def axes_of(mesh, *words):
+    """Mesh, strs -> tuple: the axes of those names: of "data" it, or data0, data1, and so on."""
+    return tuple(axis for word in words for axis in mesh.shape
+                 if word in (axis, axis.rstrip("0123456789")))
+
+
+def size_over(mesh, axes):
+    """Mesh, tuple -> int: devices along those axes together."""
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def split_over(axes):
@@ -72,19 +81,19 @@ def split_over(axes):
 def spec(name, cfg, mesh, rules):
     """str, cfg, Mesh, dict -> P: the mesh axes that each dimension of one array is split over.
 
-    Rules are of letters, but for "matrix": each data axis in turn splits a letter that it divides,
-    further where "tensor" already does: the first letter, or else from the last one backwards. (Of
-    a letter in between a compiler made no scatter.) Vectors stay whole. ValueError where an axis
-    divides no letter.
+    Rules are of letters, but for "matrix": each axis of data and context in turn splits a letter
+    that it divides, further where "tensor" already does: the first letter, or else from the last
+    one backwards. (Of a letter in between a compiler made no scatter.) Vectors stay whole.
+    ValueError where an axis divides no letter.
     """
     letters = name.replace(" ", "")
-    held = {letter: [*split_over(rules.get(letter))] for letter in letters}
+    held = {letter: [*axes_of(mesh, *split_over(rules.get(letter)))] for letter in letters}
 
     def part(letter):
-        return getattr(cfg, letter) // math.prod(mesh.shape[axis] for axis in held[letter])
+        return getattr(cfg, letter) // size_over(mesh, held[letter])
 
     order = letters[0] + letters[:0:-1]
-    for axis in data_axes(mesh) if "matrix" in rules and " " in name else ():
+    for axis in axes_of(mesh, "data", "context") if "matrix" in rules and " " in name else ():
         n = mesh.shape[axis]
         letter = next((letter for letter in order if part(letter) % n == 0), None)
         if letter is None:
@@ -113,7 +122,8 @@ def specs_of(params, cfg, mesh, rules):
 
 def check_rules(cfg, mesh, rules):
     """cfg, Mesh, dict -> None: ValueError unless rules name axes that divide their letters."""
-    letters = {letter: split_over(axes) for letter, axes in rules.items() if letter != "matrix"}
+    letters = {letter: axes_of(mesh, *split_over(axes)) for letter, axes in rules.items()
+               if letter != "matrix"}
     names = set(jax.tree.leaves(dims(cfg)._replace(layers=dims(cfg).layers[0])))
     for name in names:
         axes = [axis for letter in name.replace(" ", "") for axis in letters.get(letter, ())]
@@ -121,10 +131,11 @@ def check_rules(cfg, mesh, rules):
             raise ValueError(f"rules {rules} split two letters of one array, {name!r}, over the "
                              "same axis")
     for letter, axes in letters.items():
-        if letter not in tuple("EHKDFV") or not set(axes) <= set(mesh.shape):
+        known = all(axes_of(mesh, word) for word in split_over(rules[letter]))
+        if letter not in tuple("EHKDFV") or not known:
             raise ValueError(f"rule {letter}={rules[letter]!r}: expected one of the letters EHKDFV,"
                              f" and of the mesh's axes {tuple(mesh.shape)}")
-        size, n = getattr(cfg, letter), math.prod(mesh.shape[axis] for axis in axes)
+        size, n = getattr(cfg, letter), size_over(mesh, axes)
         if size % n:
             raise ValueError(f"{letter}={size} cannot be split over {n} devices of axis "
                              f"{rules[letter]!r}: choose an axis whose size divides {size}")
@@ -170,6 +181,21 @@ def stacked(tree):
 # -------------------------------------------------------------------------- collective matmuls
 
 
+def gathered(x, axes, dim, **how):
+    """array, axes, int -> array: whole again along `dim`, one axis of the torus after another."""
+    for axis in reversed(split_over(axes)):
+        x = lax.all_gather(x, axis, axis=dim, tiled=True, **how)
+    return x
+
+
+def scattered(x, axes, dim):
+    """array, axes, int -> array: added up, and split along `dim`, one axis after another. Over all
+    axes at once it may become an all-reduce: twice the bytes, and whole sums on every device."""
+    for axis in split_over(axes):
+        x = lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+    return x
+
+
 def gather_matmul(x, ws, axis="tensor", dtype=None):
     """...(E/t), ((F/t)E, ...) -> (...(F/t), ...): gather the contracted letter, then multiply.
 
@@ -177,7 +203,7 @@ def gather_matmul(x, ws, axis="tensor", dtype=None):
     all. The reference of `gather_matmul_ring`.
     """
     check_contracted(x, ws, lax.axis_size(axis))
-    x = lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True)
+    x = gathered(x, axis, x.ndim - 1)
     return tuple(dot(x, w, dtype=dtype) for w in ws)
 
 
@@ -208,8 +234,7 @@ def matmul_scatter(x, w, axis="tensor", n=1):
     The last n letters of w are contracted. The reference of `matmul_scatter_ring`.
     """
     check_scattered(w, lax.axis_size(axis))
-    y = dot(x, w, n, dtype=jnp.float32)
-    return lax.psum_scatter(y, axis, scatter_dimension=y.ndim - 1, tiled=True).astype(x.dtype)
+    return scattered(dot(x, w, n, dtype=jnp.float32), axis, x.ndim - n).astype(x.dtype)
 
 
 def matmul_scatter_ring(x, w, axis="tensor", n=1, both=False):
@@ -290,8 +315,7 @@ def split_embed(params, tokens, cfg, axis="tensor"):
     rows = cfg.V // lax.axis_size(axis)
     local = tokens - lax.axis_index(axis) * rows
     x = embed(params, jnp.clip(local, 0, rows - 1), cfg)
-    x = jnp.where(((local >= 0) & (local < rows))[..., None], x, 0)
-    return lax.psum_scatter(x, axis, scatter_dimension=2, tiled=True)
+    return scattered(jnp.where(((local >= 0) & (local < rows))[..., None], x, 0), axis, 2)
 
 
 def split_unembed(params, x, cfg, axis="tensor", enter=gather_matmul):
@@ -312,19 +336,60 @@ def split_nats(logits, targets, axis="tensor"):
     return jnp.log(total) + top - lax.psum(chosen, axis)
 
 
+def split_one_hot(token, part, axis="tensor"):
+    """B, int -> B(V/t): this device's part of `one_hot`."""
+    return one_hot(token - lax.axis_index(axis) * part, part)
+
+
+@jax.named_scope("sample")
+def split_sample(key, logits, pos, temperature, top_k, top_p, axis="tensor"):
+    """key, B(V/t), B, temperature, top_k, top_p -> B: the token that `sample` draws.
+
+    Each device adds its part of the noise, and two numbers a row travel: its best sum, and which
+    token's that is. Besides, where that is random, a row's largest logit; for top_k as many of each
+    part; and for top_p below 1, which asks for the probability of each, all logits.
+    """
+    temperature, top_k, top_p = sampling(temperature, top_k, top_p)
+    if top_p < 1 and temperature >= TINY:
+        return sample(key, gathered(logits, axis, 1, to="invarying"), pos, temperature, top_k,
+                      top_p)
+    part, n, first = logits.shape[-1], lax.axis_size(axis), lax.axis_index(axis) * logits.shape[-1]
+
+    def largest(logits):
+        return lax.pmax(row_largest(logits), axis)
+
+    def kth(logits, k):
+        some = lax.top_k(logits, min(k, part))[0]
+        return lax.top_k(gathered(some, axis, 1), min(k, n * some.shape[1]))[0][:, -1:]
+
+    scores = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
+    if temperature >= TINY:
+        drawn = noise(key, pos, n * part)
+        scores = kept(logits, temperature, top_k, 1.0, largest, kth) \
+            + lax.dynamic_slice_in_dim(drawn, first, part, 1)
+    best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    pair = lax.bitcast_convert_type(row_largest(scores), jnp.int32), (first + best)[:, None]
+    pairs = gathered(jnp.stack(pair, axis=-1), axis, 1, to="invarying")  # Bt2
+    winner = jnp.argmax(lax.bitcast_convert_type(pairs[..., 0], jnp.float32), axis=1)
+    return jnp.take_along_axis(pairs[..., 1], winner[:, None], axis=1)[:, 0]
+
+
 # -------------------------------------------------------------------------------------- training
 
 
 def check_rows(tokens, mesh):
-    """B(T+1), Mesh -> None: ValueError unless rows of two or more tokens can be split over "data".
-    """
-    n = math.prod(mesh.shape[axis] for axis in data_axes(mesh))
-    if not data_axes(mesh):
+    """B(T+1), Mesh -> None: ValueError unless rows of two or more tokens can be split over "data",
+    and their tokens over "context"."""
+    rows, context = (size_over(mesh, axes_of(mesh, word)) for word in ("data", "context"))
+    if not axes_of(mesh, "data"):
         raise ValueError(f"a mesh of {tuple(mesh.shape)}: rows are split over an axis 'data'")
-    if len(tokens) % n:
-        raise ValueError(f"{len(tokens)} rows cannot be split over {n} devices of axis 'data'")
+    if len(tokens) % rows:
+        raise ValueError(f"{len(tokens)} rows cannot be split over {rows} devices of axis 'data'")
     if tokens.shape[1] < 2:
         raise ValueError(f"tokens of shape {tokens.shape}: a loss takes B(T+1), two or more a row")
+    if (tokens.shape[1] - 1) % context:
+        raise ValueError(f"T={tokens.shape[1] - 1} tokens cannot be split over {context} devices "
+                         f"of axis 'context': choose a multiple of {context}")
 
 
 def fsdp_loss(params, tokens, cfg, mesh):
@@ -337,7 +402,7 @@ def fsdp_loss(params, tokens, cfg, mesh):
     check_rows(tokens, mesh)
 
     def over_data(a):
-        return lax.with_sharding_constraint(a, jax.NamedSharding(mesh, P(data_axes(mesh))))
+        return lax.with_sharding_constraint(a, jax.NamedSharding(mesh, P(axes_of(mesh, "data"))))
 
     def kept(x, w, table, cfg, attend):
         x, state = block(over_data(x), w, table, cfg, attend)
@@ -346,56 +411,144 @@ def fsdp_loss(params, tokens, cfg, mesh):
     return loss(params, over_data(tokens), cfg, kept)
 
 
-def gather_data(w, split):
-    """Params, specs -> Params: what FSDP split is whole again, one axis of the torus after another.
+def gather_weights(w, split, over):
+    """Params, specs, axes -> Params: what is split over those axes is whole again.
 
-    The gradient is scattered and added up, an axis at a time too. Gathered over all axes at once,
-    each gather and scatter may become an all-reduce: twice the bytes, and whole gradients on every
-    device.
+    The gradient is scattered and added up, an axis at a time too.
     """
     def whole(w, spec):
-        for i, axes in enumerate(spec):
-            for axis in reversed(split_over(axes)):
-                if axis.startswith("data"):
-                    w = lax.all_gather(w, axis, axis=i, tiled=True)
+        for dim, axes in enumerate(spec):
+            w = gathered(w, tuple(axis for axis in split_over(axes) if axis in over), dim)
         return w
 
     return jax.tree.map(whole, w, split)
 
 
 def sharded_loss(params, tokens, cfg, mesh, enter=gather_matmul, leave=matmul_scatter):
-    """Params, B(T+1), cfg, Mesh -> scalar: `loss`, by hand, on a mesh of "data" and "tensor".
+    """Params, B(T+1), cfg, Mesh -> scalar: `loss`, by hand, on a mesh of "data", "tensor" and, for
+    long rows, "context".
 
-    (n, 1) is FSDP, (1, n) tensor parallelism, (n, m) both. `params` are `stack`ed. Rows are split
-    over "data"; each layer's weights are gathered there before use, and again for its gradient.
-    Over "tensor" weights stay where they are, and x is split over E between layers. ValueError for
-    what does not divide.
+    Over data (n, 1) is FSDP, (1, n) tensor parallelism, (n, m) both. `params` are `stack`ed. Rows
+    are split over "data", the tokens of each over "context", where every n-th is a device's; each
+    layer's weights are gathered over both before use, and again for its gradient. Over "tensor"
+    weights stay where they are, and x is split over E between layers. ValueError for what does not
+    divide.
     """
     check_tokens(tokens, cfg)
-    rules = {**TENSOR, **FSDP}
+    rules, rows = {**TENSOR, **FSDP}, P(axes_of(mesh, "data"))
     check_split(cfg, mesh, rules)
     check_rows(tokens, mesh)
     if not hasattr(params.layers, "wq"):
         raise ValueError("params hold a tuple of layers: stack(params) makes them one")
-    split, rows = specs(cfg, mesh, rules), P(data_axes(mesh))
-    run = partial(local_loss, cfg=cfg, split=split, rows=data_axes(mesh),
-                  seams=dict(enter=enter, leave=leave, norm=split_norm))
+    split = specs(cfg, mesh, rules)
+    run = partial(local_loss, cfg=cfg, split=split, mesh=mesh, enter=enter, leave=leave)
     return jax.shard_map(run, mesh=mesh, in_specs=(stacked(split), rows), out_specs=P())(
         params, tokens)
 
 
-def local_loss(params, tokens, cfg, split, rows, seams):
-    """Params, B(T+1), cfg, specs, axes, dict -> scalar: one device's part of `sharded_loss`."""
-    table = rotary(jnp.arange(tokens.shape[1] - 1)[None], cfg)
-    ends = gather_data(params._replace(layers=()), split._replace(layers=()))
+def local_loss(params, tokens, cfg, split, mesh, enter, leave):
+    """Params, B(T+1), cfg, specs, Mesh -> scalar: one device's part of `sharded_loss`."""
+    over, context, tensor = (axes_of(mesh, *words) for words in (
+        ("data", "context"), ("context",), ("tensor",)))
+    pos = own_places(tokens.shape[1] - 1, context) if context else jnp.arange(tokens.shape[1] - 1)
+    attend, seams = partial(attend_ring, axis=context) if context else causal, tp_parts(
+        tensor, enter, leave)
+    ends = gather_weights(params._replace(layers=()), split._replace(layers=()), over)
+    before, after = (tokens[:, pos], tokens[:, pos + 1]) if context else (
+        tokens[:, :-1], tokens[:, 1:])
+    table, x = rotary(pos[None], cfg), seams.pop("embed")(ends, before, cfg)
 
     def one(x, w):
-        return block(x, gather_data(w, split.layers[0]), table, cfg, causal, **seams)
+        return block(x, gather_weights(w, split.layers[0], over), table, cfg, attend, **seams)
 
-    x = split_embed(ends, tokens[:, :-1], cfg)
     x, _ = lax.scan(jax.checkpoint(one), x, params.layers)
-    logits = split_unembed(ends, x, cfg, enter=seams["enter"])
-    return lax.pmean(jnp.mean(split_nats(logits, tokens[:, 1:])), rows)
+    logits = split_unembed(ends, x, cfg, tensor, enter)
+    return lax.pmean(jnp.mean(split_nats(logits, after, tensor)), over)
+
+
+# ------------------------------------------------------------------------------ ring attention
+
+
+def own_places(T, axis):
+    """int, axis -> T/n: of T places those of this device: every n-th, from its own number on.
+
+    So each has an equal share of early and of late tokens: an equal share of what a causal pass
+    multiplies, however long. arXiv:2311.09431.
+    """
+    n = lax.axis_size(axis)
+    return lax.axis_index(axis) + n * jnp.arange(-(-T // n))
+
+
+def later(i, axis):
+    """int, axis -> int: 1 where the device i before this one, around the ring, is a later one:
+    its token at a place stands behind this device's there, else before it."""
+    here = lax.axis_index(axis)
+    return ((here - i) % lax.axis_size(axis) > here).astype(jnp.int32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def ring_attention(q, k, v, axis):
+    """B(T/n)HD, BK(T/n)D, BK(T/n)D, axis -> B(T/n)HD: `causal_attention` of tokens that are split
+    as `own_places` says.
+
+    k and v go once around the ring, and each part is attended to while the next one travels.
+    arXiv:2310.01889.
+    """
+    return ring_forward(q, k, v, axis)[0]
+
+
+def ring_forward(q, k, v, axis, widen=lambda held: held):
+    """B(T/n)HD, BK(T/n)D, BK(T/n)D, axis -> B(T/n)HD, saved: int8 k and v travel as they are, and
+    are widened where they are used."""
+    T, H = q.shape[1:3]
+
+    def add(found, k, v, i):
+        out, (*_, log_total) = causal_forward(q, widen(k), widen(v), later(i, axis))
+        log_total = by_token(log_total, T, H)
+        new = Partial(jnp.where(log_total > -jnp.inf, out, 0), jnp.ones_like(log_total), log_total)
+        return merge(found, new)
+
+    def step(state, i):
+        found, k, v = state
+        following = [jax.tree.map(lambda a: pass_on(a, axis, 1), a) for a in (k, v)]
+        return (add(found, k, v, i), *following), None
+
+    n, wide = lax.axis_size(axis), q.astype(jnp.float32)
+    nothing = Partial(wide * 0, wide[..., :1] * 0, wide[..., :1] * 0 - jnp.inf)
+    (found, last_k, last_v), _ = lax.scan(step, (nothing, k, v), jnp.arange(n - 1))
+    found = add(found, last_k, last_v, n - 1)
+    out = normalised(found).astype(q.dtype)
+    return out, (q, k, v, out, jnp.log(found.total) + found.largest)
+
+
+def ring_backward(axis, saved, dy):
+    """axis, saved, B(T/n)HD -> B(T/n)HD, BK(T/n)D, BK(T/n)D: the gradients of k and v travel with
+    them, in f32, and one step further: home."""
+    q, k, v, out, log_total = saved
+    log_total = in_blocks(log_total, k.shape[1], causal_blocks(q.shape[1])[0])
+
+    def add(grads, k, v, i):
+        new = causal_backward((q, k, v, out, log_total), dy, later(i, axis))
+        return [total + d for total, d in zip(grads, new, strict=True)]
+
+    def step(state, i):
+        (dq, *dkv), *kv = state
+        following = [pass_on(a, axis, 1) for a in kv]
+        dq, *dkv = add((dq, *dkv), *kv, i)
+        return ([dq, *(pass_on(d, axis, 1) for d in dkv)], *following), None
+
+    n, none = lax.axis_size(axis), [a.astype(jnp.float32) * 0 for a in (q, k, v)]
+    (grads, *kv), _ = lax.scan(step, (none, k, v), jnp.arange(n - 1))
+    dq, *dkv = add(grads, *kv, n - 1)
+    return dq.astype(q.dtype), *(pass_on(d, axis, 1).astype(k.dtype) for d in dkv)
+
+
+ring_attention.defvjp(ring_forward, ring_backward)
+
+
+def attend_ring(q, k, v, axis):
+    """B(T/n)HD, BK(T/n)D, BK(T/n)D, axis -> B(T/n)HD, None: what training's queries look at."""
+    return ring_attention(q, k, v, axis), None
 
 
 # ------------------------------------------------------------------------------------ generating
@@ -405,6 +558,19 @@ def own_rows(a, axis="tensor"):
     """B..., axis -> (B/t)...: this device's rows."""
     rows = len(a) // lax.axis_size(axis)
     return lax.dynamic_slice_in_dim(a, lax.axis_index(axis) * rows, rows)
+
+
+def own_slots(a, axis="tensor"):
+    """BKTD, axis -> BK(T/t)D: of T slots this device's."""
+    n = lax.axis_size(axis)
+    a = striped(jnp.pad(a, ((0, 0), (0, 0), (0, -a.shape[2] % n), (0, 0))), n)
+    return lax.dynamic_index_in_dim(a, lax.axis_index(axis), 2, keepdims=False)
+
+
+def striped(a, n):
+    """BKSD, int -> BKnSD: slot s is the (s // n)-th of part s % n."""
+    B, K, S, D = a.shape
+    return a.reshape(B, K, S // n, n, D).swapaxes(2, 3)
 
 
 def over_batch(attend, axis="tensor"):
@@ -429,53 +595,88 @@ def normalised_over(part, axis="tensor"):
 
 
 def extend_slots(q, k, v, old_k, old_v, pos, axis="tensor"):
-    """BT(H/t)D, BKTD, BKTD, BK(S/t)D, BK(S/t)D, BT -> BT(H/t)D, (BK(S/t)D, BK(S/t)D): each device
-    holds S/t slots of all heads; the shares of the values are added up."""
-    pos = pos - lax.axis_index(axis) * old_k.shape[2]  # below 0, or beyond: another device's
-    k, v = write(old_k, k, pos), write(old_v, v, pos)
+    """BT(H/t)D, BKTD, BKTD, BK1(S/t)D, BK1(S/t)D, BT -> BT(H/t)D, (BK1(S/t)D, BK1(S/t)D): each
+    device holds every t-th slot of all heads; the shares of the values are added up."""
+    n, pos = lax.axis_size(axis), pos - lax.axis_index(axis)
+    own = jnp.where(pos % n == 0, pos // n, -1)  # not its own are dropped
+    old = jax.tree.map(lambda a: a[:, :, 0], (old_k, old_v))
+    k, v = (write(slots, new, own) for slots, new in zip(old, (k, v), strict=True))
     q = lax.all_gather(q, axis, axis=2, tiled=True)
-    out = cached_attention(q, k, v, pos, partial(normalised_over, axis=axis))
-    return lax.psum_scatter(out, axis, scatter_dimension=2, tiled=True), (k, v)
+    out = cached_attention(q, k, v, pos // n, partial(normalised_over, axis=axis))
+    return lax.psum_scatter(out, axis, scatter_dimension=2, tiled=True), jax.tree.map(
+        lambda a: a[:, :, None], (k, v))
 
 
-def fill_slots(q, k, v, old_k, old_v, pos, axis="tensor"):
-    """BT(H/t)D, BKTD, BKTD, BK(S/t)D, BK(S/t)D, BT -> BT(H/t)D, (BK(S/t)D, BK(S/t)D): a prompt's
-    heads are split, its slots written where they belong."""
+def insert_own(slots, new, row, rows):
+    """BKSD, BKTD, int or None, axes -> BKSD: `insert` of rows that are all there, and split over
+    those axes: each device keeps its own; or, with a number, of one row, where it is a device's."""
+    if row is None:
+        return insert(slots, jax.tree.map(lambda a: own_rows(a, rows), new), 0)
+
+    def put(slots, new):
+        at = row - lax.axis_index(rows) * len(slots)
+        place = jnp.clip(at, 0, len(slots) - 1), *(0,) * (slots.ndim - 1)
+        new = jnp.where(at == place[0], new, lax.dynamic_slice(slots, place, new.shape))
+        return lax.dynamic_update_slice(slots, new, place)
+
+    return jax.tree.map(put, slots, new)
+
+
+def fill_whole(q, k, v, old_k, old_v, pos, axis="tensor", insert=insert, row=None):
+    """BT(H/t)D, BKTD, BKTD, BKSD, BKSD, BT -> BT(H/t)D, (BKSD, BKSD): a prompt where k and v are
+    whole: each device looks at it with its own heads."""
     n, here, heads = lax.axis_size(axis), lax.axis_index(axis), q.shape[2]
     held = as_held(k, old_k), as_held(v, old_v)
-    group = n * heads // k.shape[1]  # query heads that share a key head; all of k and v is here
+    group = n * heads // k.shape[1]  # query heads that share a key head
     kv = (here * heads + jnp.arange(heads)) // group
     seen = (as_seen(new, q.dtype)[:, kv] for new in held)
+    return causal_attention(q, *seen), insert((old_k, old_v), held, row)
 
-    def mine(new, old):
-        S = old.shape[2]
-        new = jnp.pad(new, ((0, 0), (0, 0), (0, n * S - new.shape[2]), (0, 0)))
-        return lax.dynamic_slice_in_dim(new, here * S, S, axis=2)
 
-    return causal_attention(q, *seen), insert((old_k, old_v), jax.tree.map(
-        mine, held, (old_k, old_v)), 0)
+def fill_ring(q, k, v, old_k, old_v, pos, axis="tensor"):
+    """B(T/t)HD, BK(T/t)D, BK(T/t)D, BK1(S/t)D, BK1(S/t)D, BT -> B(T/t)HD, (BK1(S/t)D, BK1(S/t)D):
+    each device's tokens are those of its slots: what it writes stays where it is."""
+    held = as_held(k, old_k), as_held(v, old_v)
+    out, _ = ring_forward(q, *held, axis, widen=lambda held: as_seen(held, q.dtype))
+    new = jax.tree.map(lambda a: a[:, :, None], held)
+    return out, jax.tree.map(lambda old, new: lax.dynamic_update_slice(old, new, (0,) * 5),
+                             (old_k, old_v), new)
+
+
+def insert_stripes(slots, new, row, keep, axis="tensor"):
+    """BK1(S/t)D, BKTD, int or None, keep, axis -> BK1(S/t)D: `keep` of a device's own slots."""
+    new = jax.tree.map(lambda a: own_slots(a, axis), new)
+    held = keep(jax.tree.map(lambda a: a[:, :, 0], slots), new, row)
+    return jax.tree.map(lambda a: a[:, :, None], held)
 
 
 class Layout(NamedTuple):
-    """A way to split a cache over the mesh axis "tensor"."""
-    letter: str       # of BKSD, that is split
-    rules: dict       # for the weights beside it
-    attend: Callable  # what `extend` does at a layer: extend_cache's contract
-    fill: Callable    # what `prefill` does there
+    """A way to split a cache over "tensor": over its last axis a letter, K over those before it."""
+    letter: str       # of BKSD
+    attend: Callable  # axis -> what `extend` does at a layer: extend_cache's contract
+    by_token: bool = False  # are prompts split over their tokens, and weights gathered for them?
 
 
-WHOLE_KV = {letter: axis for letter, axis in TENSOR.items() if letter != "K"}
-LAYOUTS = {"heads": Layout("K", TENSOR, extend_cache, fill_cache),
-           "batch": Layout("B", WHOLE_KV, over_batch(extend_cache), over_batch(fill_cache)),
-           "sequence": Layout("S", WHOLE_KV, extend_slots, fill_slots)}
+LAYOUTS = {"heads": Layout("K", lambda axis: extend_cache),
+           "batch": Layout("B", lambda axis: over_batch(extend_cache, axis)),
+           "sequence": Layout("S", lambda axis: partial(extend_slots, axis=axis)),
+           "context": Layout("S", lambda axis: partial(extend_slots, axis=axis), by_token=True)}
+
+
+def layout_rules(mesh, layout):
+    """Mesh, str -> dict: rules for the weights beside a cache. Where its last axis does not split
+    K, each of its devices has the keys of those before it."""
+    few = {} if LAYOUTS[layout].letter == "K" else {"K": axes_of(mesh, "tensor")[:-1]}
+    return {**TENSOR, **few}
 
 
 def cache_specs(mesh, layout):
     """Mesh, str -> Cache of specs: rows are split over data's axes too, where there are some: each
     part of them has a copy of the model."""
-    rows, letter = data_axes(mesh), LAYOUTS[layout].letter
-    over = {"B": rows} | {letter: (*(rows if letter == "B" else ()), "tensor")}
-    split = P(*(over.get(letter) or None for letter in "BKS"))
+    rows, axes = axes_of(mesh, "data"), axes_of(mesh, "tensor")
+    over = {"B": rows, "K": axes[:-1], "S": ()}
+    over[LAYOUTS[layout].letter] += axes[-1:]
+    split = P(*(over[letter] or None for letter in "BKS"))
     return Cache(split, split, P(rows or None))
 
 
@@ -483,14 +684,15 @@ def check_layout(cache, mesh, layout):
     """Cache, Mesh, str -> None: ValueError unless the mesh can split what the layout splits."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
-    if "tensor" not in mesh.shape:
+    if not axes_of(mesh, "tensor"):
         raise ValueError(f"a mesh of {tuple(mesh.shape)}: a cache is split over an axis 'tensor'")
-    sizes_ = dict(zip("BKSD", cache.k[0].shape, strict=True))
-    split = {name: dict(zip("BKS", cache_specs(mesh, name).k, strict=True)) for name in LAYOUTS}
+    B, K = cache.k[0].shape[:2]
+    sizes_ = dict(B=B, K=K, S=slots_of(cache))
 
     def lacks(name):
-        return [(letter, n) for letter, axes in split[name].items() if sizes_[letter] % (
-            n := math.prod(mesh.shape[axis] for axis in split_over(axes)))]
+        split = dict(zip("BKS", cache_specs(mesh, name).k, strict=True))
+        return [(letter, n) for letter, axes in split.items()
+                if sizes_[letter] % (n := size_over(mesh, split_over(axes)))]
 
     for letter, n in lacks(layout):
         fit = [name for name in LAYOUTS if not lacks(name)]
@@ -499,31 +701,72 @@ def check_layout(cache, mesh, layout):
                          + (f"; {' and '.join(fit)} can" if fit else ""))
 
 
-def tp_specs(params, cache, cfg, mesh, layout):
-    """Params, Cache, cfg, Mesh, str -> specs of params, of cache, of rows: for what runs in
-    `layout`. ValueError where a letter that is split does not divide."""
-    check_layout(cache, mesh, layout)
-    rules, split = LAYOUTS[layout].rules, cache_specs(mesh, layout)
-    check_split(cfg, mesh, rules)
-    return specs_of(params, cfg, mesh, rules), split, split.length
+def as_laid_out(cache, mesh, layout):
+    """Cache, Mesh, str -> Cache: slots that are split stand as BKnSD, those of each device together
+    (`striped`); others as BKSD."""
+    parts = mesh.shape[axes_of(mesh, "tensor")[-1]] if LAYOUTS[layout].letter == "S" else 0
+
+    def fit(a):
+        if a.ndim == 5 and a.shape[2] != parts:
+            a = a.swapaxes(2, 3).reshape(*a.shape[:2], -1, a.shape[4])
+        return striped(a, parts) if parts and a.ndim == 4 else a
+
+    return Cache(*jax.tree.map(fit, cache[:2]), cache.length)
 
 
 def place_cache(cache, mesh, layout):
-    """Cache, Mesh, str -> Cache: split over heads, batch or sequence."""
+    """Cache, Mesh, str -> Cache: split over heads, batch or sequence. One that no device holds
+    whole: `tp_empty`."""
     check_layout(cache, mesh, layout)
-    return jax.device_put(cache, jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec),
-                                              cache_specs(mesh, layout)))
+    return jax.device_put(as_laid_out(cache, mesh, layout), jax.tree.map(
+        lambda spec: jax.NamedSharding(mesh, spec), cache_specs(mesh, layout)))
 
 
-def whole_unembed(params, x, cfg, enter=gather_matmul):
-    """Params, BT(E/t), cfg -> BTV: every device has all logits, and draws the same tokens."""
-    logits = split_unembed(params, x, cfg, enter=enter)
-    return lax.all_gather(logits, "tensor", axis=2, tiled=True, to="invarying")
+class Split(NamedTuple):
+    """What a function in `shard_map` needs to know of who holds what."""
+    cache: Cache    # as the layout has it
+    params: Any     # specs
+    held: Cache     # specs of the cache
+    rows: P         # of what has a row each
+    logits: P       # BV
+    axes: tuple     # of "tensor"
+    attend: Callable
 
 
-def tp_parts(enter, leave):
+def split_as(params, cache, cfg, mesh, layout):
+    """Params, Cache, cfg, Mesh, str -> Split: for what runs in `layout`. ValueError where a letter
+    that is split does not divide."""
+    check_layout(cache, mesh, layout)
+    rules, axes, held = layout_rules(mesh, layout), axes_of(mesh, "tensor"), cache_specs(
+        mesh, layout)
+    check_split(cfg, mesh, rules)
+    return Split(as_laid_out(cache, mesh, layout), specs_of(params, cfg, mesh, rules), held,
+                 held.length, P(*held.length, axes), axes, LAYOUTS[layout].attend(axes[-1]))
+
+
+def fill_in(layout, axes, data, row=None):
+    """str, axes, axes, int or None -> attend: what `prefill` does at a layer, of all rows or of
+    one, whose number counts over all devices."""
+    letter, last = LAYOUTS[layout].letter, axes[-1:]
+    own = last if letter == "B" else ()
+    keep = partial(insert_own, rows=own if row is None else (*data, *own))
+    if letter == "S":
+        keep = partial(insert_stripes, keep=keep, axis=last)
+    return partial(fill_cache if letter == "K" else partial(fill_whole, axis=last), row=row,
+                   insert=keep)
+
+
+def tp_parts(axis, enter, leave):
     """-> dict: what `extend` and `prefill` take in place of their own parts."""
-    return dict(embed=split_embed, enter=enter, leave=leave, norm=split_norm)
+    return dict(embed=partial(split_embed, axis=axis), enter=partial(enter, axis=axis),
+                leave=partial(leave, axis=axis), norm=partial(split_norm, axis=axis))
+
+
+def tp_draws(axis, enter, part):
+    """-> dict: what `generate` takes, of logits that stay split: each device has `part` of V."""
+    return dict(unembed=partial(split_unembed, axis=axis, enter=enter),
+                sample=partial(split_sample, axis=axis),
+                one_hot=lambda token, V: split_one_hot(token, part, axis))
 
 
 def tp_extend(params, cache, tokens, cfg, mesh, layout="heads", enter=gather_matmul,
@@ -532,71 +775,153 @@ def tp_extend(params, cache, tokens, cfg, mesh, layout="heads", enter=gather_mat
 
     A layer goes BT(E/t) -> BT(H/t)D and k, v -> attention -> BT(E/t) -> BT(F/t) -> BT(E/t). The
     cache is split over "heads": attention is local, k and v are BT(K/t)D, and K must divide; over
-    "batch": for K smaller than the axis; or over "sequence": for a cache that is too large for a
-    device. Rows are split over axes of data, where the mesh has some. What was placed in another
-    way is moved first. ValueError for what does not divide, and those of `extend`.
+    "batch": for K smaller than the axis; or over "sequence" (or "context"): for a cache that is too
+    large for a device. Of tensor=(m, n) the first axis splits K in any case, and the last one the
+    heads, rows or slots that each group of devices holds: so K may be m, and the others share a
+    head's keys. Rows are split over axes of data, where the mesh has some. What was placed in
+    another way is moved first. ValueError for what does not divide, and those of `extend`.
     """
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
     check_room(cache, tokens.shape[1])
-    split, held, rows = tp_specs(params, cache, cfg, mesh, layout)
-    run = partial(append, cfg=cfg, attend=LAYOUTS[layout].attend, **tp_parts(enter, leave))
+    cache, split, held, rows, _, axes, attend = split_as(params, cache, cfg, mesh, layout)
+    run = partial(append, cfg=cfg, attend=attend, **tp_parts(axes, enter, leave))
     return jax.shard_map(run, mesh=mesh, in_specs=(split, held, rows), out_specs=(
-        P(*rows, None, "tensor"), held))(params, cache, tokens)
+        P(*rows, None, axes), held))(params, cache, tokens)
 
 
 def tp_unembed(params, x, cfg, mesh, layout="heads", enter=gather_matmul):
-    """Params, BTE, cfg, Mesh -> BTV: f32 logits of what `tp_extend` gave, whole on each device."""
-    rules, rows = LAYOUTS[layout].rules, P(data_axes(mesh) or None)
-    return jax.shard_map(partial(whole_unembed, cfg=cfg, enter=enter), mesh=mesh, in_specs=(
-        specs_of(params, cfg, mesh, rules), P(*rows, None, "tensor")), out_specs=rows)(params, x)
+    """Params, BTE, cfg, Mesh -> BTV: f32 logits of what `tp_extend` gave, split over V."""
+    rules, axes, rows = layout_rules(mesh, layout), axes_of(mesh, "tensor"), P(
+        axes_of(mesh, "data") or None)
+    run = partial(split_unembed, cfg=cfg, axis=axes, enter=enter)
+    return jax.shard_map(run, mesh=mesh, in_specs=(
+        specs_of(params, cfg, mesh, rules), P(*rows, None, axes)), out_specs=P(*rows, None, axes))(
+        params, x)
 
 
 def tp_prefill(params, cache, tokens, lengths, cfg, mesh, layout="heads", enter=gather_matmul,
                leave=matmul_scatter):
     """Params, Cache, BT, B, cfg, Mesh -> BV, Cache: `prefill`, of all rows at once, over the mesh
-    axis "tensor"."""
+    axis "tensor"; logits are split over V.
+
+    Each device reads all tokens with its part of the weights, and writes its part of the cache; in
+    the layout "context" its part of the tokens, with weights that are gathered a layer at a time:
+    for prompts so long that they outweigh the weights (`read_context`).
+    """
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
     check_prompts(cache, tokens, lengths)
-    split, held, rows = tp_specs(params, cache, cfg, mesh, layout)
-    run = partial(read_prompts, cfg=cfg, attend=LAYOUTS[layout].fill,
-                  unembed=partial(whole_unembed, enter=enter), **tp_parts(enter, leave))
+    cache, split, held, rows, logits, axes, _ = split_as(params, cache, cfg, mesh, layout)
+    run = partial(read_context, cfg=cfg, split=split, axes=axes, enter=enter, leave=leave) \
+        if LAYOUTS[layout].by_token else partial(
+            read_prompts, cfg=cfg, attend=fill_in(layout, axes, ()),
+            unembed=partial(split_unembed, axis=axes, enter=enter), **tp_parts(axes, enter, leave))
     return jax.shard_map(run, mesh=mesh, in_specs=(split, held, rows, rows), out_specs=(
-        rows, held))(params, cache, tokens, lengths)
+        logits, held))(params, cache, tokens, lengths)
+
+
+def read_context(params, cache, tokens, lengths, cfg, split, axes, enter, leave):
+    """Params, Cache, BT, B, cfg, specs, axes -> B(V/t), Cache: prompts split over their tokens.
+
+    The last axis of "tensor" splits tokens as it splits slots, so that k and v are written where
+    they are made, and travel for `ring_attention` alone. Weights are gathered over it, a layer at a
+    time; over axes before it they stay split. Of the last token, the logits are split over all.
+    """
+    over, last = axes[:-1], axes[-1]
+    n, lengths = lax.axis_size(last), jnp.asarray(lengths, jnp.int32)
+    whole = gather_weights(params._replace(unembed=None, out_norm=None),
+                           split._replace(unembed=None, out_norm=None), (last,))
+    seams, pos = tp_parts(over, enter, leave), own_places(tokens.shape[1], last)[None]
+    own = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % n)))[:, pos[0]]
+    x, k, v = through_layers(whole, cache, seams.pop("embed")(whole, own, cfg), pos, cfg,
+                             partial(fill_ring, axis=last), **seams)
+    at = lengths - 1
+    mine = (at % n == lax.axis_index(last))[:, None]
+    x = lax.psum(jnp.where(mine, x[jnp.arange(len(at)), at // n], 0), last)[:, None]
+    return split_unembed(params, x, cfg, over, enter)[:, 0], Cache(k, v, lengths)
 
 
 def tp_generate(params, cache, logits, key, n, cfg, mesh, layout="heads", enter=gather_matmul,
                 leave=matmul_scatter, **how):
     """Params, Cache, BV, key, n, cfg, Mesh -> Bn, BV, Cache: `generate`, one scan on all devices.
 
-    `how` is temperature, top_k, top_p and end. ValueError as of `tp_extend` and `generate`.
+    `how` is temperature, top_k, top_p and end. Logits stay split over V: see `split_sample`.
+    ValueError as of `tp_extend` and `generate`.
     """
     check_room(cache, n)
-    split, held, rows = tp_specs(params, cache, cfg, mesh, layout)
-    run = partial(draw, n=n, cfg=cfg, **how, unembed=partial(whole_unembed, enter=enter),
-                  append=partial(append, attend=LAYOUTS[layout].attend, **tp_parts(enter, leave)))
-    return jax.shard_map(run, mesh=mesh, in_specs=(split, held, rows, rows), out_specs=(
-        rows, rows, held))(params, cache, logits, row_keys(key, len(logits)))
+    cache, split, held, rows, split_logits, axes, attend = split_as(
+        params, cache, cfg, mesh, layout)
+    run = partial(draw, n=n, cfg=cfg, **how, append=partial(
+        append, attend=attend, **tp_parts(axes, enter, leave)), **tp_draws(
+            axes, enter, cfg.V // size_over(mesh, axes)))
+    return jax.shard_map(run, mesh=mesh, in_specs=(split, held, split_logits, rows), out_specs=(
+        rows, split_logits, held))(params, cache, logits, row_keys(key, len(logits)))
 
 
 def tp_speculate(params, cache, tokens, key, n, cfg, mesh, draft, state, layout="heads",
                  enter=gather_matmul, leave=matmul_scatter, **how):
     """Params, Cache, BS, key, n, cfg, Mesh, draft, state -> BS, Cache, state, counts: `speculate`.
 
-    The draft is not split: every device proposes the same. ValueError as of `tp_extend` and
+    The draft is not split: every device proposes the same. To accept or refuse takes each
+    proposal's whole distribution: logits are gathered. ValueError as of `tp_extend` and
     `speculate`.
     """
     keys, n_draft = check_speculation(params, cache, tokens, key, n, cfg, draft, state)
-    split, held, rows = tp_specs(params, cache, cfg, mesh, layout)
-    run = partial(rounds, n=n, n_draft=n_draft, cfg=cfg, **how,
-                  unembed=partial(whole_unembed, enter=enter),
-                  append=partial(append, attend=LAYOUTS[layout].attend, **tp_parts(enter, leave)))
+    cache, split, held, rows, _, axes, attend = split_as(params, cache, cfg, mesh, layout)
+
+    def whole(params, x, cfg):
+        return gathered(split_unembed(params, x, cfg, axes, enter), axes, 2, to="invarying")
+
+    run = partial(rounds, n=n, n_draft=n_draft, cfg=cfg, **how, unembed=whole, append=partial(
+        append, attend=attend, **tp_parts(axes, enter, leave)))
     return jax.shard_map(
         lambda params, cache, tokens, keys, draft, state: run(
             params, cache, tokens, keys, draft=draft, state=state),
         mesh=mesh, in_specs=(split, held, rows, P(None, *rows), P(), rows),
         out_specs=(rows, held, rows, rows))(params, cache, tokens, keys, draft, state)
+
+
+def tp_empty(cfg, B, S, dtype, mesh, layout="heads"):
+    """cfg, int, int, dtype, Mesh -> Cache, BV: `empty`, made where it lives."""
+    def made():
+        cache, logits = empty(cfg, B, S, dtype)
+        return as_laid_out(cache, mesh, layout), logits
+
+    check_layout(jax.eval_shape(lambda: empty(cfg, B, S, dtype))[0], mesh, layout)
+    held = cache_specs(mesh, layout)
+    return jax.jit(made, out_shardings=jax.tree.map(partial(jax.NamedSharding, mesh), (
+        held, P(*held.length, axes_of(mesh, "tensor")))))()
+
+
+def tp_refill(params, cache, logits, row, prompt, length, cfg, mesh, layout="heads",
+              enter=gather_matmul, leave=matmul_scatter):
+    """Params, Cache, BV, int, 1T, 1, cfg, Mesh -> BV, Cache: `refill`: every copy of the model
+    reads the prompt, and the devices that hold the row keep it."""
+    cache, split, held, rows, split_logits, axes, _ = split_as(params, cache, cfg, mesh, layout)
+    data = axes_of(mesh, "data")
+    read = partial(read_prompts, cfg=cfg, unembed=partial(split_unembed, axis=axes, enter=enter),
+                   **tp_parts(axes, enter, leave))
+
+    def run(params, cache, logits, row, prompt, length):
+        told, new = read(params, cache, prompt, length, attend=fill_in(layout, axes, data, row))
+        at, B = row - lax.axis_index(data) * len(logits), len(logits)
+        at = jnp.where(at < 0, B, at)  # not its own are dropped
+        return logits.at[at].set(told[0], mode="drop"), new._replace(
+            length=cache.length.at[at].set(new.length[0], mode="drop"))
+
+    return jax.shard_map(run, mesh=mesh, in_specs=(split, held, split_logits, P(), P(), P()),
+                         out_specs=(split_logits, held))(params, cache, logits, row, prompt, length)
+
+
+def tp_serve(params, prompts, B, S, n, key, cfg, mesh, layout="heads", enter=gather_matmul,
+             leave=matmul_scatter, **how):
+    """Params, prompts, B, S, n, key, cfg, Mesh -> iterator of (int, tokens): `serve`, through rows
+    that are split. In several processes, where no axis of data splits them."""
+    where = dict(mesh=mesh, layout=layout)
+    parts = where | dict(enter=enter, leave=leave)
+    return serve(params, prompts, B, S, n, key, cfg, **how, empty=partial(tp_empty, **where),
+                 refill=partial(tp_refill, **parts), generate=partial(tp_generate, **parts))
 
 
 # ------------------------------------------------------------------------------ what travels
@@ -651,21 +976,38 @@ def traced_comm(fn, *args):
     return tally(events(jax.make_jaxpr(fn)(*args).jaxpr, {}))
 
 
-def trips(cfg, rows, t, ring):
-    """cfg, int, int, int -> event, event: one gather_matmul's and one matmul_scatter's trip.
+def sizes_of(axes):
+    """int or tuple -> tuple: of the axes of a mesh that one word stands for."""
+    return axes if isinstance(axes, tuple) else (axes,)
+
+
+def gathers(size, axes):
+    """int, tuple -> list of events: `gathered`: the last axis first, each of what is there."""
+    return [("all_gather", 1, size * math.prod(axes[i + 1:]), axes[i])
+            for i in reversed(range(len(axes)))]
+
+
+def scatters(size, axes):
+    """int, tuple -> list of events: `scattered`."""
+    return [("reduce_scatter", 1, size // math.prod(axes[:i]), n) for i, n in enumerate(axes)]
+
+
+def trips(cfg, rows, axes, ring):
+    """cfg, int, int or tuple, int -> events, events: one gather_matmul's and one matmul_scatter's
+    trip.
 
     `ring` is 0 for the references, or the number of ways, 1 or 2. x travels in cfg.dtype, sums in
     f32.
     """
-    wide = jnp.dtype(cfg.dtype).itemsize
+    wide, axes = jnp.dtype(cfg.dtype).itemsize, sizes_of(axes)
+    t = math.prod(axes)
     if ring:
         part = rows * cfg.E // t // ring
-        return tuple(("permute", (t - 1) * ring, part * size, t) for size in (wide, 4))
-    return (("all_gather", 1, rows * cfg.E // t * wide, t),
-            ("reduce_scatter", 1, rows * cfg.E * 4, t))
+        return tuple([("permute", (t - 1) * ring, part * size, t)] for size in (wide, 4))
+    return gathers(rows * cfg.E // t * wide, axes), scatters(rows * cfg.E * 4, axes)
 
 
-def repeated(times, *events):
+def repeated(times, events):
     """int, events -> list: each of them so often."""
     return [(kind, times * number, size, n) for kind, number, size, n in events]
 
@@ -675,94 +1017,162 @@ def train_comm(cfg, B, T, mesh, ring):
 
     Over "tensor", a layer gathers x twice, again when it is computed again, and scatters twice,
     once again: its last product is not computed again. The gradient of a gather is a scatter in
-    x's dtype, that of a scatter a gather in f32. Over "data", matrices are gathered twice and their
-    gradients scattered once, an axis at a time; gradients of norm scales are added up.
+    x's dtype, that of a scatter a gather in f32. Over "context", k and v go around in each forward
+    pass and with their gradients, in f32, in the backward one; these go one step further. Over
+    "data" and "context", matrices are gathered twice and their gradients scattered once, an axis at
+    a time; gradients of norm scales are added up.
     """
-    axes, tensor = [mesh.shape[axis] for axis in data_axes(mesh)], mesh.shape["tensor"]
-    data = math.prod(axes)
-    rows, wide = B // data * T, jnp.dtype(cfg.dtype).itemsize
+    axes, rings, tensor = ([mesh.shape[axis] for axis in axes_of(mesh, *words)] for words in (
+        ("data", "context"), ("context",), ("tensor",)))
+    copies, context, t, tensor = math.prod(axes), math.prod(rings), math.prod(tensor), tuple(tensor)
+    rows, wide = B * T // copies, jnp.dtype(cfg.dtype).itemsize
     gather, scatter = trips(cfg, rows, tensor, ring)
     x, squares = rows * cfg.E * wide, rows * 4
-    gather_back = gather if ring else ("reduce_scatter", 1, x, tensor)
-    scatter_back = scatter if ring else ("all_gather", 1, rows * cfg.E // tensor * 4, tensor)
+    gather_back = gather if ring else scatters(x, tensor)
+    scatter_back = scatter if ring else gathers(rows * cfg.E // t * 4, tensor)
+    kv = rows * cfg.K * cfg.D // t
+    around = [("permute", 6 * (context - 1), kv * wide, context),
+              ("permute", 2 * context, kv * 4, context)] if context > 1 else []
     # all-reduces of a sum of squares: two norms forwards, again, and backwards; at the end one norm
     # both ways, and the loss's largest, total and chosen logit
-    found = repeated(cfg.L, *repeated(4, gather), *repeated(3, scatter), *repeated(2, gather_back),
-                     *repeated(2, scatter_back), ("all_reduce", 6, squares, tensor))
-    found += [("reduce_scatter", 1, x, tensor), ("all_gather", 1, x // tensor, tensor),
-              gather, gather_back, ("all_reduce", 5, squares, tensor), ("all_reduce", 1, 4, data)]
+    found = repeated(cfg.L, repeated(4, gather) + repeated(3, scatter) + repeated(2, gather_back)
+                     + repeated(2, scatter_back) + [("all_reduce", 6, squares, t)] + around)
+    found += scatters(x, tensor) + gathers(x // t, tensor) + gather + gather_back
+    found += [("all_reduce", 5, squares, t), ("all_reduce", 1, 4, copies)]
     names = dims(cfg)
     for tree, again in ((names.layers, 2), (names._replace(layers=()), 1)):
         for name in jax.tree.leaves(tree):
             size = size_of(name, cfg)
             if name == "E":  # of x's split letter each device scales its own part
-                found += [("all_reduce", 1, size * wide, tensor),
-                          ("all_reduce", 1, size // tensor * 4, data)]
+                found += [("all_reduce", 1, size * wide, t),
+                          ("all_reduce", 1, size // t * 4, copies)]
             elif " " not in name:
-                found.append(("all_reduce", 1, size * 4, data * tensor))
+                found.append(("all_reduce", 1, size * 4, copies * t))
             for i, n in enumerate(axes if " " in name else ()):
-                part = size // tensor // math.prod(axes[:i]) * wide
+                part = size // t // math.prod(axes[:i]) * wide
                 found += [("all_gather", again, part // n, n), ("reduce_scatter", 1, part, n)]
     return found
 
 
-def extend_comm(cfg, B, T, tensor, layout, ring):
-    """cfg, ... -> list of events: `tp_extend` by T tokens."""
-    rows, wide = B * T, jnp.dtype(cfg.dtype).itemsize
-    heads = rows * cfg.H * cfg.D * wide
-    attend = {"heads": [], "batch": [("all_to_all", 2, heads // tensor, tensor)],
-              "sequence": [("all_gather", 1, heads // tensor, tensor),
-                           ("all_reduce", 2, rows * cfg.H * 4, tensor),
-                           ("reduce_scatter", 1, heads, tensor)]}[layout]
-    return repeated(cfg.L, *repeated(2, *trips(cfg, rows, tensor, ring)),
-                    ("all_reduce", 2, rows * 4, tensor), *attend) + [
-        ("reduce_scatter", 1, rows * cfg.E * wide, tensor)]
+def extend_comm(cfg, B, T, axes, layout, ring, reads=False):
+    """cfg, ... -> list of events: `tp_extend` by T tokens; with `reads`, what `tp_prefill` does
+    before it makes logits, of a prompt whose k and v stay where they are made."""
+    t, rows, wide, letter = math.prod(axes), B * T, jnp.dtype(cfg.dtype).itemsize, LAYOUTS[
+        layout].letter
+    heads, last, attend = rows * cfg.H * cfg.D * wide // t, axes[-1] if axes else 1, []
+    if letter == "B" and not reads:
+        attend = [("all_to_all", 2, heads, last)]
+    if letter == "S" and not reads:
+        attend = [("all_gather", 1, heads, last), ("reduce_scatter", 1, heads * last, last),
+                  ("all_reduce", 2, rows * cfg.H * last // t * 4, last)]
+    gather, scatter = trips(cfg, rows, axes, ring)
+    return repeated(cfg.L, repeated(2, gather + scatter) + [("all_reduce", 2, rows * 4, t)]
+                    + attend) + scatters(rows * cfg.E * wide, axes)
 
 
-def unembed_comm(cfg, rows, tensor, ring):
-    """cfg, int, int, int -> list of events: logits of so many positions, on every device."""
-    return [("all_reduce", 1, rows * 4, tensor), trips(cfg, rows, tensor, ring)[0],
-            ("all_gather", 1, rows * cfg.V // tensor * 4, tensor)]
+def context_comm(cfg, B, T, axes, ring, dtype, cache_dtype):
+    """cfg, ... -> list of events: what `read_context` does before it makes logits: weights are
+    gathered over the last axis, those that it splits; k and v go around it; the last token's x is
+    everywhere."""
+    *over, n = axes
+    others, t, T, split = math.prod(over), math.prod(axes), -(-T // n), {"H", "F", "V"}
+    found = extend_comm(cfg, B, T, tuple(over), "heads", ring, reads=True)
+    table = (dims(cfg).embed, dtype if cfg.tied else cfg.dtype)  # of which rows are read
+    for name, kind in [table] + [(name, dtype) for name in jax.tree.leaves(dims(cfg).layers)]:
+        size = array_bytes(name, cfg, kind)
+        scales = size - size_of(name, cfg) if kind == "int8" and " " in name else 0
+        found += [("all_gather", 1, part // t, n) for part, letters in (
+            (size - scales, name), (scales, name.split()[0])) if part and split & {*letters}]
+    rows = B * T * cfg.K // others
+    parts = (cfg.D, 4) if cache_dtype == "int8" else (cfg.D * jnp.dtype(cache_dtype).itemsize,)
+    return found + [("permute", 2 * cfg.L * (n - 1), rows * part, n) for part in parts] + [
+        ("all_reduce", 1, B * cfg.E // others * jnp.dtype(cfg.dtype).itemsize, n)]
 
 
-def comm_bytes(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0):
-    """cfg, form, int -> dict: collective -> (number, bytes each device sends), as the program says.
+def unembed_comm(cfg, rows, axes, ring):
+    """cfg, int, tuple, int -> list of events: logits of so many positions, split over V."""
+    return [("all_reduce", 1, rows * 4, math.prod(axes)), *trips(cfg, rows, axes, ring)[0]]
 
-    `form` is "train" (`sharded_loss` with its gradient, B rows of T + 1 tokens), "extend",
-    "prefill" (T tokens), "generate" (T steps) or "verify" (`extend` and logits of all T); `data`
-    may be a tuple, as of `make_mesh`; `ring` is 0 for the reference collectives, 1 or 2 for rings
-    of so many ways. ValueError for another form, or where it cannot be split so.
-    """
+
+def draw_comm(cfg, B, axes, temperature=0.0, top_k=0, top_p=1.0):
+    """cfg, int, tuple, ... -> list of events: `split_sample`."""
+    temperature, top_k, top_p = sampling(temperature, top_k, top_p)
+    part = cfg.V // math.prod(axes)
+    if temperature >= TINY and top_p < 1:
+        return gathers(B * part * 4, axes)
+    more = [] if temperature < TINY else [("all_reduce", 1, B * 4, math.prod(axes))] + (
+        gathers(B * min(top_k, part) * 4, axes) if top_k else [])
+    return more + gathers(B * 8, axes)
+
+
+def comm_events(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0, context=1, dtype=None,
+                cache_dtype=None, **how):
+    """cfg, form, int -> list of events: (collective, number, bytes, devices): see `comm_bytes`."""
     if ring not in (0, 1, 2) or layout not in LAYOUTS:
         raise ValueError(f"ring={ring}, layout={layout!r}: expected 0, 1 or 2, and one of "
                          + ", ".join(LAYOUTS))
-    axes = mesh_axes(data=data, tensor=tensor)
-    mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
-    copies = math.prod(mesh.shape[axis] for axis in data_axes(mesh))
-    n = copies * (tensor if layout == "batch" and form != "train" else 1)
+    named = mesh_axes(data=data, tensor=tensor, **({"context": context} if context > 1 else {}))
+    mesh = jax.sharding.AbstractMesh(tuple(named.values()), tuple(named))
+    copies, axes = size_over(mesh, axes_of(mesh, "data")), sizes_of(tensor)
+    by_rows = form != "train" and LAYOUTS[layout].letter == "B"
+    n = copies * (axes[-1] if by_rows else 1)
     if B % n:
         raise ValueError(f"B={B} rows cannot be split over {n} devices: choose a multiple of {n}")
-    check_split(cfg, mesh, {**TENSOR, **FSDP} if form == "train" else LAYOUTS[layout].rules)
+    check_split(cfg, mesh, {**TENSOR, **FSDP} if form == "train" else layout_rules(mesh, layout))
     if form == "train":
-        return tally(train_comm(cfg, B, T, mesh, ring))
+        if T % context:
+            raise ValueError(f"T={T} tokens cannot be split over {context} devices: choose a "
+                             f"multiple of {context}")
+        return train_comm(cfg, B, T, mesh, ring)
     B //= copies
-    extended = partial(extend_comm, cfg, B, tensor=tensor, layout=layout, ring=ring)
+    extended = partial(extend_comm, cfg, B, axes=axes, layout=layout, ring=ring)
     if form == "extend":
-        return tally(extended(T))
+        return extended(T)
     if form == "generate":
-        return tally(repeated(T, *extended(1), *unembed_comm(cfg, B, tensor, ring)))
-    if form == "verify":
-        return tally(extended(T) + unembed_comm(cfg, B * T, tensor, ring))
-    if form == "prefill":  # a prompt's slots are split where they are made
-        read = extended(T, layout="heads" if layout == "sequence" else layout)
-        return tally(read + unembed_comm(cfg, B, tensor, ring))
-    raise ValueError(f"form={form!r}: expected train, extend, prefill, generate or "
-                     "verify")
+        return repeated(T, extended(1) + unembed_comm(cfg, B, axes, ring)
+                        + draw_comm(cfg, B, axes, **how))
+    if form in ("verify", "speculate"):
+        gathered = gathers(B * T * cfg.V // math.prod(axes) * 4, axes)
+        return extended(T) + unembed_comm(cfg, B * T, axes, ring) + gathered * (form != "verify")
+    if form == "prefill" and LAYOUTS[layout].by_token:
+        return context_comm(cfg, B, T, axes, ring, dtype or cfg.dtype, cache_dtype or cfg.dtype) \
+            + unembed_comm(cfg, B, axes[:-1], ring)
+    if form == "prefill":
+        return extended(T, reads=True) + unembed_comm(cfg, B, axes, ring)
+    raise ValueError(f"form={form!r}: expected train, extend, prefill, generate, verify or "
+                     "speculate")
 
 
-def comm_seconds(sent, link, ways=1):
-    """dict, bytes/s, int -> seconds: of what `comm_bytes` gives, over links of so many bytes a
-    second each way. Permutes go `ways` ways around a ring, all others both. Latency, a microsecond
-    or so for each hop, is not in it."""
-    return sum(size / link / (ways if kind == "permute" else 2)
-               for kind, (_, size) in sent.items())
+def comm_bytes(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0, **more):
+    """cfg, form, int -> dict: collective -> (number, bytes each device sends), as the program says.
+
+    `form` is "train" (`sharded_loss` with its gradient, B rows of T + 1 tokens), "extend",
+    "prefill" (T tokens), "generate" (T steps), "verify" (`extend` and logits of all T) or
+    "speculate" (a round of T, whose logits are gathered); `data` and `tensor` may be tuples, as of
+    `make_mesh`; `ring` is 0 for the reference collectives, 1 or 2 for rings of so many ways. `more`
+    is context=n for training; temperature, top_k and top_p for generating; and dtype and
+    cache_dtype for a prefill in the layout "context", where weights and cache travel. ValueError
+    for another form, or where it cannot be split so.
+    """
+    return tally(comm_events(cfg, form, B, T, data, tensor, layout, ring, **more))
+
+
+HOPS = {  # to the farthest of n devices around a ring, both ways
+    "all_gather": lambda n: n // 2, "reduce_scatter": lambda n: n // 2,
+    "all_reduce": lambda n: 2 * (n // 2), "all_to_all": lambda n: n // 2, "permute": lambda n: 1}
+
+
+def hops(events, ways=1):
+    """list of events, int -> int: of `comm_events`, how many hops from device to device follow one
+    another; rings of two ways run side by side."""
+    return sum(number * HOPS[kind](n) // (ways if kind == "permute" else 1)
+               for kind, number, _, n in events if n > 1)
+
+
+def comm_seconds(sent, link, ways=1, hops=None, hop=1e-6):
+    """dict, bytes/s, int, int, seconds -> seconds: of what `comm_bytes` gives, over links of so
+    many bytes a second each way, and of so many `hops` (None: one a collective), each of
+    `hop` seconds. Permutes go `ways` ways around a ring, all others both."""
+    hops = sum(number for number, _ in sent.values()) if hops is None else hops
+    return hops * hop + sum(size / link / (ways if kind == "permute" else 2)
+                            for kind, (_, size) in sent.items())

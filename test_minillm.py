@@ -737,7 +737,7 @@ ON_THE_HOST = {"serve", "check_prompt", "load", "save", "parse_config", "underst
                "rotary_settings", "read_json", "library", "open_tensors", "find_tensors", "part_of",
                "config_of", "write_tensors", "in_shards", "as_files_hold", "model_draft", "in_twos",
                "adam_file", "load_adam", "adam_arrays", "frequencies", "check_speculation",
-               "rounds"}  # each has tests of its own
+               "rounds", "slots_of", "empty", "commit", "on_host"}  # each has tests of its own
 
 
 @pytest.mark.parametrize("fn", CONTRACTS + [matmul, lookup, rope, causal_attention],
@@ -2072,11 +2072,12 @@ def abstract_mesh(**axes):
         jax.sharding.AxisType.Auto,) * len(axes))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("n", [1, 2, 3, 8, (2, 2)])
 def test_a_ring_is_its_reference_is_the_product_and_so_are_its_gradients(n):
     E, F, rules = 48, 24, jax.P
     x, y, a, b, c = normals((2, 3, E), (2, 3, F), (F, E), (F, 2, E), (E, F))
     mesh = shard.make_mesh(tensor=n)
+    axes = shard.axes_of(mesh, "tensor")
 
     def whole(x, y, a, b, c):
         one, two = dot(x, a), dot(x, b.reshape(-1, E)).reshape(2, 3, F, 2)
@@ -2086,9 +2087,9 @@ def test_a_ring_is_its_reference_is_the_product_and_so_are_its_gradients(n):
         enter, leave = RINGS[ring]
 
         def both(x, y, a, b, c):
-            return *enter(x, (a, b)), leave(y, c)
+            return *enter(x, (a, b), axes), leave(y, c, axes)
 
-        over, last, second = rules("tensor"), rules(None, None, "tensor"), rules(None, "tensor")
+        over, last, second = rules(axes), rules(None, None, axes), rules(None, axes)
         return jax.shard_map(both, mesh=mesh, in_specs=(last, last, over, over, second),
                              out_specs=(last, last, last))
 
@@ -2105,19 +2106,21 @@ def test_a_ring_is_its_reference_is_the_product_and_so_are_its_gradients(n):
         jax.tree.map(close, got, expected)
 
 
-@pytest.mark.parametrize("data, tensor, ring, cfg", [
-    ((2, 4), 1, 0, WIDE), (1, 8, 1, replace(WIDE, K=8, tied=False, qk_norm=True)),
-    (2, 4, 2, replace(WIDE, L=1, act="gelu", embed_scale=True, qk_norm=True))])
-def test_a_sharded_loss_its_gradients_and_training_are_one_devices(data, tensor, ring, cfg):
-    mesh, params, tokens = shard.make_mesh(data=data, tensor=tensor), weights(cfg), \
-        draw_tokens(cfg, 8, 7)
+@pytest.mark.parametrize("axes, ring, cfg", [
+    (dict(data=(2, 2), context=2, tensor=1), 0, WIDE),
+    (dict(data=1, context=3, tensor=1), 0, replace(WIDE, L=1, E=24, tied=False)),
+    (dict(data=1, tensor=8), 1, replace(WIDE, L=1, K=8, tied=False, qk_norm=True)),
+    (dict(data=1, context=2, tensor=(2, 2)), 0, replace(WIDE, L=1, qk_norm=True)),
+    (dict(data=2, tensor=4), 2, replace(WIDE, L=1, act="gelu", embed_scale=True, qk_norm=True))])
+def test_a_sharded_loss_its_gradients_and_training_are_one_devices(axes, ring, cfg):
+    mesh, params, tokens = shard.make_mesh(**axes), weights(cfg), draw_tokens(cfg, 8, 7)
     split = partial(shard.sharded_loss, mesh=mesh, enter=RINGS[ring][0], leave=RINGS[ring][1])
     alone, grads = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, tokens, cfg)
     ours, split_grads = jax.jit(jax.value_and_grad(split), static_argnums=2)(
         shard.stack(params), tokens, cfg)
     close(ours, alone)
     jax.tree.map(close, split_grads, shard.stack(grads))
-    if (data, tensor) == (2, 4):
+    if axes == dict(data=2, tensor=4):
         step = jax.jit(train_step, static_argnames=("cfg", "loss"))
         one, many = (params, adam_init(params)), (shard.stack(params),
                                                   adam_init(shard.stack(params)))
@@ -2140,16 +2143,69 @@ def test_the_compilers_fsdp_is_the_loss_of_one_device():
     jax.tree.map(close, ours, alone)
 
 
+def split_causally(run, mesh, T, *args):
+    """`run` of arrays whose T tokens, in BTHD or BKTD, are split as ring attention wants them; and
+    the way back."""
+    n = mesh.shape["context"]
+    token = np.concatenate([np.arange(T)[i::n] for i in range(n)])
+    by = [jax.P(*(["context" if size == T else None for size in a.shape])) for a in args]
+    places = [spec.index("context") for spec in by]
+    given = [jnp.take(a, token, place) for a, place in zip(args, places)]
+    out = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=tuple(by), out_specs=(
+        by[0], *by[:3])))(*given)
+    return [jnp.take(a, np.argsort(token), place) for a, place in zip(
+        out, (places[0], *places[:3]))]
+
+
+@pytest.mark.parametrize("n, H, K, dtype", [(2, 4, 2, "float32"), (3, 3, 1, "float32"),
+                                            (4, 2, 2, "bfloat16"), (8, 4, 1, "float32")])
+def test_ring_attention_and_its_gradient_are_causal_attentions(n, H, K, dtype):
+    T, mesh = n * (131 if n == 2 else 5), shard.make_mesh(context=n)  # two blocks a device, or one
+    q, k, v, dy = (jnp.asarray(a, dtype) for a in normals(
+        (2, T, H, 4), (2, K, T, 4), (2, K, T, 4), (2, T, H, 4)))
+
+    def both(attention, q, k, v, dy):
+        out, back = jax.vjp(attention, q, k, v)
+        return out, *back(dy)
+
+    ours = split_causally(partial(both, lambda *qkv: shard.ring_attention(*qkv, "context")), mesh,
+                          T, q, k, v, dy)
+    alone = jax.jit(partial(both, causal_attention))(q, k, v, dy)
+    tolerance = TOLERANCE if dtype == "float32" else 2 ** -6  # parts are rounded, then their sum
+    for a, b in zip(ours, alone):
+        close(np.asarray(a, np.float32), np.asarray(b, np.float32), tolerance)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 8])
+def test_ring_attention_gives_all_devices_the_same_work(n):
+    """Pairs of query and key that a device's tokens see; and each runs the same program, whose
+    products are those of n causal passes over T/n tokens."""
+    T, mesh, last = 768, shard.make_mesh(context=n), jax.P(None, "context")
+    pairs = jax.jit(jax.shard_map(lambda: jnp.sum(shard.own_places(T, "context") + 1)[None],
+                                  mesh=mesh, in_specs=(), out_specs=jax.P("context")))()
+    assert sum(pairs) == T * (T + 1) // 2 and max(pairs) <= 1.05 * min(pairs)
+    q, kv = shaped(1, T, 4, 2, dtype="float32"), shaped(1, 2, T, 2, dtype="float32")
+    flops = traced_flops(jax.shard_map(
+        lambda q, k, v: shard.ring_attention(q, k, v, "context"), mesh=mesh, in_specs=(
+            last, jax.P(None, None, "context"), jax.P(None, None, "context")), out_specs=last),
+        q, kv, kv)
+    assert flops == n * 4 * 4 * 2 * minillm.causal_pairs(T // n)
+
+
 @pytest.mark.parametrize("axes, layout, K, ring, dtype, kind", [
     (dict(data=2, tensor=4), "heads", 4, 1, "float32", None),
-    (dict(tensor=4), "batch", 2, 0, "int8", Q8), (dict(tensor=4), "sequence", 1, 0, "int8", None)])
+    (dict(tensor=4), "batch", 2, 0, "int8", Q8), (dict(tensor=4), "context", 1, 0, "int8", Q8),
+    (dict(tensor=3), "sequence", 2, 0, "float32", None),
+    (dict(tensor=(2, 2)), "batch", 2, 0, "int8", None),
+    (dict(tensor=(2, 4)), "context", 2, 1, "float32", None)])
 def test_a_split_model_reads_and_generates_what_one_device_does(axes, layout, K, ring, dtype, kind):
     cfg, mesh, B, S = replace(WIDE, K=K, qk_norm=True), shard.make_mesh(**axes), 4, 24
+    cfg = replace(cfg, E=24, H=6, V=33) if axes == dict(tensor=3) else cfg
     params, text, lengths = weights(cfg), draw_tokens(cfg, B, 8), np.array([3, 8, 5, 1])
     params = params if kind is None else quantize_params(params, cfg, kind)
     enter, leave = RINGS[ring]
-    rules, parts = shard.LAYOUTS[layout].rules, dict(mesh=mesh, layout=layout, enter=enter,
-                                                     leave=leave)
+    rules, parts = shard.layout_rules(mesh, layout), dict(mesh=mesh, layout=layout, enter=enter,
+                                                          leave=leave)
     how = dict(temperature=0.9, end=3)
 
     def everything(prefill, extend, generate, params, cache):
@@ -2176,7 +2232,7 @@ def test_a_split_model_speculates_what_one_device_does(axes, layout):
     mesh, params, text = shard.make_mesh(**axes), weights(WIDE), draw_tokens(WIDE, 4, 24)
     cache = init_cache(WIDE, 4, 24)
     _, cache = prefill_jit(params, cache, text[:, :7], np.array([7, 4, 5, 6]), cfg=WIDE)
-    cache = cache._replace(length=cache.length - 1)
+    cache = cache._replace(length=cache.length - 1)  # which nobody has placed: it is moved
     how = dict(n=6, cfg=WIDE, draft=ngram_draft(WIDE, 3), state=None, temperature=0.7, end=3)
     alone, ours = (jax.jit(lambda params, cache, fn=fn, **more: fn(
         params, cache, text, jax.random.key(2), **how, **more), static_argnames=("mesh", "layout"))
@@ -2184,6 +2240,57 @@ def test_a_split_model_speculates_what_one_device_does(axes, layout):
             (speculate, {}), (shard.tp_speculate, dict(mesh=mesh, layout=layout))))
     assert np.array_equal(ours[0], alone[0]) and np.array_equal(ours[3], alone[3])
     assert np.array_equal(ours[1].length, alone[1].length)
+
+
+@pytest.mark.parametrize("axes, layout, how", [
+    (dict(data=2, tensor=(2, 2)), "batch", dict(temperature=0.8, top_k=9)),
+    (dict(data=2, tensor=4), "sequence", dict(end=3))])
+def test_a_split_model_serves_what_one_device_does(axes, layout, how):
+    mesh, params = shard.make_mesh(**axes), weights(WIDE)
+    prompts = [draw_tokens(WIDE, 1, T, seed=T)[0] for T in (3, 11, 5, 8, 2)]
+    given = prompts, 4, 20, 6, jax.random.key(1), WIDE
+    more = how | dict(stride=4, cache_dtype="int8")
+    placed = shard.place(params, WIDE, mesh, shard.layout_rules(mesh, layout))
+    alone, ours = dict(serve(params, *given, **more)), dict(
+        shard.tp_serve(placed, *given, mesh, layout, **more))
+    assert len(ours) == 5 and all(np.array_equal(ours[i], alone[i]) for i in alone)
+
+
+@settings(max_examples=20)
+@given(st.sampled_from([2, 3, 4, 8, (2, 3)]), st.sampled_from([0.0, 1e-40, 0.7, 30.0]),
+       st.sampled_from([0, 1, 3, 40]), st.sampled_from([1.0, 0.6]), st.booleans(),
+       st.integers(0, 99))
+def test_split_logits_draw_the_token_that_whole_ones_do(n, temperature, top_k, top_p, wild, seed):
+    """From the same logits, with ties; also where they are not finite."""
+    V, B, mesh = 24, 5, shard.make_mesh(tensor=n)
+    logits = np.round(normals((B, V), seed=seed)[0], 1)
+    if wild:
+        np.put(logits, np.random.default_rng(seed).integers(0, B * V, 30),
+               [np.inf, -np.inf, np.nan])
+        logits[1] = -np.inf
+    pos, split = jnp.arange(B), jax.P(None, shard.axes_of(mesh, "tensor"))
+    given, how = (jax.random.key(seed), logits, pos), (temperature, top_k, top_p)
+    ours = jax.shard_map(lambda *given: shard.split_sample(*given, *how, axis=split[1]), mesh=mesh,
+                         in_specs=(jax.P(), split, jax.P()), out_specs=jax.P())
+    assert np.array_equal(jax.jit(ours)(*given), sample(*given, *how))
+
+
+def test_a_cache_moved_from_layout_to_layout_holds_what_it_held():
+    mesh, cfg = shard.make_mesh(tensor=(2, 2)), WIDE
+    shape = (4, cfg.K, 24, cfg.D)
+    cache = init_cache(cfg, 4, 24)._replace(k=tuple(map(jnp.asarray, normals(shape, shape))))
+    moved = cache
+    for layout in ("sequence", "heads", "context", "batch"):
+        moved = shard.place_cache(moved, mesh, layout)
+        k = moved.k[0]
+        assert infer.slots_of(moved) == 24 and (k.ndim == 5) == (layout in ("sequence", "context"))
+        if k.ndim == 5:  # every other slot of a row is a device's
+            part = next(part for part in k.addressable_shards if part.index[2].start)
+            assert np.array_equal(part.data[:, :, 0], cache.k[0][part.index[:2]][:, :, 1::2])
+    assert same(shard.as_laid_out(moved, mesh, "heads"), cache)
+    made, logits = shard.tp_empty(cfg, 4, 24, "int8", mesh, "sequence")
+    assert made.k[0].q.sharding.shard_shape(made.k[0].q.shape) == (4, 2, 1, 12, cfg.D)
+    assert logits.sharding.shard_shape(logits.shape) == (4, cfg.V // 4)
 
 
 def test_axes_of_a_mesh_follow_the_devices_coordinates():
@@ -2195,7 +2302,7 @@ def test_axes_of_a_mesh_follow_the_devices_coordinates():
     mesh = shard.make_mesh(there, data=(2, 2), tensor=4)
     assert dict(mesh.shape) == {"data0": 2, "data1": 2, "tensor": 4}
     assert all(mesh.devices[place].coords == place for place in np.ndindex(2, 2, 4))
-    assert shard.data_axes(mesh) == ("data0", "data1")
+    assert shard.axes_of(mesh, "data") == ("data0", "data1")
     assert shard.spec("HD E", WIDE, mesh, {**shard.TENSOR, **shard.FSDP}) == jax.P(
         ("tensor", "data0"), None, "data1")  # of 8 heads 4 x 2 parts, then of E
     assert shard.spec("E", WIDE, mesh, {**shard.TENSOR, **shard.FSDP}) == jax.P(None)
@@ -2243,21 +2350,24 @@ def test_activations_quantised_on_their_own_device_are_off_by_no_more_than_toget
 def test_every_form_sends_what_the_formula_says_to_the_byte(ring, dtype):
     enter, leave = RINGS[ring]
     cfg = replace(WIDE, dtype=dtype)
-    for data, tensor, cfg in ((1, 4, cfg), ((2, 2), 1, replace(cfg, L=1, qk_norm=True)),
-                              (2, 4, replace(cfg, tied=False, L=3, qk_norm=True))):
+    forms = [(dict(data=1, tensor=4), cfg),
+             (dict(data=2, tensor=(2, 2), context=2), replace(cfg, L=1, qk_norm=True)),
+             (dict(data=(2, 2), tensor=1, context=3), replace(cfg, L=1, E=48, F=48)),
+             (dict(data=2, tensor=4), replace(cfg, tied=False, L=3, qk_norm=True))]
+    for axes, cfg in forms[:2 if ring else 4]:
         run = partial(shard.sharded_loss, cfg=cfg, enter=enter, leave=leave,
-                      mesh=abstract_mesh(data=data, tensor=tensor))
+                      mesh=abstract_mesh(**axes))
         stacked = jax.eval_shape(shard.stack, abstract(cfg))
         assert shard.traced_comm(jax.grad(run), stacked, shaped(8, 7)) \
-            == shard.comm_bytes(cfg, "train", 8, 6, data, tensor, ring=ring)
+            == shard.comm_bytes(cfg, "train", 8, 6, **axes, ring=ring)
     cfg, B, T, key = replace(WIDE, dtype=dtype, L=1 if ring else 2), 8, 6, jax.random.key(0)
-    cache = jax.eval_shape(lambda: init_cache(cfg, B, 24))
+    cache = jax.eval_shape(lambda: init_cache(cfg, B, 24, dtype))
 
     def verified(params, cache, tokens, **parts):
         x, cache = shard.tp_extend(params, cache, tokens, **parts)
         return shard.tp_unembed(params, x, **{k: v for k, v in parts.items() if k != "leave"})
 
-    meshes = ((1, 4), (2, 2)) if ring else ((1, 1), (2, 4))
+    meshes = ((1, 4),) if ring else ((1, 1), (2, 4), (2, (2, 2)))
     for (data, tensor), layout in itertools.product(meshes, shard.LAYOUTS):
         parts = dict(cfg=cfg, mesh=abstract_mesh(data=data, tensor=tensor), layout=layout,
                      enter=enter, leave=leave)
@@ -2268,9 +2378,35 @@ def test_every_form_sends_what_the_formula_says_to_the_byte(ring, dtype):
                  (shaped(B, cfg.V, dtype="float32"), key))):
             sent = shard.traced_comm(partial(fn, **parts), abstract(cfg), cache, *args)
             assert sent == shard.comm_bytes(cfg, form, B, T, data, tensor, layout, ring)
-            if ring and tensor > 1 and form == "extend" and layout == "heads":
+            if ring and tensor == 4 and form == "extend" and layout == "heads":
                 assert sent["permute"][0] == 4 * cfg.L * ring * (tensor - 1)
                 assert "all_gather" not in sent
+
+
+@pytest.mark.parametrize("how", [dict(temperature=0.9), dict(temperature=0.9, top_k=5),
+                                 dict(temperature=0.9, top_k=5, top_p=0.9)])
+def test_of_split_logits_a_draw_sends_what_the_formula_says(how):
+    """Two numbers a row and device, a largest, some candidates; or all, where all are asked for."""
+    cfg, B, args = replace(WIDE, L=1), 4, dict(tensor=(2, 2))
+    cache = jax.eval_shape(lambda: init_cache(cfg, B, 24))
+    sent = shard.traced_comm(partial(shard.tp_generate, n=3, cfg=cfg, mesh=abstract_mesh(**args),
+                                     **how),
+                             abstract(cfg), cache, shaped(B, cfg.V, dtype="float32"),
+                             jax.random.key(0))
+    assert sent == shard.comm_bytes(cfg, "generate", B, 3, **args, **how)
+    greedy = shard.comm_bytes(cfg, "generate", B, 3, **args)
+    more = sent["all_gather"][1] - greedy["all_gather"][1]
+    assert more == 3 * 3 * B * {1: 0, 2: 4 * 5, 3: 4 * cfg.V // 4 - 8}[len(how)]
+
+
+def test_a_prompt_split_over_tokens_sends_int8_as_it_is():
+    cfg, mesh = replace(WIDE, tied=False), abstract_mesh(tensor=(2, 4))
+    params = jax.eval_shape(lambda p: quantize_params(p, cfg), abstract(cfg))
+    cache = jax.eval_shape(lambda: init_cache(cfg, 2, 24, "int8"))
+    sent = shard.traced_comm(partial(shard.tp_prefill, cfg=cfg, mesh=mesh, layout="context"),
+                             params, cache, shaped(2, 21), shaped(2))
+    assert sent == shard.comm_bytes(cfg, "prefill", 2, 21, tensor=(2, 4), layout="context",
+                                    dtype="int8", cache_dtype="int8")
 
 
 def test_collectives_are_counted_as_a_ring_sends_them():
@@ -2289,7 +2425,10 @@ def test_collectives_are_counted_as_a_ring_sends_them():
         "all_to_all": (1, 3 * 4)}
     assert sent(lambda x: jax.lax.scan(lambda c, _: (shard.pass_on(c, axis, 1), None), x,
                                        length=5)[0]) == {"permute": (5, 5 * 16)}
-    assert shard.comm_seconds({"permute": (5, 80)}, link=10.0, ways=2) == 4.0
+    assert shard.comm_seconds({"permute": (5, 80)}, link=10.0, ways=2, hop=0) == 4.0
+    assert shard.comm_seconds({"permute": (5, 80)}, link=10.0, hop=0.5) == 8 + 2.5
+    events = [("all_reduce", 3, 8, 4), ("all_gather", 1, 8, 3), ("permute", 6, 8, 4)]
+    assert shard.hops(events) == 3 * 4 + 1 + 6 and shard.hops(events, ways=2) == 3 * 4 + 1 + 3
     with pytest.raises(ValueError, match="while"):
         sent(lambda x: jax.lax.while_loop(lambda c: True, lambda c: shard.pass_on(c, axis, 1), x))
 
@@ -2347,6 +2486,13 @@ def test_what_cannot_be_split_is_refused_by_name_before_compiling():
     check(lambda: shard.sharded_loss(params, text, WIDE, mesh), "stack(params)")
     check(lambda: shard.sharded_loss(shard.stack(params), text[:, :1], WIDE, mesh), "two or more")
     check(lambda: shard.fsdp_loss(params, text[:3], WIDE, mesh), "3 rows")
+    check(lambda: shard.sharded_loss(shard.stack(params), text, WIDE, shard.make_mesh(
+        data=1, context=4, tensor=1)), "T=5", "4 devices", "context")
+    check(lambda: shard.comm_bytes(WIDE, "train", 4, 5, context=4), "T=5", "multiple of 4")
+    check(lambda: shard.tp_extend(params, init_cache(few, 4, 24), text, few, shard.make_mesh(
+        tensor=(4, 2)), "batch"), "K=2", "4 devices")
+    check(lambda: shard.tp_empty(WIDE, 4, 22, "float32", four, "context"), "S=22", "4 devices")
+    check(lambda: shard.shardings(WIDE, mesh, dict(H=("tensor", "model"))), "model", "tensor")
     check(lambda: shard.fsdp_loss(params, text, WIDE, four), "'data'")
     last = jax.P(None, None, "tensor")
     x, w = normals((1, 1, 24), (8, 32))
