@@ -477,6 +477,13 @@ def in_all(parts, hidden=False):
     return sum(took.values()) + (max(0.0, links - took["weights"]) if hidden else links)
 
 
+def over_heads(cfg, n):
+    """cfg, int -> int or tuple: n devices of an axis "tensor", or of two where there are fewer key
+    heads: the first over them, the second over rows or slots of each."""
+    heads = math.gcd(cfg.K, n)
+    return n if heads in (1, n) else (heads, n // heads)
+
+
 def useful_degree(job, chip, parameters, hop):
     """Job, Chip -> int: the most chips, in powers of two, whose links take no longer than their
     memory and products do. More would wait for links."""
@@ -2106,13 +2113,13 @@ def torus_axes(shape, tensor):
 def on_chips(job, name, chips, mesh=None, layout=None):
     """Job, str, int, dict, str -> Job: as it is split over that slice. ValueError where it is not.
 
-    Left out, training is FSDP over all of it, and all else tensor parallel, its cache split over
-    heads if they divide, else rows, else slots.
+    Left out, training is FSDP over all of it, and all else tensor parallel (`over_heads`), its
+    cache split over heads if they divide, else rows, else slots.
     """
     shape, target = slice_of(name, chips), TARGETS[name]
     n = chips * target.devices
     shape += "x2" * (target.devices == 2)
-    mesh = mesh or ({"data": n} if job.phase == "train" else {"tensor": n})
+    mesh = mesh or ({"data": n} if job.phase == "train" else {"tensor": over_heads(job.cfg, n)})
     data, context, tensor = (math.prod(shard.sizes_of(mesh.get(axis, 1)))
                              for axis in ("data", "context", "tensor"))
     known = ("data", "context", "tensor") if job.phase == "train" else ("data", "tensor")
@@ -2806,20 +2813,23 @@ def simulate(devices):
 
 
 def split_over(cfg, devices):
-    """Config, int or None -> Mesh or None, layout: one sequence over so many devices, or over as
-    many of those that are here as divide the model."""
+    """Config, int or None -> dict, layout: the mesh and the cache of one sequence over so many
+    devices, or over as many of those that are here as divide the model."""
     n = devices or degree(cfg, jax.device_count())
-    return (shard.make_mesh(tensor=n) if n > 1 else None), "sequence" if cfg.K % n else "heads"
+    over = {"tensor": over_heads(cfg, n)} if n > 1 else {}
+    return over, "sequence" if cfg.K % n else "heads"
 
 
 def load_in(path, dtype, devices=1):
     """path, dtype or None, int or None -> Config, Params, dtype: in the file's own unless one is
     given. Of several devices each is given its part, and no more is read."""
     def rules(cfg):
-        mesh, layout = split_over(cfg, devices)
+        over, layout = split_over(cfg, devices)
+        mesh = over and shard.make_mesh(**over)
         return mesh and (cfg, mesh, shard.layout_rules(mesh, layout))
 
-    cfg, params = load(path, shardings=lambda cfg: rules(cfg) and shard.shardings(*rules(cfg)))
+    cfg, params = load(path, shardings=lambda cfg: shard.shardings(*rules(cfg)) if rules(cfg)
+                       else None)
     dtype = dtype or cfg.dtype
     cfg = computing_in(cfg, dtype)
     params = in_dtype(params, cfg, dtype)
@@ -2886,9 +2896,10 @@ def stream(args):
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     draft = load_draft(args, cfg, prompt, S, how) if args.draft else None
     how["end"] = ends[0] if ends and prompt[0, -1] not in ends else None
-    mesh, layout = split_over(cfg, args.devices)
-    over = (("tensor", mesh.size),) if mesh else ()
-    job = Job("generate", "", cfg, 1, T, S - T, args.dtype, args.cache, mesh=over, layout=layout)
+    over, layout = split_over(cfg, args.devices)
+    job = Job("generate", "", cfg, 1, T, S - T, args.dtype, args.cache, mesh=tuple(over.items()),
+              layout=layout)
+    mesh = mesh_of(job)
     fns, S = functions(job, mesh), slots(job, S)
     read = jax.jit(fns.prefill, donate_argnums=1)
     for _ in range(3):  # compiled; then weights are fetched from wherever they were

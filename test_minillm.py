@@ -3325,7 +3325,7 @@ def test_fsdp_on_a_torus_of_chips_sends_the_formula_and_adds_up_no_whole_weight(
 @pytest.mark.parametrize("job", RINGED, ids=lambda job: f"{job.chip}-{job.ring}")
 def test_a_ring_on_a_chip_is_asynchronous_with_a_product_between_start_and_done(job, compiled):
     row, n = compiled(job), job.chips
-    formula, sent = bench.sent(job), row["collectives"]["permute"]
+    formula, sent = shard.tally(bench.sent(job)), row["collectives"]["permute"]
     assert (sent["number"], sent["bytes"]) == formula["permute"]
     assert sent["number"] == sent["asynchronous"] == 4 * job.cfg.L * (n - 1) * job.ring \
         + (n - 1) * job.ring
@@ -3335,6 +3335,50 @@ def test_a_ring_on_a_chip_is_asynchronous_with_a_product_between_start_and_done(
               for trip in trips]
     # of a scatter's ring one may go alone: what it brings is added to a product made before
     assert len(trips) == sent["number"] and len(trips) - sum(beside) <= 2 * job.cfg.L
+
+
+def test_ring_attention_on_a_chip_looks_at_one_part_while_the_next_one_travels(compiled):
+    job = on_chip("prefill", SPLIT, "tpu-v5p", 4, B=1, prompt=4096, cache="int8",
+                  mesh={"tensor": 4}, layout="context")
+    row = compiled(job)
+    formula, sent = shard.tally(bench.sent(job)), row["collectives"]
+    assert (sent["permute"]["number"], sent["permute"]["bytes"]) == formula["permute"]
+    assert sent["permute"]["asynchronous"] == sent["permute"]["number"] == 4 * job.cfg.L * 3
+    assert row["beside"]["attention"] > 0 and row["fits"]
+
+
+@pytest.mark.parametrize("layout", ["batch", "sequence"])
+def test_few_key_heads_on_a_plane_of_chips_send_the_formula_and_no_whole_sum(layout, compiled):
+    """Of 16 chips 8 share out the key heads, and 2 the rows or slots of each; the same sums over
+    all 16 at once become all-reduces."""
+    model = "L2,E2048,H16,K8,D128,F4096,V4096,untied"
+    job = on_chip("generate", model, "tpu-v5e", 16, B=8, dtype="int8", layout=layout)
+    assert dict(job.mesh) == {"tensor": (8, 2)}
+    row, formula = compiled(job), shard.tally(bench.sent(job))
+    sent = row["collectives"]
+    for kind in ("all_gather", "reduce_scatter", "all_to_all"):
+        assert (kind in sent) == (kind in formula)
+        # of a few kB, a sum is kept whole
+        assert kind not in sent or 0 <= formula[kind][1] - sent[kind]["bytes"] <= 6144
+    assert row["copies"] == 0 and sent["all_reduce"]["bytes"] < 2e4
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_a_million_tokens_are_read_and_go_on_as_the_readmes_table_says(i, compiled):
+    table = re.search(r"\| 1,048,576 tokens \|.*?\n\n", README, re.S)[0].splitlines()[2:]
+    phase, chips, mesh, held, peak, planned, took = (
+        cell.strip() for cell in table[i].strip("|").split("|"))
+    where = {"tensor": tuple(map(int, mesh.split("x"))) if "x" in mesh else int(mesh)}
+    job = on_chip(phase, "llama-3-8b", "tpu-v5p", int(chips.split()[0]), B=1, cache="int8",
+                  prompt=2 ** 20 - 16 * (phase == "generate"),
+                  **dict(mesh=where, layout="context") if where["tensor"] != 1 else {})
+    row = bench.chip_row(job, compiled)
+    assert row["fits"] and held == bench.si(row["formula_bytes"], "B")
+    assert planned == bench.si(row["predicted_seconds"], "s")
+    digits = {name: float(text.split()[0]) * {"G": 1e9, "m": 1e-3, "s": 1}[text.split()[1][0]]
+              for name, text in (("peak_bytes", peak), ("compiler_seconds", took))}
+    assert row["peak_bytes"] == pytest.approx(digits["peak_bytes"], rel=0.05)
+    assert row["compiler_seconds"] == pytest.approx(digits["compiler_seconds"], rel=0.1)
 
 
 @pytest.mark.parametrize("phase", ["train", "prefill", "generate", "verify"])
