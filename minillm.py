@@ -227,10 +227,12 @@ def blocked(q, k, v):
 def over_pairs(q, k, v, step, state, before=0):
     """nBKMD, nBKSD, nBKSD, step, state -> state: `step(state, i, j, q, k, v, seen)` for each block
     i of queries and, in order, each block j of keys that it sees, some of it or all: keys up to its
-    own place or, with `before` 1, before it."""
+    own place or, with `before` 1, before it. A gradient through many layers would keep the mask of
+    each pair, since it is the same in all: it is made again."""
     n, size = len(k), k.shape[3]
     token, G = jnp.arange(size), q.shape[3] // size
 
+    @partial(jax.checkpoint, prevent_cse=False)
     def one(state, pair):
         i, j = pair
         seen = j * size + token + before <= (i * size + jnp.repeat(token, G))[:, None]

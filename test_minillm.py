@@ -77,6 +77,40 @@ TWO_PROCESSES = ("shard --devices 4 --processes 2 --model L1,E32,H4,K4,D8,F48,V6
                  "--prompt 6 --new 3 --form").split() + ["hand ring", "--form", "heads ring"]
 
 
+TWO_SAVES = """
+import multiprocessing, socket, sys
+from dataclasses import replace
+from functools import partial
+
+def one(address, i, n, folder):
+    import jax
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(address, n, i)
+    import infer, shard
+    from minillm import Config, adam_init, init
+    cfg = Config(L=1, E=16, H=4, K=4, D=4, F=24, V=32, act="gelu", embed_scale=True)
+    held = partial(shard.shardings, mesh=shard.make_mesh(tensor=2 * n), rules=shard.TENSOR)
+    params = jax.jit(init, static_argnums=1, out_shardings=held(cfg))(jax.random.key(0), cfg)
+    for _ in range(2):  # once where nothing is, once over what is there
+        infer.save(folder, cfg, params, adam=adam_init(params))
+    found, again = infer.load(folder, shardings=held)
+    again, adam = infer.load_adam(folder, found, again)
+    assert found == cfg and adam.m.embed.sharding == params.embed.sharding
+    for a, b in zip(*map(jax.tree.leaves, (again, params))):
+        assert all((x.data == y.data).all() for x, y in zip(a.addressable_shards,
+                                                            b.addressable_shards))
+
+if __name__ == "__main__":
+    from concurrent.futures import ProcessPoolExecutor
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    n, folder = int(sys.argv[1]), sys.argv[2]
+    with ProcessPoolExecutor(n, multiprocessing.get_context("fork")) as pool:
+        list(pool.map(one, [address] * n, range(n), [n] * n, [folder] * n))
+"""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def beside(request, tmp_path_factory):
     """What takes processes of its own: begun at once, one after the other beside all other tests;
@@ -84,12 +118,15 @@ def beside(request, tmp_path_factory):
     snippets = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(snippets) >= 2
     each = "import sys\nfor source in sys.argv[1:]:\n    exec(source, {})"
-    commands = {"README": ["-c", each, *snippets], "two": [bench.__file__, *TWO_PROCESSES]}
+    folder = tmp_path_factory.mktemp("beside")
+    commands = {"README": ["-c", each, *snippets], "two": [bench.__file__, *TWO_PROCESSES],
+                "saves": ["-c", TWO_SAVES, "2", str(folder / "saved")]}
     asked = " ".join(item.nodeid for item in request.session.items)
-    if "readmes_python" not in asked and "two_processes" not in asked:
+    if not any(name in asked for name in ("readmes_python", "two_processes", "two_save")):
         yield {}
         return
-    folder = tmp_path_factory.mktemp("beside")
+    if "two_save" not in asked or importlib.util.find_spec("safetensors") is None:
+        del commands["saves"]
     env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "8",
            "PYTHONPATH": str(pathlib.Path(__file__).parent)}
     started = {}
@@ -107,7 +144,7 @@ def beside(request, tmp_path_factory):
             assert done.returncode == 0, done.stderr
             return done.stdout
 
-        yield {name: partial(output, name) for name in commands}
+        yield {name: partial(output, name) for name in commands} | {"folder": folder}
 
 
 def files(test):
@@ -1933,6 +1970,31 @@ def test_each_device_is_given_its_part_of_each_tensor_and_no_more_is_read(
 
 
 @files
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_a_model_saved_from_four_devices_is_loaded_on_any_number(n, tmp_path):
+    cfg = Config(L=1, E=24, H=24, K=24, D=2, F=24, V=24, tied=False)
+    params = weights(cfg)
+    save(tmp_path, cfg, shard.place(params, cfg, shard.make_mesh(tensor=4), shard.TENSOR),
+         adam=adam_init(params))
+    held = shard.shardings(cfg, shard.make_mesh(tensor=n), shard.TENSOR)
+    found, split = load(tmp_path, shardings=held)
+    split, adam = infer.load_adam(tmp_path, found, split)
+    assert same(split, params) and same(adam, adam_init(params)) and all(
+        a.sharding == b for tree in (split, adam.m, adam.v)
+        for a, b in zip(*map(jax.tree.leaves, (tree, held))))
+    check(lambda: load(tmp_path, shardings=lambda cfg: shard.shardings(
+        cfg, shard.make_mesh(tensor=7), shard.TENSOR)), "=24", "7 devices")
+
+
+@files
+def test_two_processes_save_what_they_hold_together_and_each_loads_its_part(beside):
+    beside["saves"]()
+    found, params = load(beside["folder"] / "saved")
+    jax.tree.map(close, params, init(jax.random.key(0), found))
+    assert np.all(infer.load_adam(beside["folder"] / "saved", found, params)[1].m.embed == 0)
+
+
+@files
 @pytest.mark.parametrize("before", [5e9, 700])
 @pytest.mark.parametrize("after", [5e9, 700])
 def test_a_save_cut_short_anywhere_leaves_a_whole_model(before, after, tmp_path, monkeypatch):
@@ -2744,7 +2806,8 @@ def test_a_saved_model_is_completed_alike_with_every_draft(calm, capsys, tmp_pat
 
     plain, _ = complete()
     assert plain.startswith("the quick") and len(plain) == 29
-    assert complete("--draft", "ngram", "--n-draft", "3")[0] == plain
+    assert complete("--draft", "ngram", "--n-draft", "3", "--devices", "2")[0] == plain
+    assert complete("--devices", "2", "--cache", "int8")[0] == complete("--cache", "int8")[0]
     again, told = complete("--draft", str(folder), "--dtype", "float32")
     assert again == plain and "5.00 tokens a round" in told  # all 4 and one more: it is itself
     assert "weights int8, cache int8" in complete("--dtype", "int8", "--cache", "int8")[1]
