@@ -595,16 +595,24 @@ def normalised_over(part, axis="tensor"):
 
 
 def extend_slots(q, k, v, old_k, old_v, pos, axis="tensor"):
-    """BT(H/t)D, BKTD, BKTD, BK1(S/t)D, BK1(S/t)D, BT -> BT(H/t)D, (BK1(S/t)D, BK1(S/t)D): each
-    device holds every t-th slot of all heads; the shares of the values are added up."""
+    """BT(H/t)D, BKTD, BKTD, BK(S/t)D, BK(S/t)D, BT -> BT(H/t)D, (BK(S/t)D, BK(S/t)D): each device
+    holds every t-th slot of all heads; the shares of the values are added up."""
     n, pos = lax.axis_size(axis), pos - lax.axis_index(axis)
     own = jnp.where(pos % n == 0, pos // n, -1)  # not its own are dropped
-    old = jax.tree.map(lambda a: a[:, :, 0], (old_k, old_v))
-    k, v = (write(slots, new, own) for slots, new in zip(old, (k, v), strict=True))
+    k, v = write(old_k, k, own), write(old_v, v, own)
     q = lax.all_gather(q, axis, axis=2, tiled=True)
     out = cached_attention(q, k, v, pos // n, partial(normalised_over, axis=axis))
-    return lax.psum_scatter(out, axis, scatter_dimension=2, tiled=True), jax.tree.map(
-        lambda a: a[:, :, None], (k, v))
+    return lax.psum_scatter(out, axis, scatter_dimension=2, tiled=True), (k, v)
+
+
+def over_slots(attend):
+    """attend -> attend: of BKnSD, the one part that is a device's, as BKSD."""
+    def attending(q, k, v, old_k, old_v, pos):
+        old = jax.tree.map(lambda a: a[:, :, 0], (old_k, old_v))
+        out, kv = attend(q, k, v, *old, pos)
+        return out, jax.tree.map(lambda a: a[:, :, None], kv)
+
+    return attending
 
 
 def insert_own(slots, new, row, rows):
@@ -634,20 +642,11 @@ def fill_whole(q, k, v, old_k, old_v, pos, axis="tensor", insert=insert, row=Non
 
 
 def fill_ring(q, k, v, old_k, old_v, pos, axis="tensor"):
-    """B(T/t)HD, BK(T/t)D, BK(T/t)D, BK1(S/t)D, BK1(S/t)D, BT -> B(T/t)HD, (BK1(S/t)D, BK1(S/t)D):
-    each device's tokens are those of its slots: what it writes stays where it is."""
+    """B(T/t)HD, BK(T/t)D, BK(T/t)D, BK(S/t)D, BK(S/t)D, BT -> B(T/t)HD, (BK(S/t)D, BK(S/t)D): each
+    device's tokens are those of its slots: what it writes stays where it is."""
     held = as_held(k, old_k), as_held(v, old_v)
     out, _ = ring_forward(q, *held, axis, widen=lambda held: as_seen(held, q.dtype))
-    new = jax.tree.map(lambda a: a[:, :, None], held)
-    return out, jax.tree.map(lambda old, new: lax.dynamic_update_slice(old, new, (0,) * 5),
-                             (old_k, old_v), new)
-
-
-def insert_stripes(slots, new, row, keep, axis="tensor"):
-    """BK1(S/t)D, BKTD, int or None, keep, axis -> BK1(S/t)D: `keep` of a device's own slots."""
-    new = jax.tree.map(lambda a: own_slots(a, axis), new)
-    held = keep(jax.tree.map(lambda a: a[:, :, 0], slots), new, row)
-    return jax.tree.map(lambda a: a[:, :, None], held)
+    return out, insert((old_k, old_v), held, 0)
 
 
 class Layout(NamedTuple):
@@ -659,8 +658,8 @@ class Layout(NamedTuple):
 
 LAYOUTS = {"heads": Layout("K", lambda axis: extend_cache),
            "batch": Layout("B", lambda axis: over_batch(extend_cache, axis)),
-           "sequence": Layout("S", lambda axis: partial(extend_slots, axis=axis)),
-           "context": Layout("S", lambda axis: partial(extend_slots, axis=axis), by_token=True)}
+           "sequence": Layout("S", lambda axis: over_slots(partial(extend_slots, axis=axis)))}
+LAYOUTS["context"] = LAYOUTS["sequence"]._replace(by_token=True)
 
 
 def layout_rules(mesh, layout):
@@ -750,10 +749,12 @@ def fill_in(layout, axes, data, row=None):
     letter, last = LAYOUTS[layout].letter, axes[-1:]
     own = last if letter == "B" else ()
     keep = partial(insert_own, rows=own if row is None else (*data, *own))
-    if letter == "S":
-        keep = partial(insert_stripes, keep=keep, axis=last)
-    return partial(fill_cache if letter == "K" else partial(fill_whole, axis=last), row=row,
-                   insert=keep)
+    if letter == "K":
+        return partial(fill_cache, row=row, insert=keep)
+    if letter == "B":
+        return partial(fill_whole, axis=last, row=row, insert=keep)
+    return over_slots(partial(fill_whole, axis=last, row=row, insert=lambda slots, new, row: keep(
+        slots, jax.tree.map(lambda a: own_slots(a, last), new), row)))
 
 
 def tp_parts(axis, enter, leave):
@@ -835,7 +836,7 @@ def read_context(params, cache, tokens, lengths, cfg, split, axes, enter, leave)
     seams, pos = tp_parts(over, enter, leave), own_places(tokens.shape[1], last)[None]
     own = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % n)))[:, pos[0]]
     x, k, v = through_layers(whole, cache, seams.pop("embed")(whole, own, cfg), pos, cfg,
-                             partial(fill_ring, axis=last), **seams)
+                             over_slots(partial(fill_ring, axis=last)), **seams)
     at = lengths - 1
     mine = (at % n == lax.axis_index(last))[:, None]
     x = lax.psum(jnp.where(mine, x[jnp.arange(len(at)), at // n], 0), last)[:, None]

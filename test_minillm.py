@@ -2171,9 +2171,9 @@ def test_a_ring_is_its_reference_is_the_product_and_so_are_its_gradients(n):
 @pytest.mark.parametrize("axes, ring, cfg", [
     (dict(data=(2, 2), context=2, tensor=1), 0, WIDE),
     (dict(data=1, context=3, tensor=1), 0, replace(WIDE, L=1, E=24, tied=False)),
-    (dict(data=1, tensor=8), 1, replace(WIDE, L=1, K=8, tied=False, qk_norm=True)),
+    (dict(data=1, tensor=8), 0, replace(WIDE, L=1, K=8, tied=False, qk_norm=True)),
     (dict(data=1, context=2, tensor=(2, 2)), 0, replace(WIDE, L=1, qk_norm=True)),
-    (dict(data=2, tensor=4), 2, replace(WIDE, L=1, act="gelu", embed_scale=True, qk_norm=True))])
+    (dict(data=4, tensor=2), 2, replace(WIDE, L=1, act="gelu", embed_scale=True, qk_norm=True))])
 def test_a_sharded_loss_its_gradients_and_training_are_one_devices(axes, ring, cfg):
     mesh, params, tokens = shard.make_mesh(**axes), weights(cfg), draw_tokens(cfg, 8, 7)
     split = partial(shard.sharded_loss, mesh=mesh, enter=RINGS[ring][0], leave=RINGS[ring][1])
@@ -2182,7 +2182,7 @@ def test_a_sharded_loss_its_gradients_and_training_are_one_devices(axes, ring, c
         shard.stack(params), tokens, cfg)
     close(ours, alone)
     jax.tree.map(close, split_grads, shard.stack(grads))
-    if axes == dict(data=2, tensor=4):
+    if ring:
         step = jax.jit(train_step, static_argnames=("cfg", "loss"))
         one, many = (params, adam_init(params)), (shard.stack(params),
                                                   adam_init(shard.stack(params)))
@@ -2255,11 +2255,11 @@ def test_ring_attention_gives_all_devices_the_same_work(n):
 
 
 @pytest.mark.parametrize("axes, layout, K, ring, dtype, kind", [
-    (dict(data=2, tensor=4), "heads", 4, 1, "float32", None),
+    (dict(data=2, tensor=2), "heads", 4, 1, "float32", None),
     (dict(tensor=4), "batch", 2, 0, "int8", Q8), (dict(tensor=4), "context", 1, 0, "int8", Q8),
     (dict(tensor=3), "sequence", 2, 0, "float32", None),
     (dict(tensor=(2, 2)), "batch", 2, 0, "int8", None),
-    (dict(tensor=(2, 4)), "context", 2, 1, "float32", None)])
+    (dict(tensor=(2, 4)), "context", 2, 0, "float32", None)])
 def test_a_split_model_reads_and_generates_what_one_device_does(axes, layout, K, ring, dtype, kind):
     cfg, mesh, B, S = replace(WIDE, K=K, qk_norm=True), shard.make_mesh(**axes), 4, 24
     cfg = replace(cfg, E=24, H=6, V=33) if axes == dict(tensor=3) else cfg
@@ -2318,8 +2318,8 @@ def test_a_split_model_serves_what_one_device_does(axes, layout, how):
     assert len(ours) == 5 and all(np.array_equal(ours[i], alone[i]) for i in alone)
 
 
-@settings(max_examples=20)
-@given(st.sampled_from([2, 3, 4, 8, (2, 3)]), st.sampled_from([0.0, 1e-40, 0.7, 30.0]),
+@settings(max_examples=10)
+@given(st.sampled_from([2, 3, 8, (2, 3)]), st.sampled_from([0.0, 1e-40, 0.7, 30.0]),
        st.sampled_from([0, 1, 3, 40]), st.sampled_from([1.0, 0.6]), st.booleans(),
        st.integers(0, 99))
 def test_split_logits_draw_the_token_that_whole_ones_do(n, temperature, top_k, top_p, wild, seed):
@@ -2429,8 +2429,9 @@ def test_every_form_sends_what_the_formula_says_to_the_byte(ring, dtype):
         x, cache = shard.tp_extend(params, cache, tokens, **parts)
         return shard.tp_unembed(params, x, **{k: v for k, v in parts.items() if k != "leave"})
 
-    meshes = ((1, 4),) if ring else ((1, 1), (2, 4), (2, (2, 2)))
-    for (data, tensor), layout in itertools.product(meshes, shard.LAYOUTS):
+    meshes = ((1, 4),) if ring else ((2, 4), (1, (2, 2)))
+    for (data, tensor), layout in itertools.product(meshes, ("heads", "context") if ring else
+                                                    shard.LAYOUTS):
         parts = dict(cfg=cfg, mesh=abstract_mesh(data=data, tensor=tensor), layout=layout,
                      enter=enter, leave=leave)
         for form, fn, args in (
