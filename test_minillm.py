@@ -3428,7 +3428,7 @@ def test_few_key_heads_on_a_plane_of_chips_send_the_formula_and_no_whole_sum(lay
 
 
 @pytest.mark.parametrize("i", range(4))
-def test_a_million_tokens_are_read_and_go_on_as_the_readmes_table_says(i, compiled):
+def test_a_million_tokens_are_read_by_chips_and_go_on_as_the_readmes_table_says(i, compiled):
     table = re.search(r"\| 1,048,576 tokens \|.*?\n\n", README, re.S)[0].splitlines()[2:]
     phase, chips, mesh, held, peak, planned, took = (
         cell.strip() for cell in table[i].strip("|").split("|"))
