@@ -135,14 +135,18 @@ def partial_attention(q, k, v, seen):
     """
     k, k_scale = (k.q, k.scale.swapaxes(2, 3)) if hasattr(k, "scale") else (k, 1.0)
     v, v_scale = (v.q, v.scale.swapaxes(2, 3)) if hasattr(v, "scale") else (v, 1.0)
-    scores = few_rows(partial(jnp.einsum, "BKMD,BKSD->BKMS", **F32), q, k) * k_scale
-    scores = jnp.where(seen, scores * q.shape[-1] ** -0.5, -jnp.inf)
-    largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - finite(largest))
     wide = jnp.bfloat16 if (q.dtype, v.dtype) == (jnp.float16, jnp.int8) else q.dtype
-    each = (weights * v_scale).astype(jnp.promote_types(wide, v.dtype))
-    values = jnp.einsum("BKMS,BKSD->BKMD", each, v, **F32)
-    return Partial(values, jnp.sum(weights, axis=-1, keepdims=True), largest)
+
+    def look(q, seen):
+        scores = few_rows(partial(jnp.einsum, "BKMD,BKSD->BKMS", **F32), q, k) * k_scale
+        scores = jnp.where(seen, scores * q.shape[-1] ** -0.5, -jnp.inf)
+        largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - finite(largest))
+        each = (weights * v_scale).astype(jnp.promote_types(wide, v.dtype))
+        values = jnp.einsum("BKMS,BKSD->BKMD", each, v, **F32)
+        return Partial(values, jnp.sum(weights, axis=-1, keepdims=True), largest)
+
+    return in_twos(q.shape[2] == 1, look, q, seen, axis=-2, on="tpu")
 
 
 def merge(a, b):
@@ -660,14 +664,16 @@ def traced_flops(fn, *args):
 # --------------------------------------------- what one backend needs: elsewhere the plain form
 
 
-def in_twos(lone, plain, *rows):
+def in_twos(lone, plain, *rows, axis=0, on="cpu"):
     """bool, plain, arrays -> array: `plain(*rows)`. Where it is one row, XLA's CPU code runs a
     scalar loop for a product in bf16 or int8, 8 to 20 times slower than for two rows, and copies a
-    cache that it writes one slot of, 1.3 times a step's time: there the row is listed twice."""
+    cache that it writes one slot of, 1.3 times a step's time; a TPU's attends to a cache without
+    its matrix units, 2 to 4 times slower (four chips' cycles): there the row is listed twice."""
     def doubled(*rows):
-        return plain(*(jnp.concatenate([a, a]) for a in rows))[:1]
+        found = plain(*(jnp.concatenate([a, a], axis) for a in rows))
+        return jax.tree.map(lambda a: lax.slice_in_dim(a, 0, 1, axis=axis), found)
 
-    return lax.platform_dependent(*rows, cpu=doubled, default=plain) if lone else plain(*rows)
+    return lax.platform_dependent(*rows, default=plain, **{on: doubled}) if lone else plain(*rows)
 
 
 def few_rows(plain, x, w):
