@@ -345,9 +345,9 @@ def train_cost(job):
 def prefill_cost(job):
     """All weights once, and the cache written once. (`rows_at_a_time` may read weights again
     for each thousand tokens or two: nothing beside their flops.)"""
-    cfg, B, T = job.cfg, job.B, job.prompt
-    return cost(job, T, T, B * T, prefill_flops(cfg, B, T), weight_bytes(cfg, job.dtype),
-                kv_bytes(cfg, B, T, job.cache_dtype), cfg.dtype)
+    cfg, B, T, S = job.cfg, job.B, job.prompt, slots(job, job.prompt)
+    return cost(job, T, S, B * T, prefill_flops(cfg, B, T), weight_bytes(cfg, job.dtype),
+                kv_bytes(cfg, B, S, job.cache_dtype), cfg.dtype)
 
 
 def extend_cost(job, T, S):
@@ -812,7 +812,7 @@ def rows_at_a_time(job):
 def slots(job, S):
     """Job, int -> int: S, or where slots are split the next number that divides."""
     by_slots = shard.LAYOUTS[job.layout].letter == "S"
-    n = shard.sizes_of(dict(job.mesh).get("tensor", 1))[-1] if by_slots else 1
+    n = shard.as_axes(dict(job.mesh).get("tensor", 1))[-1] if by_slots else 1
     return -(-S // n) * n
 
 
@@ -1730,7 +1730,7 @@ def read_by_all(job, cost):
             rules = {letter: axes[:-1] for letter in rules}
         moved = sum(array_bytes(name, cfg, job.dtype) * mesh.size // math.prod(
             mesh.shape[axis] for axes in shard.spec(name, cfg, mesh, rules)
-            for axis in shard.split_over(axes)) for name in jax.tree.leaves(read_arrays(cfg)))
+            for axis in shard.as_axes(axes)) for name in jax.tree.leaves(read_arrays(cfg)))
     first, *others = cost.parts
     return cost._replace(weight_bytes=held, parts=(first._replace(bytes=moved), *others))
 
@@ -2120,15 +2120,17 @@ def on_chips(job, name, chips, mesh=None, layout=None):
     n = chips * target.devices
     shape += "x2" * (target.devices == 2)
     mesh = mesh or ({"data": n} if job.phase == "train" else {"tensor": over_heads(job.cfg, n)})
-    data, context, tensor = (math.prod(shard.sizes_of(mesh.get(axis, 1)))
+    data, context, tensor = (math.prod(shard.as_axes(mesh.get(axis, 1)))
                              for axis in ("data", "context", "tensor"))
     known = ("data", "context", "tensor") if job.phase == "train" else ("data", "tensor")
-    if set(mesh) - {*known} or data * context * tensor != n:
-        raise ValueError(f"a mesh of {mesh} on {chips} x {name}: axes {', '.join(known)}, and {n} "
-                         f"devices in all, not {data * context * tensor}")
+    if other := ", ".join(set(mesh) - {*known}):
+        raise ValueError(f"--mesh {other}: {job.phase} takes {' and '.join(known)}")
+    if data * context * tensor != n:
+        raise ValueError(f"a mesh of {mesh} on {chips} x {name}: {n} devices in all, not "
+                         f"{data * context * tensor}")
     if job.prompt % context:
-        raise ValueError(f"--prompt {job.prompt} tokens over {context} devices of context: a "
-                         "multiple of it")
+        raise ValueError(f"--prompt {job.prompt} tokens over {context} devices of context: "
+                         f"--prompt {-(-job.prompt // context) * context}")
     if job.phase == "train" and (job.B % data or job.by == "compiler" and context * tensor > 1):
         raise ValueError(f"B={job.B} rows over {data} devices of data" + (
             f": --batch {-(-job.B // data) * data}" if job.B % data else f" and {context * tensor} "
@@ -2149,7 +2151,7 @@ def on_chips(job, name, chips, mesh=None, layout=None):
     job = job._replace(mesh=tuple(axes.items()))
     if job.phase == "train" or job.phase in PRODUCTS:
         return job
-    *first, last = shard.sizes_of(axes["tensor"])
+    *first, last = shard.as_axes(axes["tensor"])
     fit = [name for name, size in (("heads", job.cfg.K // math.prod(first)),
                                    ("batch", job.B // (n // tensor))) if size % last == 0]
     fit += ["sequence", "context"]
@@ -2816,6 +2818,10 @@ def split_over(cfg, devices):
     """Config, int or None -> dict, layout: the mesh and the cache of one sequence over so many
     devices, or over as many of those that are here as divide the model."""
     n = devices or degree(cfg, jax.device_count())
+    if degree(cfg, n) < n:
+        fit = [str(m) for m in range(1, 65) if degree(cfg, m) == m]
+        raise ValueError(f"--devices {n} cannot share a model of E={cfg.E}, H={cfg.H}, F={cfg.F}, "
+                         f"V={cfg.V}: {', '.join(fit)} can")
     over = {"tensor": over_heads(cfg, n)} if n > 1 else {}
     return over, "sequence" if cfg.K % n else "heads"
 
@@ -3045,7 +3051,8 @@ def run_shard(args):
                   f" {amounts[1]:>11} {link:>9} {row['measured_seconds'] * 1e3:>11.2f}  "
                   + ", ".join(f"{c['number']} {kind}" for kind, c in row["collectives"].items()))
     if not rows:
-        raise ValueError(f"nothing to measure: --form {' --form '.join(args.form or ['any'])}")
+        raise ValueError("nothing to measure: " + (f"--form {' --form '.join(args.form)}" if
+                         args.form else f"no form can be split over --devices {n}"))
     if first:
         finish(args, machine=machine(), ceilings={}, rows=rows)
 
@@ -3126,9 +3133,19 @@ ring_ways = checked(lambda text: [{"0": 0, "1": 1, "2": 2}[n] for n in text.spli
                     "some of 0, 1, 2")
 switch = checked(lambda text: [{"off": False, "on": True}[word] for word in text.split(",")],
                  "off, on, or off,on")
-mesh_sizes = checked(lambda text: {name: whole(n) if "x" not in n else tuple(
-    map(whole, n.split("x"))) for name, n in (part.split("=") for part in text.split(","))},
-    "axes and sizes, as data=16,tensor=4, or tensor=4x4")
+
+
+def parse_mesh(text):
+    """str -> dict: axes and sizes; KeyError for one that is named twice, ValueError otherwise."""
+    pairs = [part.split("=") for part in text.split(",")]
+    mesh = {name: whole(n) if "x" not in n else tuple(map(whole, n.split("x")))
+            for name, n in pairs}
+    if len(mesh) < len(pairs):
+        raise KeyError(text)
+    return mesh
+
+
+mesh_sizes = checked(parse_mesh, "axes and sizes, each once, as data=16,tensor=4, or tensor=4x4")
 
 
 def writable(text):

@@ -23,7 +23,7 @@ from minillm import (Adam, Config, attention, block, causal_attention, causal_pa
                      dims, embed, extremes, forward, frequencies, in_twos, matmul, normalised,
                      product, product_flops, rotary, size_of, sizes, unembed)
 
-TINY, HUGE = 1.2e-38, 1e37  # below the one, a number counts as 0 in f32; beyond the other, 1 / it
+TINY, HUGE = 1.2e-38, 1e37  # f32 takes what is below the one for 0, and 1 / the other is above it
 
 # --------------------------------------------------------------------------------------------- int8
 
@@ -94,7 +94,8 @@ class Cache(NamedTuple):
 
     Rows may differ in length. To take tokens back, lower it: `cache._replace(length=...)`.
     """
-    k: tuple     # L arrays BKSD, or Q8 of them, with a scale a row, head and slot: BKS1
+    k: tuple     # L arrays BKSD, or Q8 of them, with a scale a row, head and slot: BKS1; where
+    # slots are split over n devices, BKnSD: see shard.striped
     v: tuple
     length: Any  # B, int32: filled slots, which is also the position of the next token
 
@@ -128,6 +129,9 @@ def resize(cache, S):
     check_room(cache, 0, S)
     if S < 1:
         raise ValueError(f"a cache of {S} slots: at least one")
+    if cache.k[0].ndim != 4:
+        raise ValueError("a cache whose slots are split cannot be resized: move it to another "
+                         'layout first (shard.place_cache(cache, mesh, "batch"))')
 
     def fit(a):
         return jnp.pad(a[:, :, :S], ((0, 0), (0, 0), (0, max(0, S - a.shape[2])), (0, 0)))
@@ -156,10 +160,12 @@ def check_room(cache, new, S=None):
 
 
 def check_batch(cache, tokens):
-    """Cache, BT -> None: ValueError unless there is one row of tokens for each of the cache."""
+    """Cache, BT -> None: ValueError unless there is one row of tokens, or of logits, for each of
+    the cache."""
     rows = len(cache.length)
     if len(tokens) != rows:
-        raise ValueError(f"{len(tokens)} rows of tokens for a cache of {rows}: "
+        what = "tokens" if jnp.issubdtype(tokens.dtype, jnp.integer) else "logits"
+        raise ValueError(f"{len(tokens)} rows of {what} for a cache of {rows}: "
                          f"init_cache(B={len(tokens)})")
 
 
@@ -188,8 +194,10 @@ def write(slots, new, pos):
     slot = jnp.where(pos < 0, slots.shape[2], pos)[:, None]
 
     def put(slots, new):
-        return in_twos(B * K * T == 1, lambda row, slot, new: slots.at[row, head, slot].set(
-            new, mode="drop"), row, slot, new)
+        def plain(row, slot, new):
+            return slots.at[row, head, slot].set(new, mode="drop")
+
+        return in_twos("write", B * K * T == 1, plain, row, slot, new)
 
     return jax.tree.map(put, slots, as_held(new, slots))
 
@@ -335,26 +343,32 @@ def sampling(temperature, top_k, top_p):
 
 
 def row_largest(logits):
-    """BV -> B1: of each row."""
+    """BV -> B1: each row's largest logit; where V is split, another function finds it."""
     return jnp.max(logits, axis=-1, keepdims=True)
 
 
 def kth_largest(logits, k):
-    """BV, int -> B1: the least where there are fewer."""
+    """BV, int -> B1: each row's k-th largest logit, its least where V < k. Replaced like
+    `row_largest`."""
     return jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
 
 
+def usable(logits):
+    """BV -> BV: f32, and NaN as -inf."""
+    return jnp.where(jnp.isnan(logits), -jnp.inf, logits.astype(jnp.float32))
+
+
 def below_largest(logits, largest=row_largest):
-    """BV -> BV: f32, less each row's largest. So +inf is certain, -inf and NaN are never drawn, and
+    """BV -> BV: `usable`, less each row's largest. So +inf is certain, -inf is never drawn, and
     where there is nothing else, all are alike."""
-    logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits.astype(jnp.float32))
+    logits = usable(logits)
     most = largest(logits)
     return jnp.where(logits == most, 0, logits - most)
 
 
-def kept(logits, temperature, top_k=0, top_p=1.0, largest=row_largest, kth=kth_largest):
-    """BV, temperature, top_k, top_p -> BV: `log_probs`, less a number a row, of a temperature that
-    is not 0."""
+def filtered(logits, temperature, top_k=0, top_p=1.0, largest=row_largest, kth=kth_largest):
+    """BV, temperature, top_k, top_p -> BV: log-probabilities but for a constant a row, f32; what is
+    left out is -inf. Of a temperature that is not 0."""
     logits = below_largest(logits, largest) / min(temperature, HUGE)
     if top_k:
         logits = jnp.where(logits < kth(logits, top_k), -jnp.inf, logits)
@@ -377,8 +391,8 @@ def log_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     """
     temperature, top_k, top_p = sampling(temperature, top_k, top_p)
     if temperature < TINY:
-        return one_hot(jnp.argmax(below_largest(logits), axis=-1), logits.shape[-1])
-    return jax.nn.log_softmax(kept(logits, temperature, top_k, top_p), axis=-1)
+        return one_hot(jnp.argmax(usable(logits), axis=-1), logits.shape[-1])
+    return jax.nn.log_softmax(filtered(logits, temperature, top_k, top_p), axis=-1)
 
 
 def row_keys(key, B):
@@ -411,9 +425,9 @@ def sample(key, logits, pos, temperature, top_k, top_p):
     are not finite mean, `log_probs` says.
     """
     temperature, top_k, top_p = sampling(temperature, top_k, top_p)
-    scores = below_largest(logits)
+    scores = usable(logits)
     if temperature >= TINY:
-        scores = kept(logits, temperature, top_k, top_p) + noise(key, pos, logits.shape[-1])
+        scores = filtered(logits, temperature, top_k, top_p) + noise(key, pos, logits.shape[-1])
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
@@ -426,6 +440,7 @@ def generate(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p
     top_k, top_p and end are static under `jax.jit`. ValueError where the cache has no room for n
     tokens.
     """
+    check_batch(cache, logits)
     check_room(cache, n)
     return draw(params, cache, logits, key, n, cfg, temperature, top_k, top_p, end)
 

@@ -31,7 +31,8 @@ def product(x, w, sums=jnp.float32):
     def plain(x, w):
         return jnp.einsum("MC,OC->MO", x, w, preferred_element_type=sums)
 
-    return in_twos(len(x) == 1 and w.dtype.itemsize <= 2, lambda x: few_rows(plain, x, w), x)
+    lone = len(x) == 1 and w.dtype.itemsize <= 2
+    return in_twos("product", lone, lambda x: few_rows(plain, x, w), x)
 
 
 @jax.custom_vjp
@@ -146,7 +147,7 @@ def partial_attention(q, k, v, seen):
         values = jnp.einsum("BKMS,BKSD->BKMD", each, v, **F32)
         return Partial(values, jnp.sum(weights, axis=-1, keepdims=True), largest)
 
-    return in_twos(q.shape[2] == 1, look, q, seen, axis=-2, on="tpu")
+    return in_twos("attention", q.shape[2] == 1, look, q, seen)
 
 
 def merge(a, b):
@@ -228,10 +229,10 @@ def blocked(q, k, v):
     return tuple(in_blocks(a, K, n) for a in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
 
 
-def over_pairs(q, k, v, step, state, before=0):
+def over_pairs(q, k, v, step, state, strict=0):
     """nBKMD, nBKSD, nBKSD, step, state -> state: `step(state, i, j, q, k, v, seen)` for each block
     i of queries and, in order, each block j of keys that it sees, some of it or all: keys up to its
-    own place or, with `before` 1, before it. A gradient through many layers would keep the mask of
+    own place or, with `strict` 1, before it. A gradient through many layers would keep the mask of
     each pair, since it is the same in all: it is made again."""
     n, size = len(k), k.shape[3]
     token, G = jnp.arange(size), q.shape[3] // size
@@ -239,7 +240,7 @@ def over_pairs(q, k, v, step, state, before=0):
     @partial(jax.checkpoint, prevent_cse=False)
     def one(state, pair):
         i, j = pair
-        seen = j * size + token + before <= (i * size + jnp.repeat(token, G))[:, None]
+        seen = j * size + token + strict <= (i * size + jnp.repeat(token, G))[:, None]
         return step(state, i, j, q[i], k[j], v[j], seen), None
 
     return lax.scan(one, state, jnp.array([(i, j) for i in range(n) for j in range(i + 1)]))[0]
@@ -255,9 +256,9 @@ def causal_attention(q, k, v):
     return causal_forward(q, k, v)[0]
 
 
-def causal_forward(q, k, v, before=0):
+def causal_forward(q, k, v, strict=0):
     """BTHD, BKTD, BKTD -> BTHD, saved: its gradient needs operands and result, and of each query
-    the logarithm of its sum of exponentials. (`before`: as of `over_pairs`.)"""
+    the logarithm of its sum of exponentials. (`strict`: as of `over_pairs`.)"""
     blocks = blocked(q, k, v)
 
     def step(state, i, j, q, k, v, seen):
@@ -271,12 +272,12 @@ def causal_forward(q, k, v, before=0):
     rows = blocks[0]  # a state of the results' shapes: every number is overwritten
     one, narrow = rows[0].astype(jnp.float32), jnp.zeros_like(rows[..., :1], "float32")
     state = Partial(one, narrow[0], narrow[0]), rows, narrow
-    _, out, log_total = over_pairs(*blocks, step, state, before)
+    _, out, log_total = over_pairs(*blocks, step, state, strict)
     out = by_token(out, *q.shape[1:3])
     return out, (q, k, v, out, log_total)
 
 
-def causal_backward(saved, dy, before=0):
+def causal_backward(saved, dy, strict=0):
     """saved, BTHD -> BTHD, BKTD, BKTD: five products a pair, for the two forwards: the softmax p is
     computed again. Through it goes, from scores s, ds = p (dp - sum(p dp)), where the sum is
     dy . out. Keys come first in all of them, so that dk and dv are plain products. Scores are
@@ -299,7 +300,7 @@ def causal_backward(saved, dy, before=0):
         return row, dq.at[i].set(row.astype(dq.dtype)), dk, dv
 
     row, dk, dv = (a.astype(jnp.float32) for a in (blocks[0][0], *blocks[1:]))  # overwritten, too
-    _, dq, dk, dv = over_pairs(*blocks, step, (row, blocks[0], dk, dv), before)
+    _, dq, dk, dv = over_pairs(*blocks, step, (row, blocks[0], dk, dv), strict)
     dk, dv = (by_token(d, T, K).swapaxes(1, 2).astype(k.dtype) for d in (dk, dv))
     return by_token(dq, T, H), dk, dv
 
@@ -664,16 +665,22 @@ def traced_flops(fn, *args):
 # --------------------------------------------- what one backend needs: elsewhere the plain form
 
 
-def in_twos(lone, plain, *rows, axis=0, on="cpu"):
-    """bool, plain, arrays -> array: `plain(*rows)`. Where it is one row, XLA's CPU code runs a
+ALONE = dict(product=("cpu", 0), write=("cpu", 0), attention=("tpu", -2))  # rows are which axis
+
+
+def in_twos(what, lone, plain, *rows):
+    """str, bool, plain, arrays -> array: `plain(*rows)`. Where it is one row, XLA's CPU code runs a
     scalar loop for a product in bf16 or int8, 8 to 20 times slower than for two rows, and copies a
     cache that it writes one slot of, 1.3 times a step's time; a TPU's attends to a cache without
     its matrix units, 2 to 4 times slower (four chips' cycles): there the row is listed twice."""
+    platform, axis = ALONE[what]
+
     def doubled(*rows):
         found = plain(*(jnp.concatenate([a, a], axis) for a in rows))
         return jax.tree.map(lambda a: lax.slice_in_dim(a, 0, 1, axis=axis), found)
 
-    return lax.platform_dependent(*rows, default=plain, **{on: doubled}) if lone else plain(*rows)
+    return lax.platform_dependent(*rows, default=plain, **{platform: doubled}) if lone \
+        else plain(*rows)
 
 
 def few_rows(plain, x, w):

@@ -18,8 +18,9 @@ from jax import lax
 
 from infer import (TINY, Cache, Q8, append, array_bytes, as_held, as_seen, cached_attention,
                    check_batch, check_prompts, check_room, check_speculation, draw, empty,
-                   extend_cache, fill_cache, insert, kept, noise, one_hot, read_prompts, rounds,
-                   row_keys, row_largest, sample, sampling, serve, slots_of, through_layers, write)
+                   extend_cache, fill_cache, filtered, insert, noise, one_hot, read_prompts, rounds,
+                   row_keys, row_largest, sample, sampling, serve, slots_of, through_layers,
+                   usable, write)
 from minillm import (Partial, block, by_token, causal, causal_attention, causal_backward,
                      causal_blocks, causal_forward, check_tokens, dims, dot, embed, finite,
                      in_blocks, inner_jaxprs, loss, merge, normalised, rotary, size_of)
@@ -43,8 +44,8 @@ def make_mesh(devices=None, **axes):
     devices = jax.devices() if devices is None else devices
     named = mesh_axes(**axes)
     wanted, there = math.prod(named.values()), len(devices)
-    if not named or min(named.values()) < 1:
-        raise ValueError(f"a mesh of {axes}: at least one axis, of at least one device")
+    if not named:
+        raise ValueError("a mesh of no axes: at least one")
     if wanted > there:
         raise ValueError(f"a mesh of {axes} takes {wanted} devices, there are {there}: "
                          f'jax.config.update("jax_num_cpu_devices", {wanted}) simulates them')
@@ -54,12 +55,15 @@ def make_mesh(devices=None, **axes):
 
 
 def mesh_axes(**axes):
-    """-> dict: mesh axes and sizes: an int is one axis, of a tuple each size is one, numbered."""
-    named = {}
-    for name, size in axes.items():
-        named |= {f"{name}{i}": n for i, n in enumerate(size)} if isinstance(size, tuple) else {
-            name: size}
-    return named
+    """-> dict: mesh axes and sizes: an int is one axis, of a tuple each size is one, numbered.
+    ValueError for two of one name, or of no device."""
+    named = [pair for name, size in axes.items() for pair in (
+        [(f"{name}{i}", n) for i, n in enumerate(size)] if isinstance(size, tuple)
+        else [(name, size)])]
+    if min([n for _, n in named], default=1) < 1 or len(dict(named)) < len(named):
+        raise ValueError(f"a mesh of {axes}: each axis is of another name and of at least one "
+                         "device")
+    return dict(named)
 
 
 def axes_of(mesh, *words):
@@ -73,8 +77,8 @@ def size_over(mesh, axes):
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def split_over(axes):
-    """str, tuple or None -> tuple: the axes that one dimension of a spec is split over."""
+def as_axes(axes):
+    """str, int, tuple or None -> tuple: several axes, or their sizes, or one, or none."""
     return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
 
 
@@ -87,7 +91,7 @@ def spec(name, cfg, mesh, rules):
     ValueError where an axis divides no letter.
     """
     letters = name.replace(" ", "")
-    held = {letter: [*axes_of(mesh, *split_over(rules.get(letter)))] for letter in letters}
+    held = {letter: [*axes_of(mesh, *as_axes(rules.get(letter)))] for letter in letters}
 
     def part(letter):
         return getattr(cfg, letter) // size_over(mesh, held[letter])
@@ -122,7 +126,7 @@ def specs_of(params, cfg, mesh, rules):
 
 def check_rules(cfg, mesh, rules):
     """cfg, Mesh, dict -> None: ValueError unless rules name axes that divide their letters."""
-    letters = {letter: axes_of(mesh, *split_over(axes)) for letter, axes in rules.items()
+    letters = {letter: axes_of(mesh, *as_axes(axes)) for letter, axes in rules.items()
                if letter != "matrix"}
     names = set(jax.tree.leaves(dims(cfg)._replace(layers=dims(cfg).layers[0])))
     for name in names:
@@ -131,7 +135,7 @@ def check_rules(cfg, mesh, rules):
             raise ValueError(f"rules {rules} split two letters of one array, {name!r}, over the "
                              "same axis")
     for letter, axes in letters.items():
-        known = all(axes_of(mesh, word) for word in split_over(rules[letter]))
+        known = all(axes_of(mesh, word) for word in as_axes(rules[letter]))
         if letter not in tuple("EHKDFV") or not known:
             raise ValueError(f"rule {letter}={rules[letter]!r}: expected one of the letters EHKDFV,"
                              f" and of the mesh's axes {tuple(mesh.shape)}")
@@ -183,7 +187,7 @@ def stacked(tree):
 
 def gathered(x, axes, dim, **how):
     """array, axes, int -> array: whole again along `dim`, one axis of the torus after another."""
-    for axis in reversed(split_over(axes)):
+    for axis in reversed(as_axes(axes)):
         x = lax.all_gather(x, axis, axis=dim, tiled=True, **how)
     return x
 
@@ -191,7 +195,7 @@ def gathered(x, axes, dim, **how):
 def scattered(x, axes, dim):
     """array, axes, int -> array: added up, and split along `dim`, one axis after another. Over all
     axes at once it may become an all-reduce: twice the bytes, and whole sums on every device."""
-    for axis in split_over(axes):
+    for axis in as_axes(axes):
         x = lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
     return x
 
@@ -346,8 +350,8 @@ def split_sample(key, logits, pos, temperature, top_k, top_p, axis="tensor"):
     """key, B(V/t), B, temperature, top_k, top_p -> B: the token that `sample` draws.
 
     Each device adds its part of the noise, and two numbers a row travel: its best sum, and which
-    token's that is. Besides, where that is random, a row's largest logit; for top_k as many of each
-    part; and for top_p below 1, which asks for the probability of each, all logits.
+    token's that is. At a temperature each row's largest logit travels too, and for top_k as many of
+    each part. For top_p below 1, which asks for the probability of each, all logits do.
     """
     temperature, top_k, top_p = sampling(temperature, top_k, top_p)
     if top_p < 1 and temperature >= TINY:
@@ -362,12 +366,13 @@ def split_sample(key, logits, pos, temperature, top_k, top_p, axis="tensor"):
         some = lax.top_k(logits, min(k, part))[0]
         return lax.top_k(gathered(some, axis, 1), min(k, n * some.shape[1]))[0][:, -1:]
 
-    scores = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
+    scores = usable(logits)
     if temperature >= TINY:
         drawn = noise(key, pos, n * part)
-        scores = kept(logits, temperature, top_k, 1.0, largest, kth) \
+        scores = filtered(logits, temperature, top_k, 1.0, largest, kth) \
             + lax.dynamic_slice_in_dim(drawn, first, part, 1)
     best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    # the sum's bits beside the index, so that one collective takes both
     pair = lax.bitcast_convert_type(row_largest(scores), jnp.int32), (first + best)[:, None]
     pairs = gathered(jnp.stack(pair, axis=-1), axis, 1, to="invarying")  # Bt2
     winner = jnp.argmax(lax.bitcast_convert_type(pairs[..., 0], jnp.float32), axis=1)
@@ -400,6 +405,9 @@ def fsdp_loss(params, tokens, cfg, mesh):
     """
     check_tokens(tokens, cfg)
     check_rows(tokens, mesh)
+    if axes_of(mesh, "context"):
+        raise ValueError(f"a mesh of {tuple(mesh.shape)}: tokens are split over an axis 'context' "
+                         "by hand: sharded_loss")
 
     def over_data(a):
         return lax.with_sharding_constraint(a, jax.NamedSharding(mesh, P(axes_of(mesh, "data"))))
@@ -418,7 +426,7 @@ def gather_weights(w, split, over):
     """
     def whole(w, spec):
         for dim, axes in enumerate(spec):
-            w = gathered(w, tuple(axis for axis in split_over(axes) if axis in over), dim)
+            w = gathered(w, tuple(axis for axis in as_axes(axes) if axis in over), dim)
         return w
 
     return jax.tree.map(whole, w, split)
@@ -436,8 +444,11 @@ def sharded_loss(params, tokens, cfg, mesh, enter=gather_matmul, leave=matmul_sc
     """
     check_tokens(tokens, cfg)
     rules, rows = {**TENSOR, **FSDP}, P(axes_of(mesh, "data"))
-    check_split(cfg, mesh, rules)
     check_rows(tokens, mesh)
+    if not axes_of(mesh, "tensor"):
+        raise ValueError(f"a mesh of {tuple(mesh.shape)}: weights are split over an axis 'tensor', "
+                         "of one device or more: make_mesh(..., tensor=1)")
+    check_split(cfg, mesh, rules)
     if not hasattr(params.layers, "wq"):
         raise ValueError("params hold a tuple of layers: stack(params) makes them one")
     split = specs(cfg, mesh, rules)
@@ -450,12 +461,13 @@ def local_loss(params, tokens, cfg, split, mesh, enter, leave):
     """Params, B(T+1), cfg, specs, Mesh -> scalar: one device's part of `sharded_loss`."""
     over, context, tensor = (axes_of(mesh, *words) for words in (
         ("data", "context"), ("context",), ("tensor",)))
-    pos = own_places(tokens.shape[1] - 1, context) if context else jnp.arange(tokens.shape[1] - 1)
-    attend, seams = partial(attend_ring, axis=context) if context else causal, tp_parts(
-        tensor, enter, leave)
+    T, seams = tokens.shape[1] - 1, tp_parts(tensor, enter, leave)
+    if context:
+        pos, attend = own_places(T, context), partial(attend_ring, axis=context)
+        before, after = tokens[:, pos], tokens[:, pos + 1]
+    else:
+        pos, attend, before, after = jnp.arange(T), causal, tokens[:, :-1], tokens[:, 1:]
     ends = gather_weights(params._replace(layers=()), split._replace(layers=()), over)
-    before, after = (tokens[:, pos], tokens[:, pos + 1]) if context else (
-        tokens[:, :-1], tokens[:, 1:])
     table, x = rotary(pos[None], cfg), seams.pop("embed")(ends, before, cfg)
 
     def one(x, w):
@@ -480,8 +492,8 @@ def own_places(T, axis):
 
 
 def later(i, axis):
-    """int, axis -> int: 1 where the device i before this one, around the ring, is a later one:
-    its token at a place stands behind this device's there, else before it."""
+    """int, axis -> int: 1 where the device i places before this one in the ring has a larger
+    number. Then its j-th token comes after this device's j-th, which must not see it."""
     here = lax.axis_index(axis)
     return ((here - i) % lax.axis_size(axis) > here).astype(jnp.int32)
 
@@ -498,14 +510,16 @@ def ring_attention(q, k, v, axis):
 
 
 def ring_forward(q, k, v, axis, widen=lambda held: held):
-    """B(T/n)HD, BK(T/n)D, BK(T/n)D, axis -> B(T/n)HD, saved: int8 k and v travel as they are, and
-    are widened where they are used."""
+    """B(T/n)HD, BK(T/n)D, BK(T/n)D, axis -> B(T/n)HD, saved. k and v travel as they are, int8 too,
+    and are widened where they are used. A part that a device is done with is a Partial of one
+    value, its mean, and merged like any other."""
     T, H = q.shape[1:3]
 
     def add(found, k, v, i):
         out, (*_, log_total) = causal_forward(q, widen(k), widen(v), later(i, axis))
         log_total = by_token(log_total, T, H)
-        new = Partial(jnp.where(log_total > -jnp.inf, out, 0), jnp.ones_like(log_total), log_total)
+        out = jnp.where(log_total > -jnp.inf, out, 0)  # a first token that saw nothing: 0 / 0
+        new = Partial(out, jnp.ones_like(log_total), log_total)
         return merge(found, new)
 
     def step(state, i):
@@ -513,8 +527,9 @@ def ring_forward(q, k, v, axis, widen=lambda held: held):
         following = [jax.tree.map(lambda a: pass_on(a, axis, 1), a) for a in (k, v)]
         return (add(found, k, v, i), *following), None
 
-    n, wide = lax.axis_size(axis), q.astype(jnp.float32)
-    nothing = Partial(wide * 0, wide[..., :1] * 0, wide[..., :1] * 0 - jnp.inf)
+    n = lax.axis_size(axis)
+    none, narrow = (jnp.zeros_like(a, jnp.float32) for a in (q, q[..., :1]))
+    nothing = Partial(none, narrow, narrow - jnp.inf)
     (found, last_k, last_v), _ = lax.scan(step, (nothing, k, v), jnp.arange(n - 1))
     found = add(found, last_k, last_v, n - 1)
     out = normalised(found).astype(q.dtype)
@@ -537,7 +552,7 @@ def ring_backward(axis, saved, dy):
         dq, *dkv = add((dq, *dkv), *kv, i)
         return ([dq, *(pass_on(d, axis, 1) for d in dkv)], *following), None
 
-    n, none = lax.axis_size(axis), [a.astype(jnp.float32) * 0 for a in (q, k, v)]
+    n, none = lax.axis_size(axis), [jnp.zeros_like(a, jnp.float32) for a in (q, k, v)]
     (grads, *kv), _ = lax.scan(step, (none, k, v), jnp.arange(n - 1))
     dq, *dkv = add(grads, *kv, n - 1)
     return dq.astype(q.dtype), *(pass_on(d, axis, 1).astype(k.dtype) for d in dkv)
@@ -547,7 +562,7 @@ ring_attention.defvjp(ring_forward, ring_backward)
 
 
 def attend_ring(q, k, v, axis):
-    """B(T/n)HD, BK(T/n)D, BK(T/n)D, axis -> B(T/n)HD, None: what training's queries look at."""
+    """B(T/n)HD, BK(T/n)D, BK(T/n)D, axis -> B(T/n)HD, None: `ring_attention` as an `attend`."""
     return ring_attention(q, k, v, axis), None
 
 
@@ -587,8 +602,8 @@ def over_batch(attend, axis="tensor"):
 
 
 def normalised_over(part, axis="tensor"):
-    """Partial -> BKMD: this device's share of the mean of the values that all devices saw:
-    two numbers a query travel."""
+    """Partial -> BKMD: this device's share of the mean of the values that all devices saw, to be
+    added up: two numbers a query travel."""
     largest = lax.pmax(part.largest, axis)
     here = jnp.exp(part.largest - finite(largest))
     return part.values * here / lax.psum(part.total * here, axis)
@@ -662,10 +677,17 @@ LAYOUTS = {"heads": Layout("K", lambda axis: extend_cache),
 LAYOUTS["context"] = LAYOUTS["sequence"]._replace(by_token=True)
 
 
+def layout_of(name):
+    """str -> Layout. ValueError for another."""
+    if name not in LAYOUTS:
+        raise ValueError(f"layout={name!r}: expected one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
 def layout_rules(mesh, layout):
     """Mesh, str -> dict: rules for the weights beside a cache. Where its last axis does not split
     K, each of its devices has the keys of those before it."""
-    few = {} if LAYOUTS[layout].letter == "K" else {"K": axes_of(mesh, "tensor")[:-1]}
+    few = {} if layout_of(layout).letter == "K" else {"K": axes_of(mesh, "tensor")[:-1]}
     return {**TENSOR, **few}
 
 
@@ -674,15 +696,14 @@ def cache_specs(mesh, layout):
     part of them has a copy of the model."""
     rows, axes = axes_of(mesh, "data"), axes_of(mesh, "tensor")
     over = {"B": rows, "K": axes[:-1], "S": ()}
-    over[LAYOUTS[layout].letter] += axes[-1:]
+    over[layout_of(layout).letter] += axes[-1:]
     split = P(*(over[letter] or None for letter in "BKS"))
     return Cache(split, split, P(rows or None))
 
 
 def check_layout(cache, mesh, layout):
     """Cache, Mesh, str -> None: ValueError unless the mesh can split what the layout splits."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
+    layout_of(layout)
     if not axes_of(mesh, "tensor"):
         raise ValueError(f"a mesh of {tuple(mesh.shape)}: a cache is split over an axis 'tensor'")
     B, K = cache.k[0].shape[:2]
@@ -690,14 +711,14 @@ def check_layout(cache, mesh, layout):
 
     def lacks(name):
         split = dict(zip("BKS", cache_specs(mesh, name).k, strict=True))
-        return [(letter, n) for letter, axes in split.items()
-                if sizes_[letter] % (n := size_over(mesh, split_over(axes)))]
+        return [(letter, axes) for letter, axes in split.items()
+                if sizes_[letter] % size_over(mesh, as_axes(axes))]
 
-    for letter, n in lacks(layout):
-        fit = [name for name in LAYOUTS if not lacks(name)]
-        raise ValueError(f"{letter}={sizes_[letter]} cannot be split over {n} devices: that is "
-                         f"what the layout {layout!r} does"
-                         + (f"; {' and '.join(fit)} can" if fit else ""))
+    for letter, axes in lacks(layout):
+        fit, n = [name for name in LAYOUTS if not lacks(name)], size_over(mesh, as_axes(axes))
+        raise ValueError(f"{letter}={sizes_[letter]} cannot be split over {n} devices of "
+                         f"{', '.join(as_axes(axes))}, as the layout {layout!r} does: "
+                         + (f"{' and '.join(fit)} can" if fit else f"choose a multiple of {n}"))
 
 
 def as_laid_out(cache, mesh, layout):
@@ -726,8 +747,8 @@ class Split(NamedTuple):
     cache: Cache    # as the layout has it
     params: Any     # specs
     held: Cache     # specs of the cache
-    rows: P         # of what has a row each
-    logits: P       # BV
+    rows: P         # spec of an array B
+    logits: P       # spec of BV
     axes: tuple     # of "tensor"
     attend: Callable
 
@@ -813,13 +834,13 @@ def tp_prefill(params, cache, tokens, lengths, cfg, mesh, layout="heads", enter=
     check_tokens(tokens, cfg)
     check_batch(cache, tokens)
     check_prompts(cache, tokens, lengths)
-    cache, split, held, rows, logits, axes, _ = split_as(params, cache, cfg, mesh, layout)
+    cache, split, held, rows, split_logits, axes, _ = split_as(params, cache, cfg, mesh, layout)
     run = partial(read_context, cfg=cfg, split=split, axes=axes, enter=enter, leave=leave) \
         if LAYOUTS[layout].by_token else partial(
             read_prompts, cfg=cfg, attend=fill_in(layout, axes, ()),
             unembed=partial(split_unembed, axis=axes, enter=enter), **tp_parts(axes, enter, leave))
     return jax.shard_map(run, mesh=mesh, in_specs=(split, held, rows, rows), out_specs=(
-        logits, held))(params, cache, tokens, lengths)
+        split_logits, held))(params, cache, tokens, lengths)
 
 
 def read_context(params, cache, tokens, lengths, cfg, split, axes, enter, leave):
@@ -850,6 +871,7 @@ def tp_generate(params, cache, logits, key, n, cfg, mesh, layout="heads", enter=
     `how` is temperature, top_k, top_p and end. Logits stay split over V: see `split_sample`.
     ValueError as of `tp_extend` and `generate`.
     """
+    check_batch(cache, logits)
     check_room(cache, n)
     cache, split, held, rows, split_logits, axes, attend = split_as(
         params, cache, cfg, mesh, layout)
@@ -898,7 +920,7 @@ def tp_empty(cfg, B, S, dtype, mesh, layout="heads"):
 def tp_refill(params, cache, logits, row, prompt, length, cfg, mesh, layout="heads",
               enter=gather_matmul, leave=matmul_scatter):
     """Params, Cache, BV, int, 1T, 1, cfg, Mesh -> BV, Cache: `refill`: every copy of the model
-    reads the prompt, and the devices that hold the row keep it."""
+    reads the prompt, whole in every layout, and the devices that hold the row keep it."""
     cache, split, held, rows, split_logits, axes, _ = split_as(params, cache, cfg, mesh, layout)
     data = axes_of(mesh, "data")
     read = partial(read_prompts, cfg=cfg, unembed=partial(split_unembed, axis=axes, enter=enter),
@@ -977,11 +999,6 @@ def traced_comm(fn, *args):
     return tally(events(jax.make_jaxpr(fn)(*args).jaxpr, {}))
 
 
-def sizes_of(axes):
-    """int or tuple -> tuple: of the axes of a mesh that one word stands for."""
-    return axes if isinstance(axes, tuple) else (axes,)
-
-
 def gathers(size, axes):
     """int, tuple -> list of events: `gathered`: the last axis first, each of what is there."""
     return [("all_gather", 1, size * math.prod(axes[i + 1:]), axes[i])
@@ -1000,7 +1017,7 @@ def trips(cfg, rows, axes, ring):
     `ring` is 0 for the references, or the number of ways, 1 or 2. x travels in cfg.dtype, sums in
     f32.
     """
-    wide, axes = jnp.dtype(cfg.dtype).itemsize, sizes_of(axes)
+    wide, axes = jnp.dtype(cfg.dtype).itemsize, as_axes(axes)
     t = math.prod(axes)
     if ring:
         part = rows * cfg.E // t // ring
@@ -1109,21 +1126,22 @@ def draw_comm(cfg, B, axes, temperature=0.0, top_k=0, top_p=1.0):
 def comm_events(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0, context=1, dtype=None,
                 cache_dtype=None, **how):
     """cfg, form, int -> list of events: (collective, number, bytes, devices): see `comm_bytes`."""
-    if ring not in (0, 1, 2) or layout not in LAYOUTS:
-        raise ValueError(f"ring={ring}, layout={layout!r}: expected 0, 1 or 2, and one of "
-                         + ", ".join(LAYOUTS))
+    if ring not in (0, 1, 2):
+        raise ValueError(f"ring={ring}: expected 0, 1 or 2")
+    for name, given, forms in (("context", context > 1, ["train"]), (" and ".join(how), how,
+                                                                     ["generate"])):
+        if given and form not in forms:
+            raise ValueError(f"{form} takes no {name}: {' and '.join(forms)} does")
     named = mesh_axes(data=data, tensor=tensor, **({"context": context} if context > 1 else {}))
     mesh = jax.sharding.AbstractMesh(tuple(named.values()), tuple(named))
-    copies, axes = size_over(mesh, axes_of(mesh, "data")), sizes_of(tensor)
-    by_rows = form != "train" and LAYOUTS[layout].letter == "B"
-    n = copies * (axes[-1] if by_rows else 1)
-    if B % n:
-        raise ValueError(f"B={B} rows cannot be split over {n} devices: choose a multiple of {n}")
+    copies, axes = size_over(mesh, axes_of(mesh, "data")), as_axes(tensor)
+    by_rows = form != "train" and layout_of(layout).letter == "B"
+    for what, size, n in (("B", B, copies * (axes[-1] if by_rows else 1)), ("T", T, context)):
+        if size % n:
+            raise ValueError(f"{what}={size} cannot be split over {n} devices: choose a multiple "
+                             f"of {n}")
     check_split(cfg, mesh, {**TENSOR, **FSDP} if form == "train" else layout_rules(mesh, layout))
     if form == "train":
-        if T % context:
-            raise ValueError(f"T={T} tokens cannot be split over {context} devices: choose a "
-                             f"multiple of {context}")
         return train_comm(cfg, B, T, mesh, ring)
     B //= copies
     extended = partial(extend_comm, cfg, B, axes=axes, layout=layout, ring=ring)
@@ -1170,10 +1188,10 @@ def hops(events, ways=1):
                for kind, number, _, n in events if n > 1)
 
 
-def comm_seconds(sent, link, ways=1, hops=None, hop=1e-6):
+def comm_seconds(sent, link, ways=1, n_hops=None, hop=1e-6):
     """dict, bytes/s, int, int, seconds -> seconds: of what `comm_bytes` gives, over links of so
     many bytes a second each way, and of so many `hops` (None: one a collective), each of
     `hop` seconds. Permutes go `ways` ways around a ring, all others both."""
-    hops = sum(number for number, _ in sent.values()) if hops is None else hops
-    return hops * hop + sum(size / link / (ways if kind == "permute" else 2)
-                            for kind, (_, size) in sent.items())
+    n_hops = sum(number for number, _ in sent.values()) if n_hops is None else n_hops
+    return n_hops * hop + sum(size / link / (ways if kind == "permute" else 2)
+                              for kind, (_, size) in sent.items())
