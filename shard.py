@@ -86,8 +86,8 @@ def spec(name, cfg, mesh, rules):
     """str, cfg, Mesh, dict -> P: the mesh axes that each dimension of one array is split over.
 
     Rules are of letters, but for "matrix": each axis of data and context in turn splits a letter
-    that it divides, further where "tensor" already does: the first letter, or else from the last
-    one backwards. (Of a letter in between a compiler made no scatter.) Vectors stay whole.
+    that it divides, on top of what "tensor" splits: the first letter, or else from the last one
+    backwards. (Split along one in between, a gradient was added up whole.) Vectors stay whole.
     ValueError where an axis divides no letter.
     """
     letters = name.replace(" ", "")
@@ -186,7 +186,8 @@ def stacked(tree):
 
 
 def gathered(x, axes, dim, **how):
-    """array, axes, int -> array: whole again along `dim`, one axis of the torus after another."""
+    """array, axes, int -> array: whole again along `dim`, one axis of the torus after another. With
+    to="invarying" `jax.shard_map` knows that it is the same on all of them."""
     for axis in reversed(as_axes(axes)):
         x = lax.all_gather(x, axis, axis=dim, tiled=True, **how)
     return x
@@ -765,8 +766,8 @@ def split_as(params, cache, cfg, mesh, layout):
 
 
 def fill_in(layout, axes, data, row=None):
-    """str, axes, axes, int or None -> attend: what `prefill` does at a layer, of all rows or of
-    one, whose number counts over all devices."""
+    """str, axes of tensor, axes of data, int or None -> attend: what `prefill` does at a layer, of
+    all rows that this part of data has, or of one, whose number counts over all parts."""
     letter, last = LAYOUTS[layout].letter, axes[-1:]
     own = last if letter == "B" else ()
     keep = partial(insert_own, rows=own if row is None else (*data, *own))

@@ -123,11 +123,10 @@ def beside(request, tmp_path_factory):
     commands = {"README": ["-c", each, *snippets], "two": [bench.__file__, *TWO_PROCESSES],
                 "saves": ["-c", TWO_SAVES, "2", str(folder / "saved")]}
     asked = " ".join(item.nodeid for item in request.session.items)
-    if not any(name in asked for name in ("readmes_python", "two_processes", "two_save")):
-        yield {}
-        return
-    if "two_save" not in asked or importlib.util.find_spec("safetensors") is None:
-        del commands["saves"]
+    for name, test in (("README", "readmes_python"), ("two", "two_processes_compute"),
+                       ("saves", "two_processes_save")):
+        if test not in asked or name == "saves" and not importlib.util.find_spec("safetensors"):
+            del commands[name]
     env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "8",
            "PYTHONPATH": str(pathlib.Path(__file__).parent)}
     started = {}
