@@ -473,8 +473,8 @@ def in_all(parts, hidden=False):
     """list of dict, bool -> seconds: parts that follow one another or, `hidden`, what is sent
     behind the weights' products, as rings can do: then the longer of the two counts."""
     took = {part["name"]: part["seconds"] for part in parts}
-    links = took.pop("communication", 0.0)
-    return sum(took.values()) + (max(0.0, links - took["weights"]) if hidden else links)
+    behind = min(took["weights"], took.get("communication", 0.0)) if hidden else 0.0
+    return sum(took.values()) - behind
 
 
 def over_heads(cfg, n):
