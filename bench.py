@@ -142,7 +142,6 @@ train_jit = jax.jit(train_step, static_argnames="cfg", donate_argnames=("params"
 prefill_jit = jax.jit(prefill, static_argnames="cfg", donate_argnames="cache")
 HOW = ("n", "cfg", "temperature", "top_k", "top_p", "end")
 generate_jit = jax.jit(generate, static_argnames=HOW, donate_argnames=("cache", "logits"))
-speculate_jit = jax.jit(speculate, static_argnames=HOW, donate_argnames=("cache", "tokens"))
 
 
 def on_cpu():
@@ -2829,17 +2828,18 @@ def split_over(cfg, devices):
 def load_in(path, dtype, devices=1):
     """path, dtype or None, int or None -> Config, Params, dtype: in the file's own unless one is
     given. Of several devices each is given its part, and no more is read."""
-    def rules(cfg):
+    def apart(by, cfg, *params):
+        """-> by(*params, cfg, mesh, rules), None where all is on one device."""
         over, layout = split_over(cfg, devices)
-        mesh = over and shard.make_mesh(**over)
-        return mesh and (cfg, mesh, shard.layout_rules(mesh, layout))
+        if over:
+            mesh = shard.make_mesh(**over)
+            return by(*params, cfg, mesh, shard.layout_rules(mesh, layout))
 
-    cfg, params = load(path, shardings=lambda cfg: shard.shardings(*rules(cfg)) if rules(cfg)
-                       else None)
+    cfg, params = load(path, shardings=partial(apart, shard.shardings))
     dtype = dtype or cfg.dtype
     cfg = computing_in(cfg, dtype)
     params = in_dtype(params, cfg, dtype)
-    return cfg, shard.place(params, *rules(cfg)) if rules(cfg) else params, dtype
+    return cfg, apart(shard.place, cfg, params) or params, dtype
 
 
 def load_draft(args, cfg, prompt, S, how):
@@ -3136,12 +3136,12 @@ switch = checked(lambda text: [{"off": False, "on": True}[word] for word in text
 
 
 def parse_mesh(text):
-    """str -> dict: axes and sizes; KeyError for one that is named twice, ValueError otherwise."""
+    """str -> dict: axes and sizes; ValueError for one that is named twice, or otherwise."""
     pairs = [part.split("=") for part in text.split(",")]
     mesh = {name: whole(n) if "x" not in n else tuple(map(whole, n.split("x")))
             for name, n in pairs}
     if len(mesh) < len(pairs):
-        raise KeyError(text)
+        raise ValueError
     return mesh
 
 

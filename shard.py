@@ -18,9 +18,9 @@ from jax import lax
 
 from infer import (TINY, Cache, Q8, append, array_bytes, as_held, as_seen, cached_attention,
                    check_batch, check_prompts, check_room, check_speculation, draw, empty,
-                   extend_cache, fill_cache, filtered, insert, noise, one_hot, read_prompts, rounds,
-                   row_keys, row_largest, sample, sampling, serve, slots_of, through_layers,
-                   usable, write)
+                   extend_cache, fill_cache, filtered, insert, kth_largest, noise, one_hot,
+                   read_prompts, rounds, row_keys, row_largest, sample, sampling, serve, slots_of,
+                   through_layers, usable, write)
 from minillm import (Partial, block, by_token, causal, causal_attention, causal_backward,
                      causal_blocks, causal_forward, check_tokens, dims, dot, embed, finite,
                      in_blocks, inner_jaxprs, loss, merge, normalised, rotary, size_of)
@@ -358,18 +358,17 @@ def split_sample(key, logits, pos, temperature, top_k, top_p, axis="tensor"):
     if top_p < 1 and temperature >= TINY:
         return sample(key, gathered(logits, axis, 1, to="invarying"), pos, temperature, top_k,
                       top_p)
-    part, n, first = logits.shape[-1], lax.axis_size(axis), lax.axis_index(axis) * logits.shape[-1]
+    part, first = logits.shape[-1], lax.axis_index(axis) * logits.shape[-1]
 
     def largest(logits):
         return lax.pmax(row_largest(logits), axis)
 
     def kth(logits, k):
-        some = lax.top_k(logits, min(k, part))[0]
-        return lax.top_k(gathered(some, axis, 1), min(k, n * some.shape[1]))[0][:, -1:]
+        return kth_largest(gathered(lax.top_k(logits, min(k, part))[0], axis, 1), k)
 
     scores = usable(logits)
     if temperature >= TINY:
-        drawn = noise(key, pos, n * part)
+        drawn = noise(key, pos, lax.axis_size(axis) * part)
         scores = filtered(logits, temperature, top_k, 1.0, largest, kth) \
             + lax.dynamic_slice_in_dim(drawn, first, part, 1)
     best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
@@ -1129,10 +1128,10 @@ def comm_events(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0, con
     """cfg, form, int -> list of events: (collective, number, bytes, devices): see `comm_bytes`."""
     if ring not in (0, 1, 2):
         raise ValueError(f"ring={ring}: expected 0, 1 or 2")
-    for name, given, forms in (("context", context > 1, ["train"]), (" and ".join(how), how,
-                                                                     ["generate"])):
-        if given and form not in forms:
-            raise ValueError(f"{form} takes no {name}: {' and '.join(forms)} does")
+    for name, given, taker in (("context", context > 1, "train"),
+                               (" and ".join(how), how, "generate")):
+        if given and form != taker:
+            raise ValueError(f"{form} takes no {name}: {taker} does")
     named = mesh_axes(data=data, tensor=tensor, **({"context": context} if context > 1 else {}))
     mesh = jax.sharding.AbstractMesh(tuple(named.values()), tuple(named))
     copies, axes = size_over(mesh, axes_of(mesh, "data")), as_axes(tensor)
