@@ -41,13 +41,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import shard
-from infer import (Cache, array_bytes, decode_bytes, decode_flops, empty, extend, generate,
-                   init_cache, kv_bytes, library, load, load_adam, model_draft, ngram_draft,
-                   prefill, prefill_flops, quantize_params, read_arrays, read_json, refill, save,
-                   serve, slots_of, speculate, weight_bytes, wide_bytes)
-from minillm import (Adam, Config, Params, adam_init, cast, causal_attention, causal_pairs,
-                     check_tokens, init, loss, param_count, size_of, traced_flops, train_flops,
-                     train_step, unembed)
+from infer import (Q8, Q8A8, Cache, array_bytes, decode_bytes, decode_flops, empty, extend,
+                   generate, init_cache, kv_bytes, library, load, load_adam, model_draft,
+                   ngram_draft, prefill, prefill_flops, quantize_params, read_arrays, read_json,
+                   refill, save, serve, slots_of, speculate, weight_bytes, wide_bytes)
+from minillm import (KEEPABLE, Adam, Config, Params, adam_init, cast, causal_attention,
+                     causal_pairs, check_tokens, init, loss, param_count, size_of, traced_flops,
+                     train_flops, train_step, unembed)
 
 MB, GB = 1e6, 1e9
 SENTENCE = "So long and thanks for all the fish; "
@@ -61,6 +61,7 @@ STRIDE = 8  # tokens between two looks at what was made
 HOP_SECONDS = 1e-6  # from one device to the next
 HELD_BACK = 0.08  # of the memory, for what is neither weights nor cache
 DTYPES = ("float32", "bfloat16", "int8")
+INT8 = {"Q8": Q8, "Q8A8": Q8A8}  # widened in the product; or meeting int8 activations
 
 gemma = partial(Config, V=256000, act="gelu", embed_scale=True)
 llama2 = partial(Config, D=128, V=32000, eps=1e-5, tied=False)
@@ -161,10 +162,21 @@ def computing_in(cfg, dtype, chip=None):
     return replace(cfg, dtype=wide if dtype == "int8" else dtype)
 
 
-def in_dtype(params, cfg, dtype):
-    """Params, cfg, dtype -> Params: cast, or quantised to int8 weights for int8 activations."""
+def default_int8(chip=None):
+    """-> str, of INT8: on a CPU activations too, which its products need; elsewhere a step waits
+    for bytes, and widening hides behind them."""
+    return "Q8" if chip or not on_cpu() else "Q8A8"
+
+
+def products_in(job):
+    """Job -> dtype in which its weights are multiplied."""
+    return job.cfg.dtype if (job.dtype, job.int8) == ("int8", "Q8") else job.dtype
+
+
+def in_dtype(params, cfg, dtype, int8=None):
+    """Params, cfg, dtype, str -> Params: cast, or quantised to int8 weights of that kind."""
     if dtype == "int8":
-        return quantize_params(params, cfg)
+        return quantize_params(params, cfg, INT8[int8 or default_int8()])
     return params if params.embed.dtype == dtype else cast(params, dtype)
 
 
@@ -299,7 +311,7 @@ def cost(job, T, S, tokens, flops, weight_bytes, cache_bytes, attends_in, *parts
     """-> Cost: attention's flops go with `cache_bytes`, all others with `weight_bytes`."""
     attention = flops["scores"] + flops["values"]
     return Cost(T, S, tokens, flops, weight_bytes, cache_bytes, (
-        Part("weights", sum(flops.values()) - attention, weight_bytes, job.dtype),
+        Part("weights", sum(flops.values()) - attention, weight_bytes, products_in(job)),
         Part("attention", attention, cache_bytes, attends_in), *parts))
 
 
@@ -321,6 +333,8 @@ class Job(NamedTuple):
     ring: int = 0         # ways of the collective matmuls; 0: their references
     by: str = "hand"      # whose choice training's collectives are; or the "compiler"'s
     flags: bool = False   # the lecture's, for a TPU's compiler
+    keep: tuple = shard.KEPT  # what a layer keeps for its gradient
+    int8: str = "Q8A8"    # kind of int8 weights, of INT8
 
 
 def cached_dtype(job):
@@ -423,11 +437,11 @@ def crossover(cfg):
     return multiplied(cfg) // heads, multiplied(cfg) // (2 * heads)
 
 
-def critical_batch(cfg, dtype, ceilings):
-    """cfg, dtype, dict -> float: rows at which a step's products with the weights take as long as
-    reading them."""
-    peak, read = ceilings["flops_per_second"][dtype], ceilings["read_bytes_per_second"]
-    return weight_bytes(cfg, dtype) / read * peak / (2 * multiplied(cfg))
+def critical_batch(job, ceilings):
+    """Job, dict -> float: rows at which a step's products with the weights take as long as reading
+    them."""
+    peak, read = ceilings["flops_per_second"][products_in(job)], ceilings["read_bytes_per_second"]
+    return weight_bytes(job.cfg, job.dtype) / read * peak / (2 * multiplied(job.cfg))
 
 
 # ------------------------------------------------------------------------- plan: chips not here
@@ -520,8 +534,8 @@ def napkin(job, chip, chips, parameters=None, batch=None, hop=HOP_SECONDS):
         "weight_bytes": weights, "cache_bytes_per_token": kv_bytes(cfg, 1, 1, job.cache_dtype),
         "cache_bytes_per_sequence": sequence, "chips_per_copy": n, "copies": copies,
         "max_batch": most * copies, "batch_with_room": taken * copies,
-        "critical_batch": parameters * jnp.dtype(dtype).itemsize / chip.read * chip.flops[dtype]
-        / (2 * parameters) if parameters else critical_batch(cfg, dtype, limits),
+        "critical_batch": parameters * jnp.dtype(dtype).itemsize / chip.read * chip.flops[
+            products_in(job)] / (2 * parameters) if parameters else critical_batch(job, limits),
         "batch": batch or B * copies, "fits": needed <= memory,
         "chips_needed": 2 ** max(0, math.ceil(math.log2(needed / chip.memory))),
         "cache_bytes": copies * B * sequence,
@@ -647,15 +661,17 @@ def plan(args):
         cfg = replace(cfg, K=args.kv_heads)
     cfg = replace(cfg, dtype="float32" if args.weights == "float32" else "bfloat16")
     (chip_name, chip), B = args.chip, args.batch
-    job = Job("generate", name, cfg, B or 1, args.context, 0, args.weights, args.cache)
+    job = Job("generate", name, cfg, B or 1, args.context, 0, args.weights, args.cache,
+              int8=args.int8 or default_int8(chip))
     numbers = {"exact": napkin(job, chip, args.chips, None, B, args.hop)}
     if args.parameters:
         numbers = {f"{args.parameters:g} parameters":
                    napkin(job, chip, args.chips, args.parameters, B, args.hop), **numbers}
     first = next(iter(numbers.values()))
     print(f"{name} on {args.chips} x {chip_name} ({chip.source}): "
-          f"{si(chip.flops[args.weights], 'FLOP/s')} in {args.weights}, {si(chip.read, 'B/s')}, "
-          f"{si(chip.memory, 'B')}, links {si(chip.link, 'B/s')} an axis ({chip.axes})\n"
+          f"{si(chip.flops[products_in(job)], 'FLOP/s')} in {products_in(job)}, "
+          f"{si(chip.read, 'B/s')}, {si(chip.memory, 'B')}, "
+          f"links {si(chip.link, 'B/s')} an axis ({chip.axes})\n"
           f"weights {args.weights}, cache {args.cache}, context {args.context}")
     print_plan(numbers, args.chips)
     ways = million(job, chip, args.chips, first["weight_bytes"])
@@ -779,7 +795,7 @@ def functions(job, mesh):
             speculate=speculate).items()}, empty=partial(empty, cfg))
     enter, leave = RINGS[job.ring]
     split = dict(cfg=cfg, mesh=mesh, layout=job.layout, enter=enter)
-    by_hand = partial(shard.sharded_loss, mesh=mesh, enter=enter, leave=leave)
+    by_hand = partial(shard.sharded_loss, mesh=mesh, enter=enter, leave=leave, keep=job.keep)
     return SimpleNamespace(
         loss=by_hand if job.by == "hand" else partial(shard.fsdp_loss, mesh=mesh),
         unembed=partial(shard.tp_unembed, **split),
@@ -957,7 +973,8 @@ def sent(job):
             PRODUCTS.index(job.phase)]
     T = {"generate": 1, "verify": job.n_draft + 1, "speculate": job.n_draft + 1}
     return shard.comm_events(job.cfg, job.phase, job.B, T.get(job.phase, job.prompt), **dict(
-        job.mesh), layout=job.layout, ring=job.ring, dtype=job.dtype, cache_dtype=job.cache_dtype)
+        job.mesh), layout=job.layout, ring=job.ring, dtype=job.dtype, cache_dtype=job.cache_dtype,
+        keep=job.keep)
 
 
 def on_links(job, link):
@@ -999,7 +1016,8 @@ PHASES = {"train": Phase("T", train_cost, build_train,
 def abstract(job):
     """Job -> Params: shapes of its parameters."""
     cfg = job.cfg
-    return jax.eval_shape(lambda: in_dtype(init(jax.random.key(0), cfg, cfg.dtype), cfg, job.dtype))
+    return jax.eval_shape(lambda: in_dtype(init(jax.random.key(0), cfg, cfg.dtype), cfg, job.dtype,
+                                           job.int8))
 
 
 def mesh_of(job, devices=None):
@@ -1066,7 +1084,7 @@ def prepare(job, params, seed, traced=False):
     step, make, donated, feed = PHASES[job.phase].build(job, mesh)
     if mesh:
         def born(key):
-            return make(in_dtype(init(key, cfg, cfg.dtype), cfg, job.dtype), key)
+            return make(in_dtype(init(key, cfg, cfg.dtype), cfg, job.dtype, job.int8), key)
         args = jax.jit(born, out_shardings=placed(job, mesh, jax.eval_shape(born, key)))(key)
     else:
         args = make(params, key)
@@ -1738,6 +1756,7 @@ def predicted_row(job, ceilings):
     """Job, dict -> dict: the half of a row that is known before anything runs."""
     cost = read_by_all(job, PHASES[job.phase].cost(job))
     return {"phase": job.phase, "model": job.model, "K": job.cfg.K, "dtype": job.dtype,
+            "products": products_in(job), **({"int8": job.int8} if job.dtype == "int8" else {}),
             "cache_dtype": job.cache_dtype, "B": job.B, "T": cost.T, "S": cost.S,
             "tokens": cost.tokens,
             "flops": sum(cost.flops.values()),
@@ -1753,7 +1772,7 @@ def measured_row(row, times, ceilings):
             "runs": len(times), "ratio": seconds / row["predicted_seconds"],
             "tokens_per_second": row["tokens"] / seconds,
             "tokens_per_second_per_sequence": row["tokens"] / seconds / row["B"]}
-    peak, read = ceilings["flops_per_second"][row["dtype"]], ceilings["read_bytes_per_second"]
+    peak, read = ceilings["flops_per_second"][row["products"]], ceilings["read_bytes_per_second"]
     row["mfu"] = utilisation(row["flops"], seconds, peak, "MFU", row)
     moved = row["weight_bytes"] + row["cache_bytes"]
     row["mbu"] = utilisation(moved, seconds, read, "MBU", row)
@@ -2374,6 +2393,7 @@ def chip_row(job, ask):
     row, cost = predicted_row(job, sheet(chip, job.chips)), PHASES[job.phase].cost(job)
     row |= {"flops": useful_flops(job, cost), "chip": job.chip,
             "chips": job.chips, "mesh": mesh, "layout": job.layout, "ring": job.ring, "by": job.by,
+            **({"keep": job.keep} if job.phase == "train" else {}),
             "slice": "one of " * (job.chips == 1) + f"{TARGETS[job.chip].name} "
             + slice_of(job.chip, job.chips), **on_links(job, chip.link / 2)}
     say(f"{form_name(job)} {job.dtype} B={job.B} on {row['slice']}: predicted "
@@ -2556,7 +2576,8 @@ def scale(args):
     """Prints how time grows with each size, beside how it should."""
     name, cfg = args.model or (GROWTH, parse_model(GROWTH))
     dtype, found, rows = args.dtype, [], []
-    base = Job("generate", name, computing_in(cfg, dtype), 1, 240, 16, dtype, default_cache(dtype))
+    base = Job("generate", name, computing_in(cfg, dtype), 1, 240, 16, dtype, default_cache(dtype),
+               int8=args.int8 or default_int8())
     grown = sweeps(base)
     for job in (job for jobs in grown.values() for _, job in jobs):
         check_memory(job)
@@ -2566,7 +2587,7 @@ def scale(args):
             own = []
             for size, job in jobs:
                 params = in_dtype(init(jax.random.key(args.seed), job.cfg, job.cfg.dtype), job.cfg,
-                                  dtype)
+                                  dtype, job.int8)
                 own.append(measure(job, params, limits, args.seed) | {"size": size, "grows": what})
                 rows.append(own[-1])
             sizes = [row["size"] for row in own]
@@ -2825,7 +2846,7 @@ def split_over(cfg, devices):
     return over, "sequence" if cfg.K % n else "heads"
 
 
-def load_in(path, dtype, devices=1):
+def load_in(path, dtype, devices=1, int8=None):
     """path, dtype or None, int or None -> Config, Params, dtype: in the file's own unless one is
     given. Of several devices each is given its part, and no more is read."""
     def apart(by, cfg, *params):
@@ -2838,7 +2859,7 @@ def load_in(path, dtype, devices=1):
     cfg, params = load(path, shardings=partial(apart, shard.shardings))
     dtype = dtype or cfg.dtype
     cfg = computing_in(cfg, dtype)
-    params = in_dtype(params, cfg, dtype)
+    params = in_dtype(params, cfg, dtype, int8)
     return cfg, apart(shard.place, cfg, params) or params, dtype
 
 
@@ -2847,7 +2868,7 @@ def load_draft(args, cfg, prompt, S, how):
     has all, or n-grams."""
     if args.draft == "ngram":
         return ngram_draft(cfg, args.n_draft), None
-    draft_cfg, params, _ = load_in(args.draft, args.dtype)
+    draft_cfg, params, _ = load_in(args.draft, args.dtype, int8=args.int8)
     if draft_cfg.V != cfg.V:
         raise ValueError(f"draft {args.draft} has V={draft_cfg.V}, and the model V={cfg.V}: "
                          "they must share a tokenizer")
@@ -2885,7 +2906,7 @@ def speculating(speculate, params, cache, prompt, key, how, mesh, draft, state):
 def stream(args):
     """args -> iterator of (str, str, dict): of the prompt and what follows so far the text that is
     final, all of it, and how fast it came."""
-    cfg, params, args.dtype = load_in(args.model, args.dtype, args.devices)
+    cfg, params, args.dtype = load_in(args.model, args.dtype, args.devices, args.int8)
     args.cache = args.cache or default_cache(args.dtype)
     encode, decode, ends, settled = tokenizer(args.model, cfg)
     prompt = np.asarray(encode(args.prompt), np.int32)[None]
@@ -2904,7 +2925,7 @@ def stream(args):
     how["end"] = ends[0] if ends and prompt[0, -1] not in ends else None
     over, layout = split_over(cfg, args.devices)
     job = Job("generate", "", cfg, 1, T, S - T, args.dtype, args.cache, mesh=tuple(over.items()),
-              layout=layout)
+              layout=layout, int8=args.int8 or default_int8())
     mesh = mesh_of(job)
     fns, S = functions(job, mesh), slots(job, S)
     read = jax.jit(fns.prefill, donate_argnums=1)
@@ -3120,6 +3141,14 @@ def some_dtypes(text):
     return text.split(",")
 
 
+def some_kept(text):
+    """str -> tuple of str: what a layer keeps; ValueError otherwise."""
+    names = () if text == "none" else tuple(text.split(","))
+    if not set(names) <= set(KEEPABLE):
+        raise ValueError
+    return names
+
+
 number = checked(whole, "one whole number from 1 to 2147483647")
 seed = checked(partial(whole, least=0, most=2 ** 32 - 1), "a whole number from 0 to 4294967295")
 numbers = checked(lambda text: [whole(part) for part in text.split(",")],
@@ -3127,6 +3156,7 @@ numbers = checked(lambda text: [whole(part) for part in text.split(",")],
 positive = checked(above_zero, "a number above 0")
 latency = checked(lambda text: above_zero(text) if float(text) else 0.0, "a number from 0")
 dtypes = checked(some_dtypes, f"some of {', '.join(DTYPES)}")
+kept_names = checked(some_kept, f"none, or some of {', '.join(KEEPABLE)}")
 model = checked(lambda text: (text, parse_model(text)), None)
 chip_name = checked(lambda text: (text, parse_chip(text)), None)
 ring_ways = checked(lambda text: [{"0": 0, "1": 1, "2": 2}[n] for n in text.split(",")],
@@ -3165,6 +3195,12 @@ def picture_path(text):
     return writable(text)
 
 
+def add_int8(command):
+    """Parser -> None: what commands take that take int8 weights."""
+    command.add_argument("--int8", choices=tuple(INT8), help="int8 weights are widened in the "
+                         "product, or meet int8 activations (on a CPU Q8A8, elsewhere Q8)")
+
+
 def add_plan(command):
     """Parser -> None: what `plan` takes."""
     command.add_argument("--model", type=model, metavar="NAME|SHAPE", default="gemma-7b",
@@ -3179,6 +3215,7 @@ def add_plan(command):
     command.add_argument("--weights", choices=DTYPES, default="bfloat16", help="(bfloat16)")
     command.add_argument("--cache", choices=DTYPES, default="bfloat16", help="(bfloat16)")
     command.add_argument("--kv-heads", type=number, metavar="K", help="in place of the model's")
+    add_int8(command)
     command.add_argument("--parameters", type=positive, metavar="N", help="a rounded count, as "
                          "7e9; the exact one stands beside it")
     command.add_argument("--train", action="store_true", help="training, too")
@@ -3202,6 +3239,7 @@ def add_complete(command):
     command.add_argument("--top-p", type=float, default=1.0, help="of those reaching p (1: all)")
     command.add_argument("--dtype", choices=DTYPES, help="of the weights (the file's)")
     command.add_argument("--cache", choices=DTYPES, help="of the cache (what is fastest here)")
+    add_int8(command)
     command.add_argument("--draft", metavar="DIR|ngram", help="speculate with a smaller model, or "
                          "with what the text said before")
     command.add_argument("--n-draft", type=number, default=4, help="tokens it proposes (4)")
@@ -3244,6 +3282,7 @@ def add_scale(command):
     command.add_argument("--model", type=model, metavar="NAME|SHAPE", help=f"({GROWTH})")
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights "
                          "(float32)")
+    add_int8(command)
 
 
 def add_phase(command, name):
@@ -3258,6 +3297,9 @@ def add_phase(command, name):
     command.add_argument("--kv-heads", type=numbers, metavar="K", help="in place of the model's, "
                          "as 8,2,1" + ": trains each on a text" * (name == "train"))
     if name == "train":
+        command.add_argument("--keep", type=kept_names, default=shard.KEPT, metavar="NAMES",
+                             help="what a layer keeps for its gradient on several chips, of "
+                             f"{', '.join(KEEPABLE)}, or none ({','.join(shard.KEPT)})")
         command.add_argument("--text", help="a file to train on (README.md)")
         command.add_argument("--steps", type=number, help="train on --text so often (100)")
         command.add_argument("--lr", type=positive, default=1e-3, help="learning rate (0.001)")
@@ -3265,6 +3307,7 @@ def add_phase(command, name):
         command.add_argument("--resume", metavar="DIR", help="go on from what --save wrote, as one "
                              "longer run: with the same --text, --batch, --prompt, --lr and --seed")
     else:
+        add_int8(command)
         command.add_argument("--cache", choices=DTYPES, help="dtype of the cache (the fastest here:"
                              " float32 on a CPU, elsewhere bfloat16 for narrow weights)")
     if name != "serve":
@@ -3335,7 +3378,7 @@ def parse(argv):
             parser.error(f"--timeline takes a TPU's times: {args.chip[0]}'s compiler gives none")
     elif args.phase in (*PHASES, "shard") and args.phase != "serve":
         usual = dict(mesh=None, layout=None, timeline=None, chips=1, ring=[0], flags=[False],
-                     by="hand")
+                     by="hand", keep=shard.KEPT)
         given = [name for name, value in usual.items() if getattr(args, name, value) != value]
         if given:
             parser.error(f"--{given[0]} is for a --chip that is not here"
@@ -3400,7 +3443,7 @@ def default_batches(job):
     if on_cpu() or free is None:
         return [1, 8, 32]
     limits = sheet(CHIPS[known]) if known else None
-    return grown_batches(job, free, critical_batch(job.cfg, job.dtype, limits) if limits else 256)
+    return grown_batches(job, free, critical_batch(job, limits) if limits else 256)
 
 
 def jobs_of(args):
@@ -3430,6 +3473,7 @@ def jobs_of(args):
                   "speculate": ([1], 96, 32), **({} if args.quick else {"serve": ([8], 64, 32)})}
     heads = getattr(args, "kv_heads", None) or [cfg.K]
     extra = {"n_draft": args.n_draft} if hasattr(args, "n_draft") else {}
+    extra["int8"] = getattr(args, "int8", None) or default_int8(chip)
     jobs = [Job(phase, name, computing_in(replace(cfg, K=K), dtype, chip), B, prompt, new, dtype,
                 cache, **extra) for dtype, cache in kinds for K in heads
             for phase, (batches, prompt, new) in shapes.items() for B in batches
@@ -3437,7 +3481,8 @@ def jobs_of(args):
             if (phase, dtype) != ("train", "int8")]
     if not chip:
         return jobs
-    return [on_chips(job._replace(ring=ring, flags=flags, by=args.by), chip[0], args.chips,
+    return [on_chips(job._replace(ring=ring, flags=flags, by=args.by,
+                                  keep=getattr(args, "keep", shard.KEPT)), chip[0], args.chips,
                      args.mesh, args.layout)
             for job in jobs for ring in args.ring for flags in args.flags]
 
@@ -3475,9 +3520,10 @@ def run(args):
         if not args.phase:
             check_recital(learned[jobs[0].cfg.K], jobs[0].cfg)
         for (dtype, cfg), group in itertools.groupby(jobs, lambda job: (job.dtype, job.cfg)):
-            params = in_dtype(init(jax.random.key(args.seed), cfg, cfg.dtype), cfg, dtype)
+            params = in_dtype(init(jax.random.key(args.seed), cfg, cfg.dtype), cfg, dtype,
+                              jobs[0].int8)
             for job in group:
-                own = in_dtype(learned[cfg.K], cfg, dtype) if job.phase == "speculate" \
+                own = in_dtype(learned[cfg.K], cfg, dtype, job.int8) if job.phase == "speculate" \
                     else params
                 rows.append(measure(job, own, limits, args.seed, args.profile))
         if not args.phase and not args.profile:  # for those with the largest gap, why
@@ -3485,8 +3531,8 @@ def run(args):
                 say(f"profiling {job.phase} {job.dtype} B={job.B}")
                 own = learned[job.cfg.K] if job.phase == "speculate" else init(
                     jax.random.key(args.seed), job.cfg, job.cfg.dtype)
-                row["profile"] = profile(prepare(job, in_dtype(own, job.cfg, job.dtype), args.seed,
-                                                 traced=True))
+                row["profile"] = profile(prepare(job, in_dtype(own, job.cfg, job.dtype, job.int8),
+                                                 args.seed, traced=True))
     except KeyboardInterrupt:
         say("\ninterrupted: what was measured so far")
     print_attention(jobs[-1])

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 F32 = dict(preferred_element_type=jnp.float32)  # whatever a product multiplies, its sums are f32
 
@@ -209,9 +210,9 @@ def attention(q, k, v, pos, finish=normalised, width=None):
 
 def causal_blocks(T):
     """int -> int, int: number and size of causal_attention's blocks, all alike: at most 128 tokens,
-    or an eighth of T where that is more, and never above 512. Smaller ones multiply less that is
+    or a quarter of T where that is more, and never above 1024. Smaller ones multiply less that is
     masked, larger ones are merged less often."""
-    n = -(-T // min(max(T // 8, 128), 512))
+    n = -(-T // min(max(-(-T // 4), 128), 1024))
     return n, -(-T // n)
 
 
@@ -273,7 +274,8 @@ def causal_forward(q, k, v, strict=0):
     one, narrow = rows[0].astype(jnp.float32), jnp.zeros_like(rows[..., :1], "float32")
     state = Partial(one, narrow[0], narrow[0]), rows, narrow
     _, out, log_total = over_pairs(*blocks, step, state, strict)
-    out = by_token(out, *q.shape[1:3])
+    out, log_total = (checkpoint_name(a, "attention") for a in (
+        by_token(out, *q.shape[1:3]), log_total))
     return out, (q, k, v, out, log_total)
 
 
@@ -349,6 +351,9 @@ class Config:
             if wrong:
                 raise ValueError(why)
 
+
+# What a layer makes, by the names under which `jax.checkpoint` may keep it for the gradient.
+KEEPABLE = ("attention", "qkv", "gate", "up")
 
 # One layer's arrays, or what stands for them: `dims` says what each one is.
 Layer = namedtuple("Layer", "attn_norm wq wk wv wo mlp_norm w_gate w_up w_down q_norm k_norm",
@@ -454,12 +459,14 @@ def block(x, w, table, cfg, attend, enter=dots, leave=dot, norm=rms_norm):
         q, k = rope(q, table), rope(k, table)
         if x.dtype == jnp.float16:  # where products of finite numbers overflow
             k, v = finite(k), finite(v)
+        q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
     with jax.named_scope("attention"):
         out, state = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
     with jax.named_scope("out"):
         x = x + leave(out, w.wo, n=2)
     with jax.named_scope("mlp"):
         gate, up = enter(norm(x, w.mlp_norm, cfg.eps), (w.w_gate, w.w_up))
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return x + leave(gated(gate, up, cfg.act), w.w_down), state
 
 
@@ -522,30 +529,81 @@ def unembed(params, x, cfg):
     return dot(rms_norm(x, params.out_norm, cfg.eps), table, dtype=jnp.float32)
 
 
+def trunk(params, tokens, cfg, block=block):
+    """Params, BT, cfg -> BTE: `forward` up to its logits."""
+    check_tokens(tokens, cfg)
+    table = rotary(jnp.arange(tokens.shape[1])[None], cfg)
+    x = embed(params, tokens, cfg)
+    for w in params.layers:
+        x, _ = block(x, w, table, cfg, causal)
+    return x
+
+
 def forward(params, tokens, cfg, block=block):
     """Params, BT, cfg -> BTV: f32 logits of every next token.
 
     `block=jax.checkpoint(block, static_argnums=(3, 4))` keeps one BTE a layer for the gradient and
     computes the rest again. ValueError for tokens outside the vocabulary.
     """
-    check_tokens(tokens, cfg)
-    table = rotary(jnp.arange(tokens.shape[1])[None], cfg)
-    x = embed(params, tokens, cfg)
-    for w in params.layers:
-        x, _ = block(x, w, table, cfg, causal)
-    return unembed(params, x, cfg)
+    return unembed(params, trunk(params, tokens, cfg, block), cfg)
 
 
 # -------------------------------------------------------------------------------------- training
 
 
+def nats(table, x, targets):
+    """VE, NE, N -> N: cross-entropy of each target, from normalised x."""
+    logits = dot(x, table, dtype=jnp.float32)
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def token_blocks(N, V):
+    """int, int -> int: of N tokens, in how many equal blocks the loss walks them: the fewest whose
+    f32 logits over V take 2 GiB at most."""
+    return next(n for n in range(1, N + 1) if N % n == 0 and (N // n * V <= 2 ** 29 or n == N))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def mean_nats(nats, n, table, x, targets):
+    """nats, n, VE, NE, N -> scalar: the mean of all nats, by n blocks of tokens, so that no more
+    than one block's logits exist at a time. Its gradient is known as soon as the loss is: each
+    block's is taken beside its loss, before the next one's logits."""
+    parts = tuple(a.reshape(n, -1, *a.shape[1:]) for a in (x, targets))
+    return jnp.sum(lax.map(lambda part: jnp.sum(nats(table, *part)) / len(x), parts))
+
+
+def mean_nats_forward(nats, n, table, x, targets):
+    """nats, n, VE, NE, N -> scalar, (VE, NE): its gradients; the table's is summed in f32."""
+    def step(dtable, part):
+        value, (more, dx) = jax.value_and_grad(
+            lambda table, rows: jnp.sum(nats(table, rows, part[1])) / len(x), (0, 1))(
+                table, part[0])
+        return dtable + more.astype(jnp.float32), (value, dx)
+
+    parts = tuple(a.reshape(n, -1, *a.shape[1:]) for a in (x, targets))
+    dtable, (values, dx) = lax.scan(step, jnp.zeros_like(table, jnp.float32), parts)
+    return jnp.sum(values), (dtable.astype(table.dtype), dx.reshape(x.shape))
+
+
+def mean_nats_backward(nats, n, saved, dy):
+    """nats, n, (VE, NE), scalar -> VE, NE, None: what was saved, times the result's gradient."""
+    return *((d * dy).astype(d.dtype) for d in saved), None
+
+
+mean_nats.defvjp(mean_nats_forward, mean_nats_backward)
+
+
 @jax.named_scope("loss")
-def loss(params, tokens, cfg, block=block):
-    """Params, B(T+1), cfg -> scalar: mean cross-entropy of the next token, in nats a token."""
+def loss(params, tokens, cfg, block=block, blocks=None):
+    """Params, B(T+1), cfg -> scalar: mean cross-entropy of the next token, in nats a token. Logits
+    are made and used in `blocks` (`token_blocks`)."""
     check_tokens(tokens, cfg)
-    logits = forward(params, tokens[:, :-1], cfg, block)
-    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+    x = rms_norm(trunk(params, tokens[:, :-1], cfg, block), params.out_norm, cfg.eps)
+    table = params.embed if cfg.tied else params.unembed
+    with jax.named_scope("unembed"):
+        return mean_nats(nats, blocks or token_blocks(x[..., 0].size, cfg.V), table,
+                         x.reshape(-1, cfg.E), tokens[:, 1:].reshape(-1))
 
 
 class Adam(NamedTuple):

@@ -15,19 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from infer import (TINY, Cache, Q8, append, array_bytes, as_held, as_seen, cached_attention,
                    check_batch, check_prompts, check_room, check_speculation, draw, empty,
                    extend_cache, fill_cache, filtered, insert, kth_largest, noise, one_hot,
                    read_prompts, rounds, row_keys, row_largest, sample, sampling, serve, slots_of,
                    through_layers, usable, write)
-from minillm import (Partial, block, by_token, causal, causal_attention, causal_backward,
+from minillm import (KEEPABLE, Partial, block, by_token, causal, causal_attention, causal_backward,
                      causal_blocks, causal_forward, check_tokens, dims, dot, embed, finite,
-                     in_blocks, inner_jaxprs, loss, merge, normalised, rotary, size_of)
+                     in_blocks, inner_jaxprs, loss, mean_nats, merge, normalised, rotary,
+                     size_of, token_blocks)
 
 P = jax.P
 TENSOR = dict(H="tensor", K="tensor", F="tensor", V="tensor")  # letters to mesh axes
 FSDP = dict(matrix="data")  # every matrix, over each axis of data and context: see `spec`
+KEPT = "attention", "gate"  # of `KEEPABLE`: what costs most to make again, for its bytes
 
 # ------------------------------------------------------------------------------- who holds what
 
@@ -416,7 +419,7 @@ def fsdp_loss(params, tokens, cfg, mesh):
         x, state = block(over_data(x), w, table, cfg, attend)
         return over_data(x), state
 
-    return loss(params, over_data(tokens), cfg, kept)
+    return loss(params, over_data(tokens), cfg, kept, 1)  # blocks of what is split would travel
 
 
 def gather_weights(w, split, over):
@@ -432,16 +435,20 @@ def gather_weights(w, split, over):
     return jax.tree.map(whole, w, split)
 
 
-def sharded_loss(params, tokens, cfg, mesh, enter=gather_matmul, leave=matmul_scatter):
+def sharded_loss(params, tokens, cfg, mesh, enter=gather_matmul, leave=matmul_scatter,
+                 keep=KEPT):
     """Params, B(T+1), cfg, Mesh -> scalar: `loss`, by hand, on a mesh of "data", "tensor" and, for
     long rows, "context".
 
     Over data (n, 1) is FSDP, (1, n) tensor parallelism, (n, m) both. `params` are `stack`ed. Rows
     are split over "data", the tokens of each over "context", where every n-th is a device's; each
     layer's weights are gathered over both before use, and again for its gradient. Over "tensor"
-    weights stay where they are, and x is split over E between layers. ValueError for what does not
-    divide.
+    weights stay where they are, and x is split over E between layers. Of what a layer makes its
+    gradient finds the input and what `keep` names; all else is made again. ValueError for what does
+    not divide, and for what cannot be kept.
     """
+    if unknown := [name for name in keep if name not in KEEPABLE]:
+        raise ValueError(f"keep={unknown[0]!r}: a layer can keep {', '.join(KEEPABLE)}")
     check_tokens(tokens, cfg)
     rules, rows = {**TENSOR, **FSDP}, P(axes_of(mesh, "data"))
     check_rows(tokens, mesh)
@@ -452,12 +459,13 @@ def sharded_loss(params, tokens, cfg, mesh, enter=gather_matmul, leave=matmul_sc
     if not hasattr(params.layers, "wq"):
         raise ValueError("params hold a tuple of layers: stack(params) makes them one")
     split = specs(cfg, mesh, rules)
-    run = partial(local_loss, cfg=cfg, split=split, mesh=mesh, enter=enter, leave=leave)
+    run = partial(local_loss, cfg=cfg, split=split, mesh=mesh, enter=enter, leave=leave,
+                  keep=keep)
     return jax.shard_map(run, mesh=mesh, in_specs=(stacked(split), rows), out_specs=P())(
         params, tokens)
 
 
-def local_loss(params, tokens, cfg, split, mesh, enter, leave):
+def local_loss(params, tokens, cfg, split, mesh, enter, leave, keep):
     """Params, B(T+1), cfg, specs, Mesh -> scalar: one device's part of `sharded_loss`."""
     over, context, tensor = (axes_of(mesh, *words) for words in (
         ("data", "context"), ("context",), ("tensor",)))
@@ -473,9 +481,18 @@ def local_loss(params, tokens, cfg, split, mesh, enter, leave):
     def one(x, w):
         return block(x, gather_weights(w, split.layers[0], over), table, cfg, attend, **seams)
 
-    x, _ = lax.scan(jax.checkpoint(one), x, params.layers)
-    logits = split_unembed(ends, x, cfg, tensor, enter)
-    return lax.pmean(jnp.mean(split_nats(logits, after, tensor)), over)
+    kept = jax.checkpoint_policies.save_only_these_names(*keep)
+    x, _ = lax.scan(jax.checkpoint(one, policy=kept), x, params.layers)
+    x, N = split_norm(x, ends.out_norm, cfg.eps, tensor), after.size
+
+    def nats(table, x, targets):
+        return split_nats(enter(x, (table,), axis=tensor, dtype=jnp.float32)[0], targets, tensor)
+
+    with jax.named_scope("unembed"):
+        mean = mean_nats(nats, token_blocks(N, cfg.V // size_over(mesh, tensor)),
+                         ends.embed if cfg.tied else ends.unembed, x.reshape(N, -1),
+                         after.reshape(-1))
+    return lax.pmean(mean, over)
 
 
 # ------------------------------------------------------------------------------ ring attention
@@ -532,8 +549,9 @@ def ring_forward(q, k, v, axis, widen=lambda held: held):
     nothing = Partial(none, narrow, narrow - jnp.inf)
     (found, last_k, last_v), _ = lax.scan(step, (nothing, k, v), jnp.arange(n - 1))
     found = add(found, last_k, last_v, n - 1)
-    out = normalised(found).astype(q.dtype)
-    return out, (q, k, v, out, jnp.log(found.total) + found.largest)
+    out, log_total = (checkpoint_name(a, "attention") for a in (
+        normalised(found).astype(q.dtype), jnp.log(found.total) + found.largest))
+    return out, (q, k, v, out, log_total)
 
 
 def ring_backward(axis, saved, dy):
@@ -1030,15 +1048,15 @@ def repeated(times, events):
     return [(kind, times * number, size, n) for kind, number, size, n in events]
 
 
-def train_comm(cfg, B, T, mesh, ring):
+def train_comm(cfg, B, T, mesh, ring, keep):
     """cfg, int, int, Mesh, int -> list of events: `sharded_loss` and its gradient.
 
     Over "tensor", a layer gathers x twice, again when it is computed again, and scatters twice,
     once again: its last product is not computed again. The gradient of a gather is a scatter in
-    x's dtype, that of a scatter a gather in f32. Over "context", k and v go around in each forward
-    pass and with their gradients, in f32, in the backward one; these go one step further. Over
-    "data" and "context", matrices are gathered twice and their gradients scattered once, an axis at
-    a time; gradients of norm scales are added up.
+    x's dtype, that of a scatter a gather in f32. Over "context", k and v go around forwards, again
+    unless attention is kept, and backwards with their gradients, in f32, which go one step further.
+    Over "data" and "context", matrices are gathered twice and their gradients scattered once, an
+    axis at a time; gradients of norm scales are added up.
     """
     axes, rings, tensor = ([mesh.shape[axis] for axis in axes_of(mesh, *words)] for words in (
         ("data", "context"), ("context",), ("tensor",)))
@@ -1049,14 +1067,17 @@ def train_comm(cfg, B, T, mesh, ring):
     gather_back = gather if ring else scatters(x, tensor)
     scatter_back = scatter if ring else gathers(rows * cfg.E // t * 4, tensor)
     kv = rows * cfg.K * cfg.D // t
-    around = [("permute", 6 * (context - 1), kv * wide, context),
+    around = [("permute", (6 - 2 * ("attention" in keep)) * (context - 1), kv * wide, context),
               ("permute", 2 * context, kv * 4, context)] if context > 1 else []
     # all-reduces of a sum of squares: two norms forwards, again, and backwards; at the end one norm
-    # both ways, and the loss's largest, total and chosen logit
+    # both ways, and of each block of the loss's tokens the largest, total and chosen logits
     found = repeated(cfg.L, repeated(4, gather) + repeated(3, scatter) + repeated(2, gather_back)
                      + repeated(2, scatter_back) + [("all_reduce", 6, squares, t)] + around)
-    found += scatters(x, tensor) + gathers(x // t, tensor) + gather + gather_back
-    found += [("all_reduce", 5, squares, t), ("all_reduce", 1, 4, copies)]
+    n = token_blocks(rows, cfg.V // t)
+    found += scatters(x, tensor) + gathers(x // t, tensor) + [
+        (kind, n * number, size // n, t) for kind, number, size, t in gather + gather_back]
+    found += [("all_reduce", 2, squares, t), ("all_reduce", 3 * n, squares // n, t),
+              ("all_reduce", 1, 4, copies)]
     names = dims(cfg)
     for tree, again in ((names.layers, 2), (names._replace(layers=()), 1)):
         for name in jax.tree.leaves(tree):
@@ -1124,7 +1145,7 @@ def draw_comm(cfg, B, axes, temperature=0.0, top_k=0, top_p=1.0):
 
 
 def comm_events(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0, context=1, dtype=None,
-                cache_dtype=None, **how):
+                cache_dtype=None, keep=KEPT, **how):
     """cfg, form, int -> list of events: (collective, number, bytes, devices): see `comm_bytes`."""
     if ring not in (0, 1, 2):
         raise ValueError(f"ring={ring}: expected 0, 1 or 2")
@@ -1142,7 +1163,7 @@ def comm_events(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0, con
                              f"of {n}")
     check_split(cfg, mesh, {**TENSOR, **FSDP} if form == "train" else layout_rules(mesh, layout))
     if form == "train":
-        return train_comm(cfg, B, T, mesh, ring)
+        return train_comm(cfg, B, T, mesh, ring, keep)
     B //= copies
     extended = partial(extend_comm, cfg, B, axes=axes, layout=layout, ring=ring)
     if form == "extend":
@@ -1169,7 +1190,7 @@ def comm_bytes(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0, **mo
     "prefill" (T tokens), "generate" (T steps), "verify" (`extend` and logits of all T) or
     "speculate" (a round of T, whose logits are gathered); `data` and `tensor` may be tuples, as of
     `make_mesh`; `ring` is 0 for the reference collectives, 1 or 2 for rings of so many ways. `more`
-    is context=n for training; temperature, top_k and top_p for generating; and dtype and
+    is context=n and keep for training; temperature, top_k and top_p for generating; and dtype and
     cache_dtype for a prefill in the layout "context", where weights and cache travel. ValueError
     for another form, or where it cannot be split so.
     """
