@@ -744,14 +744,21 @@ def in_twos(what, lone, plain, *rows):
 def few_rows(plain, x, w):
     """plain, BKMD, BKSD -> BKMS: `plain(x, w)`. XLA's CPU code turns a product's second operand
     before it multiplies: of 2 to 16 rows that meet a weight or a cache, the rows are better turned:
-    weights are read 1.3 to 2 times as fast (two CPUs). Large results cost more to turn back."""
+    weights are read 1.3 to 2 times as fast (two CPUs). Large results cost more to turn back. On a
+    GPU one row meets a weight faster as a sum than as a padded product: a generate step takes 0.9
+    of its time in bf16, 0.8 in int8 (two GPUs)."""
     def turned(x, w):
         return stored(plain(w, x)).swapaxes(-1, -2)
 
-    rows = x.shape[-2]
+    def summed(x, w):
+        return jnp.sum(x.astype(jnp.float32) * w.astype(jnp.float32), axis=-1)[None]
+
+    rows, forms = x.shape[-2], {}
     if 1 < rows <= 16 and rows * w.shape[-2] <= 2 ** 17:
-        return lax.platform_dependent(x, w, cpu=turned, default=plain)
-    return plain(x, w)
+        forms["cpu"] = turned
+    if rows == 1 and w.ndim == 2 and x.dtype != jnp.int8:
+        forms["cuda"] = summed
+    return lax.platform_dependent(x, w, default=plain, **forms) if forms else plain(x, w)
 
 
 def stored(x, dtype=None):
