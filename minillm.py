@@ -74,8 +74,9 @@ def dot(x, w, n=1, dtype=None):
     return y.reshape(x.shape[:-n] + w.shape[:-n]).astype(dtype or x.dtype)
 
 
-def dots(x, ws):
-    """BTE, (FE, FE) -> (BTF, BTF): one input, several weights."""
+def dots(x, ws, norm):
+    """BTE, (FE, FE), (E, eps) -> (BTF, BTF): one input, normalised, and several weights."""
+    x = rms_norm(x, *norm)
     return tuple(dot(x, w) for w in ws)
 
 
@@ -426,9 +427,8 @@ def cast(params, dtype):
 #
 #     seam     contract                          plain              replaced
 #     attend   q, k, v -> BTHD, state            causal             by a cache, which is bound to it
-#     enter    BTE, (FE, FE) -> (BTF, BTF)       dots               where weights are split
+#     enter    BTE, (FE, FE), norm -> (BTF, BTF)  dots              where weights are split
 #     leave    BTF, EF -> BTE                    dot                where weights are split
-#     norm     BTE, E, eps -> BTE                rms_norm           where E is split
 #     embed    Params, BT, cfg -> BTE            embed              where V is split
 #     unembed  Params, BTE, cfg -> BTV           unembed            where V is split
 #     append   Params, Cache, BT, cfg            infer.append       where all of that is
@@ -447,25 +447,23 @@ def gated(gate, up, act):
     return (wide * up.astype(jnp.float32)).astype(gate.dtype)
 
 
-def block(x, w, table, cfg, attend, enter=dots, leave=dot, norm=rms_norm):
+def block(x, w, table, cfg, attend, enter=dots, leave=dot):
     """BTE, Layer, table, cfg, attend -> BTE, state: one layer: attention, then an MLP
     (arXiv:2002.05202). `attend` takes q as BTHD, k and v as BKTD."""
     with jax.named_scope("qkv"):
-        q, k, v = enter(finite(norm(x, w.attn_norm, cfg.eps)), (w.wq, w.wk, w.wv))
+        q, k, v = enter(x, (w.wq, w.wk, w.wv), norm=(w.attn_norm, cfg.eps))
         if cfg.qk_norm != (w.q_norm is not None):
             raise ValueError(f"qk_norm={cfg.qk_norm} for parameters that were made with the other")
         if cfg.qk_norm:
             q, k = rms_norm(q, w.q_norm, cfg.eps), rms_norm(k, w.k_norm, cfg.eps)
-        q, k = rope(q, table), rope(k, table)
-        if x.dtype == jnp.float16:  # where products of finite numbers overflow
-            k, v = finite(k), finite(v)
+        q, k, v = rope(q, table), finite(rope(k, table)), finite(v)
         q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
     with jax.named_scope("attention"):
         out, state = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
     with jax.named_scope("out"):
         x = x + leave(out, w.wo, n=2)
     with jax.named_scope("mlp"):
-        gate, up = enter(norm(x, w.mlp_norm, cfg.eps), (w.w_gate, w.w_up))
+        gate, up = enter(x, (w.w_gate, w.w_up), norm=(w.mlp_norm, cfg.eps))
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return x + leave(gated(gate, up, cfg.act), w.w_down), state
 

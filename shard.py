@@ -24,8 +24,8 @@ from infer import (TINY, Cache, Q8, append, array_bytes, as_held, as_seen, cache
                    through_layers, usable, write)
 from minillm import (KEEPABLE, Partial, block, by_token, causal, causal_attention, causal_backward,
                      causal_blocks, causal_forward, check_tokens, dims, dot, embed, finite,
-                     in_blocks, inner_jaxprs, loss, mean_nats, merge, normalised, rotary,
-                     size_of, token_blocks)
+                     in_blocks, inner_jaxprs, loss, mean_nats, merge, normalised, rms_norm,
+                     rotary, size_of, token_blocks)
 
 P = jax.P
 TENSOR = dict(H="tensor", K="tensor", F="tensor", V="tensor")  # letters to mesh axes
@@ -204,35 +204,45 @@ def scattered(x, axes, dim):
     return x
 
 
-def gather_matmul(x, ws, axis="tensor", dtype=None):
+def gather_matmul(x, ws, axis="tensor", dtype=None, norm=None):
     """...(E/t), ((F/t)E, ...) -> (...(F/t), ...): gather the contracted letter, then multiply.
 
     Each w is this device's part of the outputs: the result is split as w is. One trip of x serves
-    all. The reference of `gather_matmul_ring`.
+    all. With norm=(E, eps) its rows are normalised where they are whole: `rms_norm`. The reference
+    of `gather_matmul_ring`.
     """
     check_contracted(x, ws, lax.axis_size(axis))
     x = gathered(x, axis, x.ndim - 1)
+    x = rms_norm(x, *norm) if norm else x
     return tuple(dot(x, w, dtype=dtype) for w in ws)
 
 
-def gather_matmul_ring(x, ws, axis="tensor", dtype=None, both=False):
+def gather_matmul_ring(x, ws, axis="tensor", dtype=None, norm=None, both=False):
     """...(E/t), ((F/t)E, ...) -> (...(F/t), ...): multiply what is here while the rest travels.
 
     Each part of x goes once around the ring, in n - 1 permutes, and meets the columns of w that
     stand for it; sums are f32. `both`: half of each part goes either way, over both links of a
-    torus axis at once.
+    torus axis at once. Squares are added up as parts pass, and sums are divided at the end.
     """
     n, here = lax.axis_size(axis), lax.axis_index(axis)
     check_contracted(x, ws, n)
     ways = check_ways(x.shape[-1], both)
     parts, width, total = jnp.split(x, len(ways), -1), x.shape[-1] // len(ways), [0.0] * len(ws)
+    (scale, eps), squares = norm or (None, 0.0), 0.0
     for i in range(n):
         for half, (way, part) in enumerate(zip(ways, parts, strict=True)):
             start = (here - way * i) % n * x.shape[-1] + half * width
+            if norm:
+                squares += jnp.sum(jnp.square(part.astype(jnp.float32)), -1)
+                part = part * columns(scale, start, width).astype(x.dtype)
             total = [sum_ + dot(part, columns(w, start, width), dtype=jnp.float32)
                      for sum_, w in zip(total, ws, strict=True)]
         if i < n - 1:
             parts = [pass_on(part, axis, way) for way, part in zip(ways, parts, strict=True)]
+    if norm:
+        unit = lax.rsqrt(squares / (n * x.shape[-1]) + eps)
+        total = [sum_ * unit.reshape(*unit.shape, *(1,) * (sum_.ndim - unit.ndim))
+                 for sum_ in total]
     return tuple(sum_.astype(dtype or x.dtype) for sum_ in total)
 
 
@@ -308,15 +318,6 @@ def check_scattered(w, n):
 # ------------------------------------------------------------------- the parts between products
 
 
-def split_norm(x, scale, eps, axis="tensor"):
-    """BT(E/t), E, eps -> BT(E/t): `rms_norm`: one sum of squares a token travels."""
-    part, wide = x.shape[-1], x.astype(jnp.float32)
-    squares = lax.psum(jnp.sum(wide * wide, axis=-1, keepdims=True), axis)
-    unit = wide * lax.rsqrt(squares / (part * lax.axis_size(axis)) + eps)
-    mine = lax.dynamic_slice_in_dim(scale, lax.axis_index(axis) * part, part)
-    return (unit * mine.astype(jnp.float32)).astype(x.dtype)
-
-
 def split_embed(params, tokens, cfg, axis="tensor"):
     """Params, BT, cfg -> BT(E/t): each device looks up the tokens of its part of the vocabulary;
     one device has each row, so that the sum is exact."""
@@ -329,8 +330,7 @@ def split_embed(params, tokens, cfg, axis="tensor"):
 def split_unembed(params, x, cfg, axis="tensor", enter=gather_matmul):
     """Params, BT(E/t), cfg -> BT(V/t): f32 logits of this device's part of the vocabulary."""
     table = params.embed if cfg.tied else params.unembed
-    x = split_norm(x, params.out_norm, cfg.eps, axis)
-    return enter(x, (table,), axis=axis, dtype=jnp.float32)[0]
+    return enter(x, (table,), axis=axis, dtype=jnp.float32, norm=(params.out_norm, cfg.eps))[0]
 
 
 def split_nats(logits, targets, axis="tensor"):
@@ -483,10 +483,10 @@ def local_loss(params, tokens, cfg, split, mesh, enter, leave, keep):
 
     kept = jax.checkpoint_policies.save_only_these_names(*keep)
     x, _ = lax.scan(jax.checkpoint(one, policy=kept), x, params.layers)
-    x, N = split_norm(x, ends.out_norm, cfg.eps, tensor), after.size
+    x, N = rms_norm(gathered(x, tensor, 2), ends.out_norm, cfg.eps), after.size
 
     def nats(table, x, targets):
-        return split_nats(enter(x, (table,), axis=tensor, dtype=jnp.float32)[0], targets, tensor)
+        return split_nats(dot(x, table, dtype=jnp.float32), targets, tensor)
 
     with jax.named_scope("unembed"):
         mean = mean_nats(nats, token_blocks(N, cfg.V // size_over(mesh, tensor)),
@@ -799,7 +799,7 @@ def fill_in(layout, axes, data, row=None):
 def tp_parts(axis, enter, leave):
     """-> dict: what `extend` and `prefill` take in place of their own parts."""
     return dict(embed=partial(split_embed, axis=axis), enter=partial(enter, axis=axis),
-                leave=partial(leave, axis=axis), norm=partial(split_norm, axis=axis))
+                leave=partial(leave, axis=axis))
 
 
 def tp_draws(axis, enter, part):
@@ -1105,8 +1105,8 @@ def extend_comm(cfg, B, T, axes, layout, ring, reads=False):
         attend = [("all_gather", 1, heads, last), ("reduce_scatter", 1, heads * last, last),
                   ("all_reduce", 2, rows * cfg.H * last // t * 4, last)]
     gather, scatter = trips(cfg, rows, axes, ring)
-    return repeated(cfg.L, repeated(2, gather + scatter) + [("all_reduce", 2, rows * 4, t)]
-                    + attend) + scatters(rows * cfg.E * wide, axes)
+    return repeated(cfg.L, repeated(2, gather + scatter) + attend) + scatters(
+        rows * cfg.E * wide, axes)
 
 
 def context_comm(cfg, B, T, axes, ring, dtype, cache_dtype):
@@ -1130,7 +1130,7 @@ def context_comm(cfg, B, T, axes, ring, dtype, cache_dtype):
 
 def unembed_comm(cfg, rows, axes, ring):
     """cfg, int, tuple, int -> list of events: logits of so many positions, split over V."""
-    return [("all_reduce", 1, rows * 4, math.prod(axes)), *trips(cfg, rows, axes, ring)[0]]
+    return trips(cfg, rows, axes, ring)[0]
 
 
 def draw_comm(cfg, B, axes, temperature=0.0, top_k=0, top_p=1.0):
