@@ -53,6 +53,7 @@ MB, GB = 1e6, 1e9
 SENTENCE = "So long and thanks for all the fish; "
 PROMPT = "So long and thanks for"
 DEFAULT = "L6,E1024,H16,K4,D64,F2816,V256"
+WIDER = "L8,E2048,H32,K8,D64,F8192,V32000"  # the default on a GPU or TPU: half of llama-3.2-1b
 QUICK = "L2,E1024,H16,K4,D64,F2816,V256"
 SHARDED = "L2,E512,H8,K8,D64,F1408,V256"
 SMALL = "L4,E256,H8,K2,D32,F704,V256"  # learns a text of some KB in a minute on two cores
@@ -3460,7 +3461,7 @@ def jobs_of(args):
         kinds = [(dtype, args.cache if args.phase != "train" and args.cache
                   else default_cache(dtype, chip)) for dtype in args.dtype]
     else:
-        name, kinds = DEFAULT if on_cpu() else "smollm2-360m", [
+        name, kinds = DEFAULT if on_cpu() else WIDER, [
             (dtype, default_cache(dtype)) for dtype in DTYPES] + [("int8", "int8")]
         if args.quick:
             name, kinds = QUICK, [("float32", "float32")]

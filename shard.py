@@ -228,19 +228,22 @@ def gather_matmul_ring(x, ws, axis="tensor", dtype=None, norm=None, both=False):
     check_contracted(x, ws, n)
     ways = check_ways(x.shape[-1], both)
     parts, width, total = jnp.split(x, len(ways), -1), x.shape[-1] // len(ways), [0.0] * len(ws)
-    (scale, eps), squares = norm or (None, 0.0), 0.0
+    if norm:
+        scale, squares = lax.pcast(norm[0], axis, to="varying"), 0.0
+        scale = jnp.roll(scale, -here * x.shape[-1])  # it begins with what this device has
     for i in range(n):
         for half, (way, part) in enumerate(zip(ways, parts, strict=True)):
             start = (here - way * i) % n * x.shape[-1] + half * width
             if norm:
+                own = -way * i % n * x.shape[-1] + half * width
                 squares += jnp.sum(jnp.square(part.astype(jnp.float32)), -1)
-                part = part * columns(scale, start, width).astype(x.dtype)
+                part = part * scale[own:own + width].astype(x.dtype)
             total = [sum_ + dot(part, columns(w, start, width), dtype=jnp.float32)
                      for sum_, w in zip(total, ws, strict=True)]
         if i < n - 1:
             parts = [pass_on(part, axis, way) for way, part in zip(ways, parts, strict=True)]
     if norm:
-        unit = lax.rsqrt(squares / (n * x.shape[-1]) + eps)
+        unit = lax.rsqrt(squares / (n * x.shape[-1]) + norm[1])
         total = [sum_ * unit.reshape(*unit.shape, *(1,) * (sum_.ndim - unit.ndim))
                  for sum_ in total]
     return tuple(sum_.astype(dtype or x.dtype) for sum_ in total)
@@ -425,9 +428,12 @@ def fsdp_loss(params, tokens, cfg, mesh):
 def gather_weights(w, split, over):
     """Params, specs, axes -> Params: what is split over those axes is whole again.
 
-    The gradient is scattered and added up, an axis at a time too.
+    The gradient is scattered and added up, an axis at a time too; that of what no device splits, a
+    norm's scales, in one all-reduce, in f32.
     """
     def whole(w, spec):
+        if not any(spec):
+            return lax.pcast(w.astype(jnp.float32), over, to="varying")
         for dim, axes in enumerate(spec):
             w = gathered(w, tuple(axis for axis in as_axes(axes) if axis in over), dim)
         return w
@@ -1063,30 +1069,25 @@ def train_comm(cfg, B, T, mesh, ring, keep):
     copies, context, t, tensor = math.prod(axes), math.prod(rings), math.prod(tensor), tuple(tensor)
     rows, wide = B * T // copies, jnp.dtype(cfg.dtype).itemsize
     gather, scatter = trips(cfg, rows, tensor, ring)
-    x, squares = rows * cfg.E * wide, rows * 4
+    x = rows * cfg.E * wide
     gather_back = gather if ring else scatters(x, tensor)
     scatter_back = scatter if ring else gathers(rows * cfg.E // t * 4, tensor)
     kv = rows * cfg.K * cfg.D // t
     around = [("permute", (6 - 2 * ("attention" in keep)) * (context - 1), kv * wide, context),
               ("permute", 2 * context, kv * 4, context)] if context > 1 else []
-    # all-reduces of a sum of squares: two norms forwards, again, and backwards; at the end one norm
-    # both ways, and of each block of the loss's tokens the largest, total and chosen logits
     found = repeated(cfg.L, repeated(4, gather) + repeated(3, scatter) + repeated(2, gather_back)
-                     + repeated(2, scatter_back) + [("all_reduce", 6, squares, t)] + around)
+                     + repeated(2, scatter_back) + around)
+    # at both ends the embedding's scatter, the final norm's gather and their gradients; of each
+    # block of the loss's tokens the largest, total and chosen logits; the mean loss
+    found += repeated(2, scatters(x, tensor) + gathers(x // t, tensor))
     n = token_blocks(rows, cfg.V // t)
-    found += scatters(x, tensor) + gathers(x // t, tensor) + [
-        (kind, n * number, size // n, t) for kind, number, size, t in gather + gather_back]
-    found += [("all_reduce", 2, squares, t), ("all_reduce", 3 * n, squares // n, t),
-              ("all_reduce", 1, 4, copies)]
+    found += [("all_reduce", 3 * n, rows // n * 4, t), ("all_reduce", 1, 4, copies)]
     names = dims(cfg)
     for tree, again in ((names.layers, 2), (names._replace(layers=()), 1)):
         for name in jax.tree.leaves(tree):
             size = size_of(name, cfg)
-            if name == "E":  # of x's split letter each device scales its own part
-                found += [("all_reduce", 1, size * wide, t),
-                          ("all_reduce", 1, size // t * 4, copies)]
-            elif " " not in name:
-                found.append(("all_reduce", 1, size * 4, copies * t))
+            if " " not in name:
+                found += [("all_reduce", 1, size * 4, n) for n in (t, copies)]
             for i, n in enumerate(axes if " " in name else ()):
                 part = size // t // math.prod(axes[:i]) * wide
                 found += [("all_gather", again, part // n, n), ("reduce_scatter", 1, part, n)]
