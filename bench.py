@@ -164,8 +164,9 @@ def computing_in(cfg, dtype, chip=None):
 
 
 def default_int8(chip=None):
-    """-> str, of INT8: on a CPU activations too, which its products need; elsewhere a step waits
-    for bytes, and widening hides behind them."""
+    """-> str, of INT8: on a CPU Q8A8, whose products are four times as fast; elsewhere Q8: a step
+    waits for bytes, a TPU's spends more on quantising rows than on widening weights (cycles), and a
+    GPU's takes as long either way."""
     return "Q8" if chip or not on_cpu() else "Q8A8"
 
 
@@ -975,7 +976,7 @@ def sent(job):
     T = {"generate": 1, "verify": job.n_draft + 1, "speculate": job.n_draft + 1}
     return shard.comm_events(job.cfg, job.phase, job.B, T.get(job.phase, job.prompt), **dict(
         job.mesh), layout=job.layout, ring=job.ring, dtype=job.dtype, cache_dtype=job.cache_dtype,
-        keep=job.keep)
+        keep=job.keep if job.phase == "train" else None)
 
 
 def on_links(job, link):
@@ -2432,7 +2433,9 @@ def print_chip_row(row):
     print(f"\n{row['form']}: {row['model']} in {row['dtype']}"
           + (f", cache {row['cache_dtype']}" if row["phase"] != "train" else "")
           + f", B={row['B']} T={row['T']} S={row['S']}, on {row['chips']} x {row['chip']} "
-          f"({row['slice']}" + (f"; mesh {mesh})" if mesh else ")"))
+          f"({row['slice']}" + f"; mesh {mesh}" * bool(mesh)
+          + f"; keeps {', '.join(row.get('keep') or ['nothing'])}" * bool(mesh and "keep" in row)
+          + ")")
     links = "the compiler's choice" if row["link_seconds"] is None else si(row["link_seconds"], "s")
     read = row["parts"][0]["bytes"]
     often = f" (read {si(read, 'B')})" * (read > 1.01 * row["weight_bytes"])
@@ -3199,7 +3202,8 @@ def picture_path(text):
 def add_int8(command):
     """Parser -> None: what commands take that take int8 weights."""
     command.add_argument("--int8", choices=tuple(INT8), help="int8 weights are widened in the "
-                         "product, or meet int8 activations (on a CPU Q8A8, elsewhere Q8)")
+                         "product (Q8: left out, on any chip) or meet int8 activations (Q8A8: on "
+                         "this machine's CPU)")
 
 
 def add_plan(command):
@@ -3298,7 +3302,7 @@ def add_phase(command, name):
     command.add_argument("--kv-heads", type=numbers, metavar="K", help="in place of the model's, "
                          "as 8,2,1" + ": trains each on a text" * (name == "train"))
     if name == "train":
-        command.add_argument("--keep", type=kept_names, default=shard.KEPT, metavar="NAMES",
+        command.add_argument("--keep", type=kept_names, metavar="NAMES",
                              help="what a layer keeps for its gradient on several chips, of "
                              f"{', '.join(KEEPABLE)}, or none ({','.join(shard.KEPT)})")
         command.add_argument("--text", help="a file to train on (README.md)")
@@ -3379,11 +3383,18 @@ def parse(argv):
             parser.error(f"--timeline takes a TPU's times: {args.chip[0]}'s compiler gives none")
     elif args.phase in (*PHASES, "shard") and args.phase != "serve":
         usual = dict(mesh=None, layout=None, timeline=None, chips=1, ring=[0], flags=[False],
-                     by="hand", keep=shard.KEPT)
+                     by="hand", keep=None)
         given = [name for name, value in usual.items() if getattr(args, name, value) != value]
         if given:
-            parser.error(f"--{given[0]} is for a --chip that is not here"
-                         + ("; or: bench.py shard" if args.phase != "shard" else ""))
+            parser.error(f"--{given[0]} is for a --chip that is not here" + (
+                "; or: bench.py shard" if args.phase != "shard" and given[0] != "keep" else ""))
+    if getattr(args, "keep", None) is not None and args.chip and (
+            args.by == "compiler" or args.chips == 1):
+        parser.error("--keep is for several chips, by hand: leave it out")
+    if getattr(args, "int8", None) and "int8" not in (
+            args.weights if args.phase == "plan" else args.dtype or ""):
+        parser.error(f"--int8 {args.int8} is for int8 weights: "
+                     + ("--weights int8" if args.phase == "plan" else "--dtype int8"))
     if args.phase == "train":
         if "int8" in args.dtype:
             parser.error("train takes --dtype float32 or bfloat16: int8 has no gradient")
@@ -3482,8 +3493,9 @@ def jobs_of(args):
             if (phase, dtype) != ("train", "int8")]
     if not chip:
         return jobs
+    keep = getattr(args, "keep", None)
     return [on_chips(job._replace(ring=ring, flags=flags, by=args.by,
-                                  keep=getattr(args, "keep", shard.KEPT)), chip[0], args.chips,
+                                  keep=shard.KEPT if keep is None else keep), chip[0], args.chips,
                      args.mesh, args.layout)
             for job in jobs for ring in args.ring for flags in args.flags]
 

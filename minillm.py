@@ -353,7 +353,9 @@ class Config:
                 raise ValueError(why)
 
 
-# What a layer makes, by the names under which `jax.checkpoint` may keep it for the gradient.
+# What a layer makes, by the names under which a policy of `jax.checkpoint` may keep it for the
+# gradient: attention's result with what its own gradient needs, q, k and v as they are attended to,
+# and both products of the gate.
 KEEPABLE = ("attention", "qkv", "gate", "up")
 
 # One layer's arrays, or what stands for them: `dims` says what each one is.
@@ -528,7 +530,7 @@ def unembed(params, x, cfg):
 
 
 def trunk(params, tokens, cfg, block=block):
-    """Params, BT, cfg -> BTE: `forward` up to its logits."""
+    """Params, BT, cfg -> BTE: `forward` up to its final norm."""
     check_tokens(tokens, cfg)
     table = rotary(jnp.arange(tokens.shape[1])[None], cfg)
     x = embed(params, tokens, cfg)
@@ -550,42 +552,54 @@ def forward(params, tokens, cfg, block=block):
 
 
 def nats(table, x, targets):
-    """VE, NE, N -> N: cross-entropy of each target, from normalised x."""
+    """VE, ME, M -> M: cross-entropy of each target, from normalised x, in nats: natural
+    logarithms."""
     logits = dot(x, table, dtype=jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def token_blocks(N, V):
-    """int, int -> int: of N tokens, in how many equal blocks the loss walks them: the fewest whose
-    f32 logits over V take 2 GiB at most."""
-    return next(n for n in range(1, N + 1) if N % n == 0 and (N // n * V <= 2 ** 29 or n == N))
+def token_blocks(M, V):
+    """int, int -> int: in how many blocks the loss walks M tokens: the fewest whose f32 logits over
+    V take 2 GiB at most."""
+    return -(-M // max(1, 2 ** 29 // V))
+
+
+def in_equal_parts(n, *arrays):
+    """n, arrays -> tuple: each as n parts; with zeros at the end where n does not divide."""
+    return tuple(jnp.pad(a, ((0, -len(a) % n), *((0, 0),) * (a.ndim - 1))).reshape(
+        n, -1, *a.shape[1:]) for a in arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def mean_nats(nats, n, table, x, targets):
-    """nats, n, VE, NE, N -> scalar: the mean of all nats, by n blocks of tokens, so that no more
-    than one block's logits exist at a time. Its gradient is known as soon as the loss is: each
-    block's is taken beside its loss, before the next one's logits."""
-    parts = tuple(a.reshape(n, -1, *a.shape[1:]) for a in (x, targets))
-    return jnp.sum(lax.map(lambda part: jnp.sum(nats(table, *part)) / len(x), parts))
+def mean_nats(each, n, table, x, targets):
+    """nats, n, VE, ME, M -> scalar: the mean of `each(table, x, targets)`, by n blocks of tokens,
+    so that no more than one block's logits exist at a time. Its gradient is known as soon as the
+    loss is: each block's is taken beside its loss, before the next one's logits. `each` may close
+    over no array."""
+    def one(part):
+        rows, targets, share = part
+        return jnp.sum(each(table, rows, targets) * share)
+
+    share = jnp.full(len(x), 1 / len(x), "float32")
+    return jnp.sum(lax.map(one, in_equal_parts(n, x, targets, share)))
 
 
-def mean_nats_forward(nats, n, table, x, targets):
-    """nats, n, VE, NE, N -> scalar, (VE, NE): its gradients; the table's is summed in f32."""
+def mean_nats_forward(each, n, table, x, targets):
+    """nats, n, VE, ME, M -> scalar, (VE, ME): its gradients; the table's is summed in f32."""
     def step(dtable, part):
+        rows, targets, share = part
         value, (more, dx) = jax.value_and_grad(
-            lambda table, rows: jnp.sum(nats(table, rows, part[1])) / len(x), (0, 1))(
-                table, part[0])
+            lambda table, rows: jnp.sum(each(table, rows, targets) * share), (0, 1))(table, rows)
         return dtable + more.astype(jnp.float32), (value, dx)
 
-    parts = tuple(a.reshape(n, -1, *a.shape[1:]) for a in (x, targets))
+    parts = in_equal_parts(n, x, targets, jnp.full(len(x), 1 / len(x), "float32"))
     dtable, (values, dx) = lax.scan(step, jnp.zeros_like(table, jnp.float32), parts)
-    return jnp.sum(values), (dtable.astype(table.dtype), dx.reshape(x.shape))
+    return jnp.sum(values), (dtable.astype(table.dtype), dx.reshape(-1, x.shape[1])[:len(x)])
 
 
-def mean_nats_backward(nats, n, saved, dy):
-    """nats, n, (VE, NE), scalar -> VE, NE, None: what was saved, times the result's gradient."""
+def mean_nats_backward(each, n, saved, dy):
+    """nats, n, (VE, ME), scalar -> VE, ME, None: what was saved, times the result's gradient."""
     return *((d * dy).astype(d.dtype) for d in saved), None
 
 
@@ -594,9 +608,14 @@ mean_nats.defvjp(mean_nats_forward, mean_nats_backward)
 
 @jax.named_scope("loss")
 def loss(params, tokens, cfg, block=block, blocks=None):
-    """Params, B(T+1), cfg -> scalar: mean cross-entropy of the next token, in nats a token. Logits
-    are made and used in `blocks` (`token_blocks`)."""
+    """Params, B(T+1), cfg -> scalar: mean cross-entropy of the next token, in nats a token.
+
+    Logits are made and used in so many `blocks` of the BT tokens (None: `token_blocks`); `block` is
+    as of `forward`. ValueError for fewer than one block.
+    """
     check_tokens(tokens, cfg)
+    if blocks is not None and blocks < 1:
+        raise ValueError(f"blocks={blocks}: at least one, or None")
     x = rms_norm(trunk(params, tokens[:, :-1], cfg, block), params.out_norm, cfg.eps)
     table = params.embed if cfg.tied else params.unembed
     with jax.named_scope("unembed"):
@@ -721,7 +740,7 @@ def traced_flops(fn, *args):
 # --------------------------------------------- what one backend needs: elsewhere the plain form
 
 
-ALONE = dict(product=("cpu", 0), write=("cpu", 0), attention=("tpu", -2))  # rows are which axis
+ALONE = dict(product=("cpu", 0), write=("cpu", 0), attention=("tpu", -2))  # platform, axis of rows
 
 
 def in_twos(what, lone, plain, *rows):
@@ -740,11 +759,11 @@ def in_twos(what, lone, plain, *rows):
 
 
 def few_rows(plain, x, w):
-    """plain, BKMD, BKSD -> BKMS: `plain(x, w)`. XLA's CPU code turns a product's second operand
-    before it multiplies: of 2 to 16 rows that meet a weight or a cache, the rows are better turned:
-    weights are read 1.3 to 2 times as fast (two CPUs). Large results cost more to turn back. On a
-    GPU one row meets a weight faster as a sum than as a padded product: a generate step takes 0.9
-    of its time in bf16, 0.8 in int8 (two GPUs)."""
+    """plain, BKMD, BKSD -> BKMS: `plain(x, w)`, of MC and OC too. XLA's CPU code turns a product's
+    second operand before it multiplies: of 2 to 16 rows that meet a weight or a cache, the rows are
+    better turned: weights are read 1.3 to 2 times as fast (two CPUs). Large results cost more to
+    turn back. On a GPU one row meets a weight faster as a sum than as a padded product: a generate
+    step takes 0.9 of its time in bf16, 0.8 in int8 (two GPUs)."""
     def turned(x, w):
         return stored(plain(w, x)).swapaxes(-1, -2)
 

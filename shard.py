@@ -208,10 +208,10 @@ def gather_matmul(x, ws, axis="tensor", dtype=None, norm=None):
     """...(E/t), ((F/t)E, ...) -> (...(F/t), ...): gather the contracted letter, then multiply.
 
     Each w is this device's part of the outputs: the result is split as w is. One trip of x serves
-    all. With norm=(E, eps) its rows are normalised where they are whole: `rms_norm`. The reference
-    of `gather_matmul_ring`.
+    all. With norm=(E, eps), of all E scales, its rows are normalised where they are whole:
+    `rms_norm`. The reference of `gather_matmul_ring`.
     """
-    check_contracted(x, ws, lax.axis_size(axis))
+    check_contracted(x, ws, lax.axis_size(axis), norm)
     x = gathered(x, axis, x.ndim - 1)
     x = rms_norm(x, *norm) if norm else x
     return tuple(dot(x, w, dtype=dtype) for w in ws)
@@ -222,10 +222,11 @@ def gather_matmul_ring(x, ws, axis="tensor", dtype=None, norm=None, both=False):
 
     Each part of x goes once around the ring, in n - 1 permutes, and meets the columns of w that
     stand for it; sums are f32. `both`: half of each part goes either way, over both links of a
-    torus axis at once. Squares are added up as parts pass, and sums are divided at the end.
+    torus axis at once. With norm=(E, eps) rows are normalised at the end: their squares are added
+    up as parts pass.
     """
     n, here = lax.axis_size(axis), lax.axis_index(axis)
-    check_contracted(x, ws, n)
+    check_contracted(x, ws, n, norm)
     ways = check_ways(x.shape[-1], both)
     parts, width, total = jnp.split(x, len(ways), -1), x.shape[-1] // len(ways), [0.0] * len(ws)
     if norm:
@@ -304,8 +305,12 @@ def check_ways(size, both):
     return (1, -1) if both else (1,)
 
 
-def check_contracted(x, ws, n):
-    """...(E/t), (FE, ...), int -> None: ValueError unless n parts of x are what w contracts."""
+def check_contracted(x, ws, n, norm=None):
+    """...(E/t), (FE, ...), int, (E, eps) -> None: ValueError unless n parts of x are what w
+    contracts, and what is scaled."""
+    if norm and len(norm[0]) != n * x.shape[-1]:
+        raise ValueError(f"{len(norm[0])} scales for rows of {n} times {x.shape[-1]} numbers: each "
+                         "device takes all of them")
     for w in ws:
         if w.shape[-1] != n * x.shape[-1]:
             raise ValueError(f"{n} parts of {x.shape[-1]} do not make the {w.shape[-1]} numbers "
@@ -407,7 +412,8 @@ def fsdp_loss(params, tokens, cfg, mesh):
     """Params, B(T+1), cfg, Mesh -> scalar: `loss`, fully sharded, the compiler's way.
 
     Parameters are split over "data" by `place(..., FSDP)`, and rows are kept there; what is
-    gathered when is the compiler's choice. To be jitted.
+    gathered when is the compiler's choice. All logits are held: blocks of tokens that are split
+    would travel. To be jitted.
     """
     check_tokens(tokens, cfg)
     check_rows(tokens, mesh)
@@ -418,21 +424,27 @@ def fsdp_loss(params, tokens, cfg, mesh):
     def over_data(a):
         return lax.with_sharding_constraint(a, jax.NamedSharding(mesh, P(axes_of(mesh, "data"))))
 
-    def kept(x, w, table, cfg, attend):
+    def whole(x, w, table, cfg, attend):
         x, state = block(over_data(x), w, table, cfg, attend)
         return over_data(x), state
 
-    return loss(params, over_data(tokens), cfg, kept, 1)  # blocks of what is split would travel
+    return loss(params, over_data(tokens), cfg, whole, blocks=1)
+
+
+def check_kept(keep):
+    """tuple of str -> None: ValueError for what no layer can keep."""
+    if isinstance(keep, str) or not {*keep} <= {*KEEPABLE}:
+        raise ValueError(f"keep={keep!r}: a tuple of names, of {', '.join(KEEPABLE)}")
 
 
 def gather_weights(w, split, over):
-    """Params, specs, axes -> Params: what is split over those axes is whole again.
+    """Params, specs, axes -> Params: what is split over those axes is whole again; of a Layer too.
 
-    The gradient is scattered and added up, an axis at a time too; that of what no device splits, a
-    norm's scales, in one all-reduce, in f32.
+    The gradient is scattered and added up, an axis at a time too. A norm's scales, which every
+    device has, become f32, in which their gradient is added up in one all-reduce.
     """
     def whole(w, spec):
-        if not any(spec):
+        if w.ndim == 1:
             return lax.pcast(w.astype(jnp.float32), over, to="varying")
         for dim, axes in enumerate(spec):
             w = gathered(w, tuple(axis for axis in as_axes(axes) if axis in over), dim)
@@ -453,8 +465,7 @@ def sharded_loss(params, tokens, cfg, mesh, enter=gather_matmul, leave=matmul_sc
     gradient finds the input and what `keep` names; all else is made again. ValueError for what does
     not divide, and for what cannot be kept.
     """
-    if unknown := [name for name in keep if name not in KEEPABLE]:
-        raise ValueError(f"keep={unknown[0]!r}: a layer can keep {', '.join(KEEPABLE)}")
+    check_kept(keep)
     check_tokens(tokens, cfg)
     rules, rows = {**TENSOR, **FSDP}, P(axes_of(mesh, "data"))
     check_rows(tokens, mesh)
@@ -472,7 +483,8 @@ def sharded_loss(params, tokens, cfg, mesh, enter=gather_matmul, leave=matmul_sc
 
 
 def local_loss(params, tokens, cfg, split, mesh, enter, leave, keep):
-    """Params, B(T+1), cfg, specs, Mesh -> scalar: one device's part of `sharded_loss`."""
+    """Params, B(T+1), cfg, specs, Mesh, enter, leave, names -> scalar: `sharded_loss` on one of the
+    devices, from its parts; the mean is over all."""
     over, context, tensor = (axes_of(mesh, *words) for words in (
         ("data", "context"), ("context",), ("tensor",)))
     T, seams = tokens.shape[1] - 1, tp_parts(tensor, enter, leave)
@@ -487,8 +499,8 @@ def local_loss(params, tokens, cfg, split, mesh, enter, leave, keep):
     def one(x, w):
         return block(x, gather_weights(w, split.layers[0], over), table, cfg, attend, **seams)
 
-    kept = jax.checkpoint_policies.save_only_these_names(*keep)
-    x, _ = lax.scan(jax.checkpoint(one, policy=kept), x, params.layers)
+    policy = jax.checkpoint_policies.save_only_these_names(*keep)
+    x, _ = lax.scan(jax.checkpoint(one, policy=policy), x, params.layers)
     x, N = rms_norm(gathered(x, tensor, 2), ends.out_norm, cfg.eps), after.size
 
     def nats(table, x, targets):
@@ -803,7 +815,7 @@ def fill_in(layout, axes, data, row=None):
 
 
 def tp_parts(axis, enter, leave):
-    """-> dict: what `extend` and `prefill` take in place of their own parts."""
+    """-> dict: what a model takes in place of its own parts, where weights are split."""
     return dict(embed=partial(split_embed, axis=axis), enter=partial(enter, axis=axis),
                 leave=partial(leave, axis=axis))
 
@@ -1055,7 +1067,7 @@ def repeated(times, events):
 
 
 def train_comm(cfg, B, T, mesh, ring, keep):
-    """cfg, int, int, Mesh, int -> list of events: `sharded_loss` and its gradient.
+    """cfg, int, int, Mesh, int, names -> list of events: `sharded_loss` and its gradient.
 
     Over "tensor", a layer gathers x twice, again when it is computed again, and scatters twice,
     once again: its last product is not computed again. The gradient of a gather is a scatter in
@@ -1081,7 +1093,7 @@ def train_comm(cfg, B, T, mesh, ring, keep):
     # block of the loss's tokens the largest, total and chosen logits; the mean loss
     found += repeated(2, scatters(x, tensor) + gathers(x // t, tensor))
     n = token_blocks(rows, cfg.V // t)
-    found += [("all_reduce", 3 * n, rows // n * 4, t), ("all_reduce", 1, 4, copies)]
+    found += [("all_reduce", 3 * n, -(-rows // n) * 4, t), ("all_reduce", 1, 4, copies)]
     names = dims(cfg)
     for tree, again in ((names.layers, 2), (names._replace(layers=()), 1)):
         for name in jax.tree.leaves(tree):
@@ -1146,11 +1158,12 @@ def draw_comm(cfg, B, axes, temperature=0.0, top_k=0, top_p=1.0):
 
 
 def comm_events(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0, context=1, dtype=None,
-                cache_dtype=None, keep=KEPT, **how):
+                cache_dtype=None, keep=None, **how):
     """cfg, form, int -> list of events: (collective, number, bytes, devices): see `comm_bytes`."""
     if ring not in (0, 1, 2):
         raise ValueError(f"ring={ring}: expected 0, 1 or 2")
     for name, given, taker in (("context", context > 1, "train"),
+                               ("keep", keep is not None, "train"),
                                (" and ".join(how), how, "generate")):
         if given and form != taker:
             raise ValueError(f"{form} takes no {name}: {taker} does")
@@ -1164,7 +1177,8 @@ def comm_events(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0, con
                              f"of {n}")
     check_split(cfg, mesh, {**TENSOR, **FSDP} if form == "train" else layout_rules(mesh, layout))
     if form == "train":
-        return train_comm(cfg, B, T, mesh, ring, keep)
+        check_kept(KEPT if keep is None else keep)
+        return train_comm(cfg, B, T, mesh, ring, KEPT if keep is None else keep)
     B //= copies
     extended = partial(extend_comm, cfg, B, axes=axes, layout=layout, ring=ring)
     if form == "extend":

@@ -215,7 +215,7 @@ def test_forward_and_its_gradient_multiply_what_the_formulas_say(cfg, B, T, dtyp
         == sum(train_flops(cfg, B, T, remat=True).values())
 
 
-@given(configs, st.integers(1, 4), st.sampled_from([1, 2, 3, 6]), st.sampled_from([1.0, -2.5]))
+@given(configs, st.integers(1, 4), st.integers(1, 7), st.sampled_from([1.0, -2.5]))
 def test_a_loss_by_blocks_of_tokens_is_the_loss_and_so_is_its_gradient(cfg, B, blocks, times):
     """Beside logits that are all there, and the compiler's gradient of them."""
     params, tokens = weights(cfg), draw_tokens(cfg, B, 7)
@@ -230,10 +230,10 @@ def test_a_loss_by_blocks_of_tokens_is_the_loss_and_so_is_its_gradient(cfg, B, b
     jax.tree.map(close, ours, expected)
 
 
-@pytest.mark.parametrize("N, V, n", [(2048, 256000, 1), (8192, 256000, 4), (7, 3, 1),
-                                     (1, 2 ** 31, 1), (2 * 3 * 5, 2 ** 27, 10)])
-def test_logits_of_a_block_of_tokens_take_two_GiB_at_most(N, V, n):
-    assert minillm.token_blocks(N, V) == n
+@pytest.mark.parametrize("M, V, n", [(2048, 256000, 1), (8192, 256000, 4), (7, 3, 1),
+                                     (3, 2 ** 31, 3), (30, 2 ** 27, 8), (5003, 128256, 2)])
+def test_logits_of_a_block_of_tokens_take_two_GiB_at_most(M, V, n):
+    assert minillm.token_blocks(M, V) == n
 
 
 def test_a_loss_by_blocks_of_tokens_holds_one_blocks_logits():
@@ -797,7 +797,7 @@ def contract_value(term, size, cfg):
         return jax.eval_shape(minillm.causal_forward, *qkv)[1]
     if term.startswith("(") and "," in term:
         return tuple(contract_value(part, size, cfg) for part in split_terms(term[1:-1]))
-    whole = ("BT", "B(T+1)", "B", "Bn", "BS", "1T", "1", "B(n+1)", "N")
+    whole = ("BT", "B(T+1)", "B", "Bn", "BS", "1T", "1", "B(n+1)", "M")
     dtype = "int32" if term in whole else "float32"
     return shaped(*term_shape(term, size), dtype=dtype)
 
@@ -827,7 +827,7 @@ def test_every_contract_line_holds(fn):
     draw = np.random.default_rng(len(fn.__name__))
     size = {letter: int(draw.integers(1, 5)) for letter in "BTKEFVMCOn"}
     size |= {"S": size["T"] + size["n"], "D": 2 * int(draw.integers(1, 4))}
-    size |= {"G": int(draw.integers(1, 4)), "N": 2 * size["n"]}
+    size["G"] = int(draw.integers(1, 4))
     size["H"] = size["K"] * size["G"]
     cfg = Config(L=2, **{letter: size[letter] for letter in "EHKDFV"})
     arguments = [contract_value(term, size, cfg) for term in split_terms(contract[1])]
@@ -2235,6 +2235,19 @@ def test_a_sharded_loss_its_gradients_and_training_are_one_devices(
             close(split_before, before, 1e-4)  # Adam divides small gradients by their own size
 
 
+def test_gathered_weights_keep_their_dtype_and_scales_become_f32():
+    """Matrices too that no device splits: wk and wv where slots are."""
+    mesh = shard.make_mesh(tensor=4)
+    layer, split = (tree.layers[0] for tree in (abstract(replace(WIDE, dtype="bfloat16")),
+                    shard.specs(WIDE, mesh, shard.layout_rules(mesh, "context"))))
+    run = jax.shard_map(partial(shard.gather_weights, split=split, over=("tensor",)), mesh=mesh,
+                        in_specs=(split,), out_specs=jax.P(), check_vma=False)
+    for before, after in zip(*map(jax.tree.leaves, (layer, jax.eval_shape(run, layer))),
+                             strict=True):
+        assert after.shape == before.shape
+        assert after.dtype == ("float32" if before.ndim == 1 else "bfloat16")
+
+
 def test_the_compilers_fsdp_is_the_loss_of_one_device():
     mesh, params, tokens = shard.make_mesh(data=8), weights(WIDE), draw_tokens(WIDE, 8, 7)
     alone = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, tokens, WIDE)
@@ -2584,6 +2597,12 @@ def test_what_cannot_be_split_is_refused_by_name_before_compiling():
           "S=22")
     held = cache._replace(length=jnp.full(4, 20))
     check(lambda: shard.tp_extend(params, held, text, WIDE, four), "20 tokens", "24 slots")
+    check(lambda: shard.sharded_loss(shard.stack(params), text, WIDE, mesh, keep=("gates",)),
+          "gates", "attention, qkv, gate, up")
+    check(lambda: shard.sharded_loss(shard.stack(params), text, WIDE, mesh, keep="up"), "'up'")
+    check(lambda: shard.comm_bytes(WIDE, "train", 4, 4, keep=("gates",)), "gates", "attention")
+    check(lambda: shard.comm_bytes(WIDE, "extend", 4, keep=("gate",)), "extend", "keep")
+    check(lambda: loss(params, text, WIDE, blocks=0), "blocks=0", "at least one")
     check(lambda: shard.comm_bytes(WIDE, "fly", 1), "fly", "prefill")
     check(lambda: shard.comm_bytes(WIDE, "train", 3, data=2), "B=3", "2 devices")
     check(lambda: shard.comm_bytes(WIDE, "extend", 3, tensor=4, layout="batch"), "B=3", "4 devices")
@@ -2611,6 +2630,9 @@ def test_what_cannot_be_split_is_refused_by_name_before_compiling():
     for enter, _ in RINGS.values():
         check(lambda: jax.shard_map(lambda x, w: enter(x, (w,))[0], mesh=four, in_specs=(
             last, jax.P("tensor")), out_specs=last)(x, w), "4 parts of 6", "32")
+        check(lambda: jax.shard_map(lambda x, w: enter(x, (w,), norm=(x[0, 0], 0.0))[0], mesh=four,
+                                    in_specs=(last, jax.P("tensor")), out_specs=last)(x, w),
+              "6 scales", "4 times 6")
     for _, leave in RINGS.values():
         check(lambda: jax.shard_map(leave, mesh=four, in_specs=(last, jax.P(None, "tensor")),
                                     out_specs=last)(x, normals((6, 24))[0]), "E=6", "4 devices")
@@ -3037,7 +3059,12 @@ def test_fewer_key_heads_are_trained_beside_each_other(calm, capsys, tmp_path):
     (["train", "--mesh", "data=2"], ["--mesh", "--chip"]),
     (["generate", "--mesh", "data=2,", "--chip", "tpu-v4"], ["data=2,", "tensor=4"]),
     (["generate", "--ring", "3", "--chip", "tpu-v4"], ["'3'", "0, 1, 2"]),
-    (["serve", "--chip", "tpu-v4"], ["--chip"]),
+    (["serve", "--chip", "tpu-v4"], ["--chip"]), (["train", "--keep", "up"], ["--keep", "--chip"]),
+    (["train", "--keep", "gate,down", "--chip", "tpu-v4"], ["gate,down", "attention", "none"]),
+    (["generate", "--int8", "Q4"], ["Q4", "Q8A8"]),
+    (["generate", "--int8", "Q8"], ["--int8 Q8", "--dtype int8"]),
+    (["plan", "--int8", "Q8"], ["--int8 Q8", "--weights int8"]),
+    (["train", "--keep", "up", "--chip", "tpu-v4", "--by", "compiler"], ["--keep", "by hand"]),
 ])
 def test_a_bad_command_line_gets_one_line_that_names_the_remedy(argv, words, capsys):
     with pytest.raises(SystemExit) as caught:
