@@ -2499,10 +2499,21 @@ def run_chips(args, jobs):
 
 
 def one_layer(ops):
-    """list of Op -> list of (heading, list of Op): a trip of each inner loop of a step, as
-    training's forward and backward; or the middle layer, from its first product to the next's."""
-    step = [op for op in ops if op.times]
-    loops = dict.fromkeys(op.loop for op in step if op.times > 1)
+    """list of Op -> list of (heading, list of Op): a trip of each loop over layers, as training's
+    forward and backward; or the middle layer, from its first product to the next's. What loops
+    within a layer is one bar, of its longest operation's region."""
+    loops, step = dict.fromkeys(op.loop for op in ops if op.times > 1 and op.region == "mlp"), []
+    for loop, trip in itertools.groupby((op for op in ops if op.times), lambda op: op.loop):
+        trip = list(trip)
+        if step and step[-1].end is None and (loop == step[-1].loop or loop not in loops):
+            step[-1] = step[-1]._replace(end=trip[0].start, done=trip[0].start)
+        if trip[0].times == 1 or loop in loops:
+            step += trip
+        else:
+            longest = max(trip, key=lambda op: op.end - op.start)
+            step.append(longest._replace(start=trip[0].start, end=None, number=0,
+                                         loop=step[-1].loop if step else ""))
+    step = [op for op in step if op.end is not None]
     if loops:
         names = ("a layer forwards", "a layer backwards") if len(loops) == 2 else [
             f"a trip of loop {i + 1}" for i in range(len(loops))]

@@ -222,32 +222,31 @@ def gather_matmul_ring(x, ws, axis="tensor", dtype=None, norm=None, both=False):
 
     Each part of x goes once around the ring, in n - 1 permutes, and meets the columns of w that
     stand for it; sums are f32. `both`: half of each part goes either way, over both links of a
-    torus axis at once. With norm=(E, eps) rows are normalised at the end: their squares are added
-    up as parts pass.
+    torus axis at once. With norm=(E, eps) rows are normalised before they set out: one sum of
+    squares a row travels first.
     """
     n, here = lax.axis_size(axis), lax.axis_index(axis)
     check_contracted(x, ws, n, norm)
+    x = split_norm(x, *norm, axis) if norm else x
     ways = check_ways(x.shape[-1], both)
     parts, width, total = jnp.split(x, len(ways), -1), x.shape[-1] // len(ways), [0.0] * len(ws)
-    if norm:
-        scale, squares = lax.pcast(norm[0], axis, to="varying"), 0.0
-        scale = jnp.roll(scale, -here * x.shape[-1])  # it begins with what this device has
     for i in range(n):
         for half, (way, part) in enumerate(zip(ways, parts, strict=True)):
             start = (here - way * i) % n * x.shape[-1] + half * width
-            if norm:
-                own = -way * i % n * x.shape[-1] + half * width
-                squares += jnp.sum(jnp.square(part.astype(jnp.float32)), -1)
-                part = part * scale[own:own + width].astype(x.dtype)
             total = [sum_ + dot(part, columns(w, start, width), dtype=jnp.float32)
                      for sum_, w in zip(total, ws, strict=True)]
         if i < n - 1:
             parts = [pass_on(part, axis, way) for way, part in zip(ways, parts, strict=True)]
-    if norm:
-        unit = lax.rsqrt(squares / (n * x.shape[-1]) + norm[1])
-        total = [sum_ * unit.reshape(*unit.shape, *(1,) * (sum_.ndim - unit.ndim))
-                 for sum_ in total]
     return tuple(sum_.astype(dtype or x.dtype) for sum_ in total)
+
+
+def split_norm(x, scale, eps, axis="tensor"):
+    """BT(E/t), E, eps -> BT(E/t): `rms_norm` of rows that are split."""
+    part, wide = x.shape[-1], x.astype(jnp.float32)
+    squares = lax.psum(jnp.sum(wide * wide, axis=-1, keepdims=True), axis)
+    unit = wide * lax.rsqrt(squares / (part * lax.axis_size(axis)) + eps)
+    mine = lax.dynamic_slice_in_dim(scale, lax.axis_index(axis) * part, part)
+    return (unit * mine.astype(jnp.float32)).astype(x.dtype)
 
 
 def matmul_scatter(x, w, axis="tensor", n=1):
@@ -1088,7 +1087,8 @@ def train_comm(cfg, B, T, mesh, ring, keep):
     around = [("permute", (6 - 2 * ("attention" in keep)) * (context - 1), kv * wide, context),
               ("permute", 2 * context, kv * 4, context)] if context > 1 else []
     found = repeated(cfg.L, repeated(4, gather) + repeated(3, scatter) + repeated(2, gather_back)
-                     + repeated(2, scatter_back) + around)
+                     + repeated(2, scatter_back) + around
+                     + ([("all_reduce", 6, rows * 4, t)] if ring else []))
     # at both ends the embedding's scatter, the final norm's gather and their gradients; of each
     # block of the loss's tokens the largest, total and chosen logits; the mean loss
     found += repeated(2, scatters(x, tensor) + gathers(x // t, tensor))
@@ -1118,7 +1118,8 @@ def extend_comm(cfg, B, T, axes, layout, ring, reads=False):
         attend = [("all_gather", 1, heads, last), ("reduce_scatter", 1, heads * last, last),
                   ("all_reduce", 2, rows * cfg.H * last // t * 4, last)]
     gather, scatter = trips(cfg, rows, axes, ring)
-    return repeated(cfg.L, repeated(2, gather + scatter) + attend) + scatters(
+    squares = [("all_reduce", 2, rows * 4, t)] if ring else []
+    return repeated(cfg.L, repeated(2, gather + scatter) + squares + attend) + scatters(
         rows * cfg.E * wide, axes)
 
 
@@ -1143,7 +1144,8 @@ def context_comm(cfg, B, T, axes, ring, dtype, cache_dtype):
 
 def unembed_comm(cfg, rows, axes, ring):
     """cfg, int, tuple, int -> list of events: logits of so many positions, split over V."""
-    return trips(cfg, rows, axes, ring)[0]
+    squares = [("all_reduce", 1, rows * 4, math.prod(axes))] if ring else []
+    return squares + trips(cfg, rows, axes, ring)[0]
 
 
 def draw_comm(cfg, B, axes, temperature=0.0, top_k=0, top_p=1.0):
