@@ -2395,7 +2395,7 @@ def chip_row(job, ask):
     row, cost = predicted_row(job, sheet(chip, job.chips)), PHASES[job.phase].cost(job)
     row |= {"flops": useful_flops(job, cost), "chip": job.chip,
             "chips": job.chips, "mesh": mesh, "layout": job.layout, "ring": job.ring, "by": job.by,
-            **({"keep": job.keep} if job.phase == "train" else {}),
+            **({"keep": job.keep} if job.phase == "train" and mesh and job.by == "hand" else {}),
             "slice": "one of " * (job.chips == 1) + f"{TARGETS[job.chip].name} "
             + slice_of(job.chip, job.chips), **on_links(job, chip.link / 2)}
     say(f"{form_name(job)} {job.dtype} B={job.B} on {row['slice']}: predicted "
@@ -2434,7 +2434,7 @@ def print_chip_row(row):
           + (f", cache {row['cache_dtype']}" if row["phase"] != "train" else "")
           + f", B={row['B']} T={row['T']} S={row['S']}, on {row['chips']} x {row['chip']} "
           f"({row['slice']}" + f"; mesh {mesh}" * bool(mesh)
-          + f"; keeps {', '.join(row.get('keep') or ['nothing'])}" * bool(mesh and "keep" in row)
+          + f"; keeps {', '.join(row.get('keep') or ['nothing'])}" * ("keep" in row)
           + ")")
     links = "the compiler's choice" if row["link_seconds"] is None else si(row["link_seconds"], "s")
     read = row["parts"][0]["bytes"]
@@ -3159,8 +3159,7 @@ def some_dtypes(text):
 def some_kept(text):
     """str -> tuple of str: what a layer keeps; ValueError otherwise."""
     names = () if text == "none" else tuple(text.split(","))
-    if not set(names) <= set(KEEPABLE):
-        raise ValueError
+    shard.check_kept(names)
     return names
 
 
@@ -3495,7 +3494,8 @@ def jobs_of(args):
                   "generate": (many, 240, 16), "verify": ([1], 240, 16),
                   "speculate": ([1], 96, 32), **({} if args.quick else {"serve": ([8], 64, 32)})}
     heads = getattr(args, "kv_heads", None) or [cfg.K]
-    extra = {"n_draft": args.n_draft} if hasattr(args, "n_draft") else {}
+    extra = {name: getattr(args, name) for name in ("n_draft", "keep")
+             if getattr(args, name, None) is not None}
     extra["int8"] = getattr(args, "int8", None) or default_int8(chip)
     jobs = [Job(phase, name, computing_in(replace(cfg, K=K), dtype, chip), B, prompt, new, dtype,
                 cache, **extra) for dtype, cache in kinds for K in heads
@@ -3504,9 +3504,7 @@ def jobs_of(args):
             if (phase, dtype) != ("train", "int8")]
     if not chip:
         return jobs
-    keep = getattr(args, "keep", None)
-    return [on_chips(job._replace(ring=ring, flags=flags, by=args.by,
-                                  keep=shard.KEPT if keep is None else keep), chip[0], args.chips,
+    return [on_chips(job._replace(ring=ring, flags=flags, by=args.by), chip[0], args.chips,
                      args.mesh, args.layout)
             for job in jobs for ring in args.ring for flags in args.flags]
 

@@ -522,11 +522,15 @@ def embed(params, tokens, cfg):
     return x * jnp.asarray(cfg.E ** 0.5, x.dtype) if cfg.embed_scale else x
 
 
+def unembedding(params, cfg):
+    """Params, cfg -> VE: the table that logits are made with."""
+    return params.embed if cfg.tied else params.unembed
+
+
 @jax.named_scope("unembed")
 def unembed(params, x, cfg):
     """Params, BTE, cfg -> BTV: the final norm, then f32 logits."""
-    table = params.embed if cfg.tied else params.unembed
-    return dot(rms_norm(x, params.out_norm, cfg.eps), table, dtype=jnp.float32)
+    return dot(rms_norm(x, params.out_norm, cfg.eps), unembedding(params, cfg), dtype=jnp.float32)
 
 
 def trunk(params, tokens, cfg, block=block):
@@ -617,10 +621,10 @@ def loss(params, tokens, cfg, block=block, blocks=None):
     if blocks is not None and blocks < 1:
         raise ValueError(f"blocks={blocks}: at least one, or None")
     x = rms_norm(trunk(params, tokens[:, :-1], cfg, block), params.out_norm, cfg.eps)
-    table = params.embed if cfg.tied else params.unembed
+    targets = tokens[:, 1:].reshape(-1)
     with jax.named_scope("unembed"):
-        return mean_nats(nats, blocks or token_blocks(x[..., 0].size, cfg.V), table,
-                         x.reshape(-1, cfg.E), tokens[:, 1:].reshape(-1))
+        return mean_nats(nats, blocks or token_blocks(len(targets), cfg.V),
+                         unembedding(params, cfg), x.reshape(-1, cfg.E), targets)
 
 
 class Adam(NamedTuple):

@@ -25,7 +25,7 @@ from infer import (TINY, Cache, Q8, append, array_bytes, as_held, as_seen, cache
 from minillm import (KEEPABLE, Partial, block, by_token, causal, causal_attention, causal_backward,
                      causal_blocks, causal_forward, check_tokens, dims, dot, embed, finite,
                      in_blocks, inner_jaxprs, loss, mean_nats, merge, normalised, rms_norm,
-                     rotary, size_of, token_blocks)
+                     rotary, size_of, token_blocks, unembedding)
 
 P = jax.P
 TENSOR = dict(H="tensor", K="tensor", F="tensor", V="tensor")  # letters to mesh axes
@@ -240,15 +240,6 @@ def gather_matmul_ring(x, ws, axis="tensor", dtype=None, norm=None, both=False):
     return tuple(sum_.astype(dtype or x.dtype) for sum_ in total)
 
 
-def split_norm(x, scale, eps, axis="tensor"):
-    """BT(E/t), E, eps -> BT(E/t): `rms_norm` of rows that are split."""
-    part, wide = x.shape[-1], x.astype(jnp.float32)
-    squares = lax.psum(jnp.sum(wide * wide, axis=-1, keepdims=True), axis)
-    unit = wide * lax.rsqrt(squares / (part * lax.axis_size(axis)) + eps)
-    mine = lax.dynamic_slice_in_dim(scale, lax.axis_index(axis) * part, part)
-    return (unit * mine.astype(jnp.float32)).astype(x.dtype)
-
-
 def matmul_scatter(x, w, axis="tensor", n=1):
     """...(F/t), E(F/t) -> ...(E/t): multiply what is here, then add up and split over E, in f32.
 
@@ -325,6 +316,15 @@ def check_scattered(w, n):
 # ------------------------------------------------------------------- the parts between products
 
 
+def split_norm(x, scale, eps, axis="tensor"):
+    """BT(E/t), E, eps -> BT(E/t): `rms_norm`: one sum of squares a token travels."""
+    part, wide = x.shape[-1], x.astype(jnp.float32)
+    squares = lax.psum(jnp.sum(wide * wide, axis=-1, keepdims=True), axis)
+    unit = wide * lax.rsqrt(squares / (part * lax.axis_size(axis)) + eps)
+    mine = lax.dynamic_slice_in_dim(scale, lax.axis_index(axis) * part, part)
+    return (unit * mine.astype(jnp.float32)).astype(x.dtype)
+
+
 def split_embed(params, tokens, cfg, axis="tensor"):
     """Params, BT, cfg -> BT(E/t): each device looks up the tokens of its part of the vocabulary;
     one device has each row, so that the sum is exact."""
@@ -336,8 +336,8 @@ def split_embed(params, tokens, cfg, axis="tensor"):
 
 def split_unembed(params, x, cfg, axis="tensor", enter=gather_matmul):
     """Params, BT(E/t), cfg -> BT(V/t): f32 logits of this device's part of the vocabulary."""
-    table = params.embed if cfg.tied else params.unembed
-    return enter(x, (table,), axis=axis, dtype=jnp.float32, norm=(params.out_norm, cfg.eps))[0]
+    return enter(x, (unembedding(params, cfg),), axis=axis, dtype=jnp.float32,
+                 norm=(params.out_norm, cfg.eps))[0]
 
 
 def split_nats(logits, targets, axis="tensor"):
@@ -507,8 +507,7 @@ def local_loss(params, tokens, cfg, split, mesh, enter, leave, keep):
 
     with jax.named_scope("unembed"):
         mean = mean_nats(nats, token_blocks(N, cfg.V // size_over(mesh, tensor)),
-                         ends.embed if cfg.tied else ends.unembed, x.reshape(N, -1),
-                         after.reshape(-1))
+                         unembedding(ends, cfg), x.reshape(N, -1), after.reshape(-1))
     return lax.pmean(mean, over)
 
 
@@ -1060,6 +1059,11 @@ def trips(cfg, rows, axes, ring):
     return gathers(rows * cfg.E // t * wide, axes), scatters(rows * cfg.E * 4, axes)
 
 
+def norm_comm(rows, axes, ring):
+    """int, tuple, int -> list of events: `split_norm`, which rings need before they set out."""
+    return [("all_reduce", 1, rows * 4, math.prod(axes))] if ring else []
+
+
 def repeated(times, events):
     """int, events -> list: each of them so often."""
     return [(kind, times * number, size, n) for kind, number, size, n in events]
@@ -1088,7 +1092,7 @@ def train_comm(cfg, B, T, mesh, ring, keep):
               ("permute", 2 * context, kv * 4, context)] if context > 1 else []
     found = repeated(cfg.L, repeated(4, gather) + repeated(3, scatter) + repeated(2, gather_back)
                      + repeated(2, scatter_back) + around
-                     + ([("all_reduce", 6, rows * 4, t)] if ring else []))
+                     + repeated(6, norm_comm(rows, tensor, ring)))
     # at both ends the embedding's scatter, the final norm's gather and their gradients; of each
     # block of the loss's tokens the largest, total and chosen logits; the mean loss
     found += repeated(2, scatters(x, tensor) + gathers(x // t, tensor))
@@ -1118,9 +1122,8 @@ def extend_comm(cfg, B, T, axes, layout, ring, reads=False):
         attend = [("all_gather", 1, heads, last), ("reduce_scatter", 1, heads * last, last),
                   ("all_reduce", 2, rows * cfg.H * last // t * 4, last)]
     gather, scatter = trips(cfg, rows, axes, ring)
-    squares = [("all_reduce", 2, rows * 4, t)] if ring else []
-    return repeated(cfg.L, repeated(2, gather + scatter) + squares + attend) + scatters(
-        rows * cfg.E * wide, axes)
+    return repeated(cfg.L, repeated(2, norm_comm(rows, axes, ring) + gather + scatter)
+                    + attend) + scatters(rows * cfg.E * wide, axes)
 
 
 def context_comm(cfg, B, T, axes, ring, dtype, cache_dtype):
@@ -1144,8 +1147,7 @@ def context_comm(cfg, B, T, axes, ring, dtype, cache_dtype):
 
 def unembed_comm(cfg, rows, axes, ring):
     """cfg, int, tuple, int -> list of events: logits of so many positions, split over V."""
-    squares = [("all_reduce", 1, rows * 4, math.prod(axes))] if ring else []
-    return squares + trips(cfg, rows, axes, ring)[0]
+    return norm_comm(rows, axes, ring) + trips(cfg, rows, axes, ring)[0]
 
 
 def draw_comm(cfg, B, axes, temperature=0.0, top_k=0, top_p=1.0):
@@ -1179,8 +1181,9 @@ def comm_events(cfg, form, B, T=1, data=1, tensor=1, layout="heads", ring=0, con
                              f"of {n}")
     check_split(cfg, mesh, {**TENSOR, **FSDP} if form == "train" else layout_rules(mesh, layout))
     if form == "train":
-        check_kept(KEPT if keep is None else keep)
-        return train_comm(cfg, B, T, mesh, ring, KEPT if keep is None else keep)
+        keep = KEPT if keep is None else keep
+        check_kept(keep)
+        return train_comm(cfg, B, T, mesh, ring, keep)
     B //= copies
     extended = partial(extend_comm, cfg, B, axes=axes, layout=layout, ring=ring)
     if form == "extend":
