@@ -2,13 +2,14 @@
 
     python bench.py [--quick]                                every phase of the default model
     python bench.py plan --model gemma-7b --chip tpu-v4      predict, on chips that are not here
-    python bench.py generate|verify|speculate|prefill|serve|train ...    one phase alone
-    python bench.py scale                                    how time grows with each size
+    python bench.py generate --batch 1,8 --dtype bfloat16    one phase alone: measured here
+    python bench.py generate --chip tpu-v4 --chips 4         or made by a chip's own compiler
     python bench.py train --text FILE --save DIR             train on a text file
     python bench.py train --kv-heads 8,2,1                   the same model with fewer key heads
     python bench.py complete --model DIR "So long"           write on, with a real model
+    python bench.py scale                                    how time grows with each size
     python bench.py shard --devices 8                        what several devices send each other
-    python bench.py generate --chip tpu-v4 --chips 4 ...     what a chip's own compiler makes of it
+    python bench.py draw docs                                the README's pictures
 
 Tables go to stdout, whose last line is one JSON object; progress goes to stderr.
 """
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import pathlib
+import pickle
 import platform
 import re
 import socket
@@ -28,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from dataclasses import replace
@@ -45,9 +48,9 @@ from infer import (Q8, Q8A8, Cache, array_bytes, decode_bytes, decode_flops, emp
                    generate, init_cache, kv_bytes, library, load, load_adam, model_draft,
                    ngram_draft, prefill, prefill_flops, quantize_params, read_arrays, read_json,
                    refill, save, serve, slots_of, speculate, weight_bytes, wide_bytes)
-from minillm import (KEEPABLE, Adam, Config, Params, adam_init, cast, causal_attention,
-                     causal_pairs, check_tokens, init, loss, param_count, size_of, traced_flops,
-                     train_flops, train_step, unembed)
+from minillm import (KEEPABLE, Adam, Config, Layer, Params, adam_init, cast, causal_attention,
+                     causal_blocks, causal_pairs, check_tokens, init, loss, matmul, param_count,
+                     size_of, traced_flops, train_flops, train_step, unembed)
 
 MB, GB = 1e6, 1e9
 SENTENCE = "So long and thanks for all the fish; "
@@ -187,6 +190,15 @@ def say(*words, end="\n"):
     print(*words, file=sys.stderr, end=end, flush=True)
 
 
+@contextlib.contextmanager
+def interruptible(done):
+    """str -> Ctrl-C ends what stands inside, and what is done so far is printed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"\ninterrupted: what was {done} so far")
+
+
 def finish(args, **result):
     """The result as one JSON object: into --json FILE where given, and as stdout's last line."""
     text = json.dumps(result)
@@ -221,6 +233,47 @@ def parse_chip(text):
         pass
     raise ValueError(f"chip {text!r} is neither flops/s,bytes/s,bytes,link bytes/s such as "
                      "275e12,1.23e12,32e9,9e10 nor one of " + ", ".join(CHIPS))
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def si(x, unit):
+    """number, unit -> str: three digits and a prefix."""
+    for power, prefix in zip(range(18, -10, -3), "EPTGMk munp"):
+        size = 10.0 ** power
+        if abs(x) >= 0.9995 * size:
+            return f"{x / size:.{max(0, 2 - int(math.log10(max(1, x / size * 1.0005))))}f} " \
+                   + prefix.strip() + unit
+    return f"0 {unit}"
+
+
+class Column(NamedTuple):
+    """Of a table."""
+    head: str
+    width: int          # negative: to the left
+    figure: object      # a key of each row, or what makes the figure of a row
+    form: str = ""      # its unit, or as `format` takes it
+    wide: bool = False  # shown with --wide alone
+
+
+def shown(figure, form):
+    """figure, str -> str: with three digits and a prefix where the form is a unit."""
+    unit = form.strip() in ("", "B", "s", "FLOP") and not isinstance(figure, str)
+    return si(figure, form.strip()) if unit and form else format(figure, form)
+
+
+def print_table(columns, rows, heads=True):
+    """list of Column, list of dict -> lines. What a row lacks is "-"; None, what cannot be."""
+    def text(column, row):
+        found = column.figure(row) if callable(column.figure) else row.get(column.figure, "-")
+        return "error" if found is None else found if found == "-" else shown(found, column.form)
+
+    lines = [[column.head for column in columns]] * heads + [
+        [text(column, row) for column in columns] for row in rows]
+    for line in lines:
+        print(" ".join(f"{word:<{-column.width}}" if column.width < 0 else
+                       f"{word:>{column.width}}" for word, column in zip(line, columns)).rstrip())
 
 
 # -------------------------------------------------------------------------- this machine's ceilings
@@ -309,14 +362,6 @@ class Cost(NamedTuple):
     parts: tuple       # of Part
 
 
-def cost(job, T, S, tokens, flops, weight_bytes, cache_bytes, attends_in, *parts):
-    """-> Cost: attention's flops go with `cache_bytes`, all others with `weight_bytes`."""
-    attention = flops["scores"] + flops["values"]
-    return Cost(T, S, tokens, flops, weight_bytes, cache_bytes, (
-        Part("weights", sum(flops.values()) - attention, weight_bytes, products_in(job)),
-        Part("attention", attention, cache_bytes, attends_in), *parts))
-
-
 class Job(NamedTuple):
     """What is to be measured: one row of the table."""
     phase: str
@@ -339,18 +384,18 @@ class Job(NamedTuple):
     int8: str = "Q8A8"    # kind of int8 weights, of INT8
 
 
-def cached_dtype(job):
-    """Job -> dtype in which a query meets the cache: the wider of both; int8 is widened."""
-    narrow = job.cfg.dtype if job.cache_dtype == "int8" else job.cache_dtype
-    return str(jnp.promote_types(job.cfg.dtype, narrow))
+def cost(job, T, S, tokens, flops, weight_bytes, cache_bytes, attends_in, *parts):
+    """-> Cost: attention's flops go with `cache_bytes`, all others with `weight_bytes`."""
+    attention = flops["scores"] + flops["values"]
+    return Cost(T, S, tokens, flops, weight_bytes, cache_bytes, (
+        Part("weights", sum(flops.values()) - attention, weight_bytes, products_in(job)),
+        Part("attention", attention, cache_bytes, attends_in), *parts))
 
 
 def train_cost(job):
     """Weights are read forwards, read backwards, and written as gradients: three times their bytes.
-
     AdamW reads p, m, v and the gradient and writes p, m and v: 28 bytes a parameter. What is saved
-    between the two passes is not predicted: it need not leave the chip, and where it does, shows.
-    """
+    between the passes is not predicted: it need not leave the chip, and where it does, shows."""
     cfg, B, T = job.cfg, job.B, job.prompt
     wide = jnp.dtype(cfg.dtype).itemsize
     return cost(job, T, T, B * T, train_flops(cfg, B, T), 3 * wide * param_count(cfg), 0, cfg.dtype,
@@ -358,19 +403,22 @@ def train_cost(job):
 
 
 def prefill_cost(job):
-    """All weights once, and the cache written once. (`rows_at_a_time` may read weights again
-    for each thousand tokens or two: nothing beside their flops.)"""
+    """All weights once (`rows_at_a_time` may read them again, beside many flops), and the cache
+    written once."""
     cfg, B, T, S = job.cfg, job.B, job.prompt, slots(job, job.prompt)
     return cost(job, T, S, B * T, prefill_flops(cfg, B, T), weight_bytes(cfg, job.dtype),
                 kv_bytes(cfg, B, S, job.cache_dtype), cfg.dtype)
 
 
 def extend_cost(job, T, S):
-    """T tokens behind others: all weights, and all slots of the cache whether filled or not."""
+    """T tokens behind others: all weights, and all slots of the cache whether filled or not. A
+    query meets the cache in the wider dtype of both; int8 is widened."""
     cfg, B, S = job.cfg, job.B, slots(job, S)
     moved = decode_bytes(cfg, B, S, T, cache_dtype=job.cache_dtype, dtype=job.dtype)
+    narrow = cfg.dtype if job.cache_dtype == "int8" else job.cache_dtype
     return cost(job, T, S, B * T, decode_flops(cfg, B, S, T), moved["weights"],
-                moved["cache_read"] + moved["cache_write"], cached_dtype(job))
+                moved["cache_read"] + moved["cache_write"],
+                str(jnp.promote_types(cfg.dtype, narrow)))
 
 
 def generate_cost(job):
@@ -378,14 +426,28 @@ def generate_cost(job):
     return extend_cost(job, 1, job.prompt + job.new)
 
 
+def verify_cost(job):
+    """A round of speculation: the last token and a draft of n_draft. The n-grams cost nothing."""
+    return extend_cost(job, job.n_draft + 1, verify_slots(job))
+
+
 def verify_slots(job):
     """Job -> int: for what is known, what is made, and a draft."""
     return job.prompt + job.new + job.n_draft + 1
 
 
-def verify_cost(job):
-    """A round of speculation: the last token and a draft of n_draft. The n-grams cost nothing."""
-    return extend_cost(job, job.n_draft + 1, verify_slots(job))
+def serve_cost(job):
+    """A prefill for each request, and steps for B at a time."""
+    requests = REQUESTS * job.B
+    each = [("prefill", requests, prefill_cost(job._replace(B=1))),
+            ("generate", REQUESTS * job.new, generate_cost(job))]
+    flops = {name: sum(n * c.flops.get(name, 0) for _, n, c in each)
+             for name in each[0][2].flops | each[1][2].flops}
+    weights, cached = (sum(n * getattr(c, name) for _, n, c in each)
+                       for name in ("weight_bytes", "cache_bytes"))
+    return Cost(1, job.prompt + job.new, requests * job.new, flops, weights, cached, tuple(
+        Part(f"{word}, {part.name}", n * part.flops, n * part.bytes, part.dtype)
+        for word, n, c in each for part in c.parts))
 
 
 def product_cost(job):
@@ -395,32 +457,25 @@ def product_cost(job):
     return cost(job, 1, 0, job.B, flops, moved, 0, job.cfg.dtype)
 
 
-def serve_cost(job):
-    """A prefill for each request, and steps for B at a time."""
-    steps, requests = REQUESTS * job.new, REQUESTS * job.B
-    each = [("prefill", requests, prefill_cost(job._replace(B=1))),
-            ("generate", steps, generate_cost(job))]
-    names = {name for _, _, c in each for name in c.flops}
-    return Cost(1, job.prompt + job.new, requests * job.new,
-                {name: sum(n * c.flops.get(name, 0) for _, n, c in each) for name in names},
-                sum(n * c.weight_bytes for _, n, c in each),
-                sum(n * c.cache_bytes for _, n, c in each),
-                tuple(Part(f"{word}, {part.name}", n * part.flops, n * part.bytes, part.dtype)
-                      for word, n, c in each for part in c.parts))
+def attention_cost(job):
+    """What one layer of `train_flops` has of it."""
+    one = train_flops(replace(job.cfg, L=1), job.B, job.prompt)
+    flops = {name: one[name] for name in ("scores", "values")}
+    return cost(job, job.prompt, job.prompt, job.B * job.prompt, flops, 0, 0, job.cfg.dtype)
 
 
-def timed(part, peak, read):
-    """Part, flops/s, bytes/s -> dict: its flops' time or its bytes' time, whichever is longer."""
-    name, flops, moved, _ = part
-    return {"name": name, "flops": flops, "bytes": moved,
-            "seconds": max(flops / peak, moved / read),
-            "bound": "flops" if flops / peak > moved / read else "bytes"}
+def timed(part, ceilings):
+    """Part, dict -> dict: its flops' time or its bytes' time, whichever is longer."""
+    times = {"flops": part.flops / ceilings["flops_per_second"][part.dtype],
+             "bytes": part.bytes / ceilings["read_bytes_per_second"]}
+    bound = "flops" if times["flops"] > times["bytes"] else "bytes"
+    return {"name": part.name, "flops": part.flops, "bytes": part.bytes, "seconds": times[bound],
+            "bound": bound}
 
 
 def predict(cost, ceilings):
     """Cost, dict -> dict: seconds of a step: its parts follow one another."""
-    parts = [timed(part, ceilings["flops_per_second"][part.dtype],
-                   ceilings["read_bytes_per_second"]) for part in cost.parts]
+    parts = [timed(part, ceilings) for part in cost.parts]
     by = {bound: sum(part["seconds"] for part in parts if part["bound"] == bound)
           for bound in ("flops", "bytes")}
     return {"predicted_seconds": sum(by.values()), "bound": max(by, key=by.get), "parts": parts}
@@ -439,14 +494,16 @@ def crossover(cfg):
     return multiplied(cfg) // heads, multiplied(cfg) // (2 * heads)
 
 
-def critical_batch(job, ceilings):
+def critical_batch(job, ceilings, parameters=None):
     """Job, dict -> float: rows at which a step's products with the weights take as long as reading
     them."""
     peak, read = ceilings["flops_per_second"][products_in(job)], ceilings["read_bytes_per_second"]
-    return weight_bytes(job.cfg, job.dtype) / read * peak / (2 * multiplied(job.cfg))
+    held = parameters * jnp.dtype(job.dtype).itemsize if parameters else weight_bytes(
+        job.cfg, job.dtype)
+    return held / read * peak / (2 * (parameters or multiplied(job.cfg)))
 
 
-# ------------------------------------------------------------------------- plan: chips not here
+# ------------------------------------------------------------------- plan: chips that are not here
 
 
 def degree(cfg, chips):
@@ -456,32 +513,72 @@ def degree(cfg, chips):
                if not any(size % n for size in (chips, cfg.E, cfg.F, cfg.H, cfg.V)))
 
 
-def communication(job, T, n, link, hop):
-    """Job, int, int, bytes/s, seconds -> dict: the part of a step that n devices send, all bytes
-    together, with the cache over heads where it can be, else over rows, else over slots: each
-    device's bytes over its link, both ways, and a latency for each hop."""
-    layout = "sequence" if job.B % n else "batch"
-    if not job.cfg.K % n:
-        layout = "heads"
-    events = shard.comm_events(job.cfg, job.phase, job.B, T, tensor=n, layout=layout)
-    formula, hops = shard.tally(events), shard.hops(events)
-    return {"name": "communication", "flops": 0, "bound": "links", "hops": hops,
-            "bytes": n * sum(size for _, size in formula.values()),
-            "seconds": shard.comm_seconds(formula, link / 2, 1, hops, hop)}
+def over_heads(cfg, n):
+    """cfg, int -> int or tuple: n devices of an axis "tensor", or of two where there are fewer key
+    heads: the first over them, the second over rows or slots of each."""
+    heads = math.gcd(cfg.K, n)
+    return n if heads in (1, n) else (heads, n // heads)
+
+
+def layer_steps(job, T, n, link, hop=HOP_SECONDS):
+    """Job, int, int, bytes/s, seconds -> list of dict: what each step of T tokens a row sends among
+    n devices, with the cache over heads where it can be, else over rows, else over slots: how often
+    it does, what a device holds before and after, its collectives, bytes and seconds.
+
+    Together they are `shard.comm_events`. Bytes go both ways over a link; a latency for each hop.
+    """
+    cfg, rows, (letter, layout) = job.cfg, job.B * T, next(
+        (letter, layout) for letter, layout, size in (
+            ("K", "heads", job.cfg.K), ("B", "batch", job.B), ("S", "sequence", n))
+        if size % n == 0)
+    reads, norm = job.phase == "prefill", shard.norm_comm(rows, (n,), job.ring)
+    gather, scatter = shard.trips(cfg, rows, n, job.ring)
+    wide = jnp.dtype(cfg.dtype).itemsize
+    x, heads, keys = "[B,T,E/n]", "[B,T,H/n,D]", "[B,T,K/n,D]" if letter == "K" else "[B,T,K,D]"
+    cache = ",".join(name + "/n" * (name == letter) for name in "BKSD")
+    last = "[B,1,V/n]"
+    steps = [
+        ("embed", 1, "[B,T]", x, shard.scatters(rows * cfg.E * wide, (n,))),
+        ("q, k, v", cfg.L, x, f"{heads}, 2 x {keys}", norm + gather),
+        ("attention", cfg.L, f"{heads}, 2 x [{cache}]", heads,
+         [] if reads else shard.attend_comm(cfg, rows, (n,), layout)),
+        ("out", cfg.L, heads, x, scatter),
+        ("gate, up", cfg.L, x, "2 x [B,T,F/n]", norm + gather),
+        ("down", cfg.L, "[B,T,F/n]", x, scatter),
+        ("logits", 1, "[B,1,E/n]", last, shard.unembed_comm(cfg, job.B, (n,), job.ring)),
+        ("draw", 1, last, "[B]", [] if reads else shard.draw_comm(cfg, job.B, (n,)))]
+    found, sizes = [], dict(cfg.__dict__, B=job.B, T=T, S=job.prompt + job.new)
+
+    def sized(shapes):
+        return re.sub(r"([A-Z])(/n)?", lambda m: f"{sizes[m[1]] // (n if m[2] else 1)}", shapes)
+
+    for name, times, before, after, events in steps:
+        sent, hops = shard.tally(events), shard.hops(events, max(1, job.ring))
+        found.append({
+            "step": name, "times": times, "shapes": f"{before} -> {after}".replace("/n", f"/{n}"),
+            "before": sized(before), "after": sized(after),
+            "collectives": {kind: number for kind, (number, _) in sent.items()},
+            "bytes": sum(size for _, size in sent.values()), "hops": hops,
+            "seconds": shard.comm_seconds(sent, link / 2, max(1, job.ring), hops, hop)})
+    return found
 
 
 def step_parts(job, chip, chips, parameters=None, hop=HOP_SECONDS):
     """Job, Chip, int -> list of dict: weights, attention and communication of one step, all chips'
     flops and bytes together. `parameters` replaces the exact count of what is multiplied."""
-    cost = PHASES[job.phase].cost(job)
+    cost, limits = PHASES[job.phase].cost(job), sheet(chip, chips)
     weights, attention = cost.parts
     if parameters:
         weights = weights._replace(flops=2 * job.B * cost.T * parameters,
                                    bytes=parameters * jnp.dtype(job.dtype).itemsize)
-    limits = sheet(chip, chips)
-    found = [timed(part, limits["flops_per_second"][part.dtype], limits["read_bytes_per_second"])
-             for part in (weights, attention)]
-    return found + [communication(job, cost.T, chips, chip.link, hop)] * (chips > 1)
+    found = [timed(part, limits) for part in (weights, attention)]
+    if chips == 1:
+        return found
+    sent = layer_steps(job, cost.T, chips, chip.link, hop)
+    hops, size, seconds = (sum(step["times"] * step[key] for step in sent)
+                           for key in ("hops", "bytes", "seconds"))
+    return found + [{"name": "communication", "flops": 0, "bound": "links", "hops": hops,
+                     "bytes": chips * size, "seconds": seconds}]
 
 
 def in_all(parts, hidden=False):
@@ -490,13 +587,6 @@ def in_all(parts, hidden=False):
     took = {part["name"]: part["seconds"] for part in parts}
     behind = min(took["weights"], took.get("communication", 0.0)) if hidden else 0.0
     return sum(took.values()) - behind
-
-
-def over_heads(cfg, n):
-    """cfg, int -> int or tuple: n devices of an axis "tensor", or of two where there are fewer key
-    heads: the first over them, the second over rows or slots of each."""
-    heads = math.gcd(cfg.K, n)
-    return n if heads in (1, n) else (heads, n // heads)
 
 
 def useful_degree(job, chip, parameters, hop):
@@ -520,7 +610,7 @@ def napkin(job, chip, chips, parameters=None, batch=None, hop=HOP_SECONDS):
     weights = count * jnp.dtype(dtype).itemsize if parameters else weight_bytes(cfg, dtype) + table
     n = degree(cfg, chips)
     copies, memory = chips // n, n * chip.memory
-    sequence = kv_bytes(cfg, 1, job.prompt, job.cache_dtype)
+    token, sequence = (kv_bytes(cfg, 1, S, job.cache_dtype) for S in (1, job.prompt))
     most, taken = (max(0, int((share * memory - weights) // sequence))
                    for share in (1, 1 - HELD_BACK))
     B = -(-batch // copies) if batch else max(1, taken)  # of each copy
@@ -530,24 +620,22 @@ def napkin(job, chip, chips, parameters=None, batch=None, hop=HOP_SECONDS):
     total = {word: in_all(found) for word, found in parts.items()}
     for part in parts["prefill"] + parts["generate"]:
         part["flops"], part["bytes"] = part["flops"] * copies, part["bytes"] * copies
-    needed, limits = weights + B * sequence, sheet(chip)
+    needed, all_rows = weights + B * sequence, batch or B * copies
     return {
         "parameters": count, "multiplied_parameters": parameters or multiplied(cfg),
-        "weight_bytes": weights, "cache_bytes_per_token": kv_bytes(cfg, 1, 1, job.cache_dtype),
+        "weight_bytes": weights, "cache_bytes_per_token": token,
         "cache_bytes_per_sequence": sequence, "chips_per_copy": n, "copies": copies,
         "max_batch": most * copies, "batch_with_room": taken * copies,
-        "critical_batch": parameters * jnp.dtype(dtype).itemsize / chip.read * chip.flops[
-            products_in(job)] / (2 * parameters) if parameters else critical_batch(job, limits),
-        "batch": batch or B * copies, "fits": needed <= memory,
+        "critical_batch": critical_batch(job, sheet(chip), parameters),
+        "batch": all_rows, "fits": needed <= memory,
         "chips_needed": 2 ** max(0, math.ceil(math.log2(needed / chip.memory))),
         "cache_bytes": copies * B * sequence,
         "step_bytes": sum(part["bytes"] for part in parts["generate"][:2]),
-        "prefill_seconds": total["prefill"], "prefill_parts": parts["prefill"],
-        **{f"{word}_hidden_seconds": in_all(parts[word], hidden=True)
-           for word in ("prefill", "generate")},
+        **{f"{word}_{key}": value for word in ("prefill", "generate") for key, value in (
+            ("seconds", total[word]), ("parts", parts[word]),
+            ("hidden_seconds", in_all(parts[word], hidden=True)))},
         "first_token_seconds": total["first"],
-        "generate_seconds": total["generate"], "generate_parts": parts["generate"],
-        "tokens_per_second": (batch or B * copies) / total["generate"],
+        "tokens_per_second": all_rows / total["generate"],
         "seconds_per_token_alone": total["alone"],
         "weights_over_memory_seconds": weights / n / chip.read,
         "weights_over_links_seconds": weights * (chips - 1) / chips / chip.link,
@@ -563,18 +651,13 @@ WAYS = {  # out of a large cache: its model and dtype, instead of these
 
 def million(job, chip, chips, weights, context=1_000_000):
     """Job, Chip, int, bytes -> list of dict: what a very long sequence's cache takes, and the ways
-    out of it."""
-    found, told = [], []
-    ways = {name: way(job.cfg, job.cache_dtype) for name, way in WAYS.items()}
-    for way, (cfg, dtype) in ways.items():
-        if (cfg, dtype) in [known for name, known in ways.items() if name in told]:
-            continue
-        told.append(way)
-        held = kv_bytes(cfg, 1, context, dtype)
-        found.append({"way": way, "cache_bytes": held, "bytes_per_chip": held / chips,
-                      "chips_needed": math.ceil((held + weights) / chip.memory),
-                      "generate_seconds": (held + weights) / chips / chip.read})
-    return found
+    out of it, each once."""
+    ways = {way(job.cfg, job.cache_dtype): name for name, way in reversed(WAYS.items())}
+    held = {name: kv_bytes(cfg, 1, context, dtype) for (cfg, dtype), name in ways.items()}
+    return [{"way": name, "cache_bytes": held[name], "bytes_per_chip": held[name] / chips,
+             "chips_needed": math.ceil((held[name] + weights) / chip.memory),
+             "generate_seconds": (held[name] + weights) / chips / chip.read}
+            for name in WAYS if name in held]
 
 
 def training(job, chip, chips, tokens, mfu, parameters=None):
@@ -599,117 +682,115 @@ def training(job, chip, chips, tokens, mfu, parameters=None):
             "communication_bound": links > compute}
 
 
-def si(x, unit):
-    """number, unit -> str: three digits and a prefix."""
-    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"),
-                         (1, ""), (1e-3, "m"), (1e-6, "u"), (1e-9, "n")):
-        if abs(x) >= 0.9995 * size:
-            return f"{x / size:.{max(0, 2 - int(math.log10(max(1, x / size * 1.0005))))}f} " \
-                   f"{prefix}{unit}"
-    return f"0 {unit}"
+PLAN = (  # a line of the napkin: what it says, of what, and its unit or form
+    ("parameters", "parameters", ",.0f"),
+    ("of them multiplied for each token", "multiplied_parameters", ",.0f"),
+    ("weights", "weight_bytes", "B"), ("cache of a token", "cache_bytes_per_token", "B"),
+    ("cache of a sequence", "cache_bytes_per_sequence", "B"),
+    ("chips that share a copy", "chips_per_copy", "d"), ("copies", "copies", "d"),
+    ("sequences that fit, in theory", "max_batch", "d"),
+    (f"with {HELD_BACK:.0%} of memory held back", "batch_with_room", "d"),
+    ("critical batch", "critical_batch", ".0f"), ("batch taken", "batch", "d"),
+    ("its cache", "cache_bytes", "B"), ("a generate step reads", "step_bytes", "B"),
+    ("and takes", "generate_seconds", "s"),
+    ("or, with links behind products (rings)", "generate_hidden_seconds", "s"),
+    ("tokens/s that it makes", "tokens_per_second", ",.0f"),
+    ("a token at batch 1 takes", "seconds_per_token_alone", "s"),
+    ("prefill of one sequence", "first_token_seconds", "s"),
+    ("prefill of the batch", "prefill_seconds", "s"),
+    ("or, with links behind products", "prefill_hidden_seconds", "s"),
+    ("useful tensor-parallel degree", "tensor_parallel_degree", "d"),
+    ("weights over memory, a part each", "weights_over_memory_seconds", "s"),
+    ("weights over links (FSDP), all each", "weights_over_links_seconds", "s"))
+TRAINING = (
+    ("tokens in a step", "tokens_per_step", ",d"), ("a step multiplies", "step_flops", "FLOP"),
+    ("of it 6BP", "weight_flops", "FLOP"), ("and attention", "attention_flops", "FLOP"),
+    ("at full speed", "compute_seconds", "s"), ("at that MFU", "mfu", ".0%"),
+    ("a step takes", "step_seconds", "s"), ("days for all tokens", "days", ",.1f"),
+    ("f32 masters and Adam's two means", "optimizer_bytes", "B"),
+    ("f32 gradients", "gradient_bytes", "B"),
+    ("both, a chip, beside activations", "bytes_per_chip", "B"),
+    ("FSDP sends, a chip", "fsdp_bytes_per_chip", "B"), ("over its links", "fsdp_seconds", "s"))
+PART = (Column("", -8, "phase"), Column("", -13, "name"), Column("", 11, "flops", "FLOP"),
+        Column("", 8, "bytes", "B"), Column("", 8, "seconds", "s"),
+        Column("", -14, lambda part: f" bound by {part['bound']}"),
+        Column("", 9, lambda part: f"{part['hops']} hops" if "hops" in part else ""))
+STEP = (Column("step", -9, "step"), Column("times", 5, "times", "d"),
+        Column("a device holds before -> after", -43, "shapes"),
+        Column("collectives", -19, lambda step: ", ".join(
+            f"{n} {kind}" if n > 1 else kind for kind, n in step["collectives"].items())
+            or "none: purely local"),
+        Column("sends", 7, "bytes", "B"), Column("time", 7, "seconds", "s"))
+WAY = (Column("at a million tokens", -20, "way"), Column("a sequence", 10, "cache_bytes", "B"),
+       Column("of it a chip", 12, "bytes_per_chip", "B"),
+       Column("chips that hold it", 18, "chips_needed", "d"),
+       Column("a step", 8, "generate_seconds", "s"))
 
 
-PLAN = (  # a line of the napkin: what it says, and the figure
-    ("parameters", lambda n: f"{n['parameters']:,.0f}"),
-    ("of them multiplied for each token", lambda n: f"{n['multiplied_parameters']:,.0f}"),
-    ("weights", lambda n: si(n["weight_bytes"], "B")),
-    ("cache of a token", lambda n: si(n["cache_bytes_per_token"], "B")),
-    ("cache of a sequence", lambda n: si(n["cache_bytes_per_sequence"], "B")),
-    ("chips that share a copy, copies", lambda n: f"{n['chips_per_copy']}, {n['copies']}"),
-    ("sequences that fit, in theory", lambda n: f"{n['max_batch']}"),
-    (f"with {HELD_BACK:.0%} of memory held back", lambda n: f"{n['batch_with_room']}"),
-    ("critical batch", lambda n: f"{n['critical_batch']:.0f}"),
-    ("batch taken", lambda n: f"{n['batch']}"),
-    ("its cache", lambda n: si(n["cache_bytes"], "B")),
-    ("a generate step reads", lambda n: si(n["step_bytes"], "B")),
-    ("and takes", lambda n: si(n["generate_seconds"], "s")),
-    ("or, with links behind products (rings)", lambda n: si(n["generate_hidden_seconds"], "s")),
-    ("which makes", lambda n: f"{n['tokens_per_second']:,.0f} tokens/s"),
-    ("a token at batch 1 takes", lambda n: si(n["seconds_per_token_alone"], "s")),
-    ("prefill of one sequence", lambda n: si(n["first_token_seconds"], "s")),
-    ("prefill of the batch", lambda n: si(n["prefill_seconds"], "s")),
-    ("or, with links behind products", lambda n: si(n["prefill_hidden_seconds"], "s")),
-    ("useful tensor-parallel degree", lambda n: f"{n['tensor_parallel_degree']}"),
-    ("weights over memory, a part each", lambda n: si(n["weights_over_memory_seconds"], "s")),
-    ("weights over links (FSDP), all each",
-     lambda n: si(n["weights_over_links_seconds"], "s")))
-
-
-def print_plan(columns, chips):
-    """dict of heading -> napkin, int -> the table, and what the first one's parts are bound by."""
-    print(f"{'':42}" + "".join(f"{heading:>20}" for heading in columns))
-    for label, text in PLAN:
-        print(f"{label:42}" + "".join(f"{text(n):>20}" for n in columns.values()))
-    for heading, n in columns.items():
-        if not n["fits"]:
-            print(f"DOES NOT FIT ({heading}): batch {n['batch']} takes more memory: --chips "
-                  f"{n['chips_needed']}, or a smaller --batch, --weights or --cache")
-    for word, key in (("prefill", "prefill_parts"), ("generate", "generate_parts")):
-        for part in next(iter(columns.values()))[key]:
-            print(f"{word:8}  {part['name']:13}  {si(part['flops'], 'FLOP'):>11}  "
-                  f"{si(part['bytes'], 'B'):>8}  {si(part['seconds'], 's'):>8}  bound by "
-                  + part["bound"] + (f", {part['hops']} hops" if "hops" in part else ""))
-    if chips > 1:
-        print("FSDP is for training: a step that makes one token a row has nothing to hide the "
-              "weights' trip behind")
+def print_facts(facts, columns):
+    """list of (text, key, form), dict of heading -> dict -> lines."""
+    print_table([Column("", -42, "what"), *(Column(name, 18, name) for name in columns)],
+                [{"what": text, **{name: shown(n[key], form) for name, n in columns.items()}}
+                 for text, key, form in facts])
 
 
 def plan(args):
     """Prints the napkin of a model on chips that need not be here."""
+    (name, chip), (model_name, cfg), B = args.chip, args.model, args.batch
     if args.compile:
-        check_compiler(args.chip[0])
-    name, cfg = args.model
-    if args.kv_heads:
-        cfg = replace(cfg, K=args.kv_heads)
-    cfg = replace(cfg, dtype="float32" if args.weights == "float32" else "bfloat16")
-    (chip_name, chip), B = args.chip, args.batch
-    job = Job("generate", name, cfg, B or 1, args.context, 0, args.weights, args.cache,
+        check_compiler(name)
+    cfg = replace(cfg, K=args.kv_heads or cfg.K,
+                  dtype="float32" if args.weights == "float32" else "bfloat16")
+    job = Job("generate", model_name, cfg, B or 1, args.context, 0, args.weights, args.cache,
               int8=args.int8 or default_int8(chip))
-    numbers = {"exact": napkin(job, chip, args.chips, None, B, args.hop)}
-    if args.parameters:
-        numbers = {f"{args.parameters:g} parameters":
-                   napkin(job, chip, args.chips, args.parameters, B, args.hop), **numbers}
+    trained = training(job._replace(B=B or 4 * args.chips, dtype=cfg.dtype), chip, args.chips,
+                       args.tokens, args.mfu, args.parameters) if args.train else None
+    counts = {f"{args.parameters:g} parameters": args.parameters} if args.parameters else {}
+    numbers = {heading: napkin(job, chip, args.chips, count, B, args.hop)
+               for heading, count in {**counts, "exact": None}.items()}
     first = next(iter(numbers.values()))
-    print(f"{name} on {args.chips} x {chip_name} ({chip.source}): "
-          f"{si(chip.flops[products_in(job)], 'FLOP/s')} in {products_in(job)}, "
-          f"{si(chip.read, 'B/s')}, {si(chip.memory, 'B')}, "
-          f"links {si(chip.link, 'B/s')} an axis ({chip.axes})\n"
-          f"weights {args.weights}, cache {args.cache}, context {args.context}")
-    print_plan(numbers, args.chips)
+    n, rows = first["chips_per_copy"], -(-first["batch"] // first["copies"])
+    sent = layer_steps(job._replace(B=rows), 1, n, chip.link, args.hop) if n > 1 else []
     ways = million(job, chip, args.chips, first["weight_bytes"])
-    times = 1_000_000 / args.context
-    print(f"at 1,000,000 tokens the cache is {times:.0f} times as large:")
-    for way in ways:
-        print(f"  {way['way']:22}{si(way['cache_bytes'], 'B'):>8} a sequence, "
-              f"{si(way['bytes_per_chip'], 'B'):>8} a chip with slots over {args.chips}; "
-              f"{way['chips_needed']} chip(s) hold it and the weights; "
-              f"a step {si(way['generate_seconds'], 's')}")
-    trained = None
-    if args.train:
-        trained = training(job._replace(B=B or 4 * args.chips, dtype=cfg.dtype), chip, args.chips,
-                           args.tokens, args.mfu, args.parameters)
-        print_training(trained)
+    print(f"{model_name} on {args.chips} x {name}: {si(chip.flops[products_in(job)], 'FLOP/s')} in "
+          f"{products_in(job)}, {si(chip.read, 'B/s')}, {si(chip.memory, 'B')}, links "
+          f"{si(chip.link, 'B/s')} an axis ({chip.axes})\n({chip.source})\n"
+          f"weights {args.weights}, cache {args.cache}, context {args.context}")
+    print_facts(PLAN, numbers)
+    for heading, napkin_ in numbers.items():
+        if not napkin_["fits"]:
+            print(f"DOES NOT FIT ({heading}): batch {napkin_['batch']} takes more memory: --chips "
+                  f"{napkin_['chips_needed']}, or a smaller --batch, --weights or --cache")
+    print_table(PART, [{"phase": word, **part} for word in ("prefill", "generate")
+                       for part in first[f"{word}_parts"]], heads=False)
+    if sent:
+        print(f"\na generate step at B={rows} over {n} devices: what each sends, over its links "
+              "both ways and a latency a hop")
+        print_table(STEP, sent)
+        print("FSDP is for training: a step that makes one token a row has nothing to hide the "
+              "weights' trip behind")
+    print(f"\nthe cache is {1_000_000 / args.context:.0f} times as large, with slots over "
+          f"{args.chips} chip(s):")
+    print_table(WAY, ways)
+    if trained:
+        print(f"\ntraining on {args.tokens:.3g} tokens, {trained['batch']} sequences a step"
+              + ("" if trained["fits"] else ", WHICH DOES NOT FIT: more --chips"))
+        print_facts(TRAINING, {"by AdamW": trained})
+        print("FSDP's links are " + ("what a step waits for" if trained["communication_bound"] else
+                                     "hidden behind the products"))
+    more = {"exact": numbers["exact"]} if args.parameters else {}
     if args.compile:
-        compiled = compiled_plan(job._replace(new=min(16, args.context - 1)), args, numbers, ways)
-    exact = {"exact": numbers["exact"]} if args.parameters else {}
-    finish(args, model=name, chip=chip_name, chips=args.chips, context=args.context,
-           weights=args.weights, cache=args.cache, **first, million=ways, training=trained, **exact,
-           **({"compiled": compiled} if args.compile else {}))
-
-
-def largest(fits, low, high):
-    """int -> bool, int, int -> int: the largest that fits, of `low` (which does) to `high` - 1."""
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+        more["compiled"] = compiled_plan(job._replace(new=min(16, args.context - 1)), args, numbers,
+                                         ways)
+    finish(args, model=model_name, chip=name, chips=args.chips, context=args.context,
+           weights=args.weights, cache=args.cache, **first, steps=sent, million=ways,
+           training=trained, **more)
 
 
 def compiled_plan(job, args, numbers, ways):
     """Job, args, napkins, ways -> dict: what the chip's compiler accepts of a plan: the largest
     batch, and a step at a million tokens on as many chips as the plan says."""
     (name, _), rows = args.chip, []
-    told = {"max_batch": None, "million": rows}
     job = job._replace(prompt=args.context - job.new)
 
     def tried(job, chips):
@@ -718,35 +799,34 @@ def compiled_plan(job, args, numbers, ways):
             row = ask(on_chips(job, name, chips, layout=layout))
         except ValueError as error:
             raise ValueError(f"--compile on {chips} chips: {error}") from None
-        say(f"B={job.B} S={job.prompt + job.new} on {chips} x {name}: "
-            + (f"fits, {si(row['peak_bytes'], 'B')} of {si(row['memory_bytes'], 'B')} a device"
-               if row["fits"] else f"refused: {row['message']}"))
+        row["told"] = (f"it fits: {si(row['peak_bytes'], 'B')} of {si(row['memory_bytes'], 'B')} "
+                       "a device" if row["fits"] else f"it is refused: {row['message']}")
+        say(f"B={job.B} S={job.prompt + job.new} on {chips} x {name}: {row['told']}")
         return row
 
     with compilers() as ask:
-        most = max(n["max_batch"] for n in numbers.values())
-        told["max_batch"] = largest(lambda B: tried(job._replace(B=B), args.chips)["fits"], 0,
-                                    int(1.1 * most) + 2)
-        print(f"compiled: the largest batch that {name}'s compiler accepts is {told['max_batch']}, "
-              "beside " + ", ".join(f"{n['max_batch']} and {n['batch_with_room']} ({heading})"
-                                    for heading, n in numbers.items()))
+        low, high = 0, int(1.1 * max(n["max_batch"] for n in numbers.values())) + 2
+        while high - low > 1:  # low fits
+            middle = (low + high) // 2
+            fits = tried(job._replace(B=middle), args.chips)["fits"]
+            low, high = (middle, high) if fits else (low, middle)
+        print(f"compiled: the largest batch that {name}'s compiler accepts is {low}, beside "
+              + ", ".join(f"{n['max_batch']} and {n['batch_with_room']} ({heading})"
+                          for heading, n in numbers.items()))
         for way in ways:
             cfg, cache = WAYS[way["way"]](job.cfg, job.cache_dtype)
-            chips = min((n for n in map(chips_of, TARGETS[name].slices.split())
-                         if n >= way["chips_needed"]), default=None)
-            if chips is None or way["chips_needed"] == 1:
-                chips = 1 if chips else chips_of(TARGETS[name].slices.split()[-1])
+            sizes = sorted(map(chips_of, TARGETS[name].slices.split()))
+            chips = 1 if way["chips_needed"] == 1 else next(
+                (n for n in sizes if n >= way["chips_needed"]), sizes[-1])
             row = tried(job._replace(B=1, cfg=cfg, cache_dtype=cache,
                                      prompt=1_000_000 - job.new), chips)
             rows.append({"way": way["way"], "chips": chips, **{key: row[key] for key in (
                 "fits", "peak_bytes", "memory_bytes", "compiler_seconds", "message")}})
             print(f"compiled at 1,000,000 tokens, {way['way']}: {way['chips_needed']} chip(s) by "
-                  f"the plan; on {chips} " + (
-                      f"it fits: {si(row['peak_bytes'], 'B')} of {si(row['memory_bytes'], 'B')} a "
-                      "chip" if row["fits"] else f"it is refused: {row['message']}")
+                  f"the plan; on {chips} {row['told']}"
                   + (f", {si(row['compiler_seconds'], 's')} a step by its cycles"
                      if row["compiler_seconds"] else ""))
-    return told
+    return {"max_batch": low, "million": rows}
 
 
 def chips_of(shape):
@@ -754,33 +834,21 @@ def chips_of(shape):
     return math.prod(map(int, shape.split("x")))
 
 
-def print_training(t):
-    """dict of `training` -> its lines."""
-    bound = "communication bound" if t["communication_bound"] else "hidden behind the products"
-    print(f"training on {t['tokens']:.3g} tokens, {t['batch']} sequences a step "
-          f"({t['tokens_per_step']:,} tokens):\n"
-          f"  a step multiplies {si(t['step_flops'], 'FLOP')} (6BP: "
-          f"{si(t['weight_flops'], 'FLOP')}, attention: {si(t['attention_flops'], 'FLOP')}), at "
-          f"{t['mfu']:.0%} MFU {si(t['step_seconds'], 's')}; all of it {t['days']:,.1f} days\n"
-          f"  f32 masters and Adam's two means: {si(t['optimizer_bytes'], 'B')}, gradients "
-          f"{si(t['gradient_bytes'], 'B')}: {si(t['bytes_per_chip'], 'B')} a chip beside "
-          "activations"
-          + ("" if t["fits"] else ", WHICH DOES NOT FIT: more --chips") + "\n"
-          f"  FSDP sends {si(t['fsdp_bytes_per_chip'], 'B')} a chip, {si(t['fsdp_seconds'], 's')}, "
-          f"beside {si(t['compute_seconds'], 's')} of products at full speed: {bound}")
-
-
 # ------------------------------------------------------------------------------------------ program
 
 
 class Program(NamedTuple):
     """A step, on one device or on the devices of a mesh, here or elsewhere."""
-    step: Callable     # to be jitted; run on the host where nothing is donated
-    make: Callable     # (params, key) -> its first arguments; traced, it says their shapes
-    donated: tuple     # which of them
-    feed: Callable     # (result, arguments) -> the next call's
+    step: Callable        # to be jitted, but for serve's, which compiles itself
+    make: Callable        # (params, key) -> its first arguments; traced, it says their shapes
+    donated: tuple = ()   # which of them
+    returned: tuple = ()  # which results take their places in the next run
 
 
+ROWS = jax.P(None, None, "tensor")  # of a product, before it and behind it
+WEIGHTS = {"gather_matmul": jax.P("tensor"), "matmul_scatter": jax.P(None, "tensor")}  # of one
+PRODUCTS = tuple(WEIGHTS)
+PARTIAL = (*PRODUCTS, "attention", "refill")  # no commands of their own
 RINGS = {0: (shard.gather_matmul, shard.matmul_scatter),
          1: (shard.gather_matmul_ring, shard.matmul_scatter_ring),
          2: (partial(shard.gather_matmul_ring, both=True),
@@ -789,33 +857,18 @@ RINGS = {0: (shard.gather_matmul, shard.matmul_scatter),
 
 def functions(job, mesh):
     """Job, Mesh or None -> namespace of the model's functions, on one device or split."""
-    cfg = job.cfg
+    cfg, (enter, leave) = job.cfg, RINGS[job.ring]
     if mesh is None:
-        read = partial(prefill, rows=rows_at_a_time(job))
-        return SimpleNamespace(loss=loss, **{name: partial(fn, cfg=cfg) for name, fn in dict(
-            prefill=read, extend=extend, unembed=unembed, generate=generate,
-            speculate=speculate).items()}, empty=partial(empty, cfg))
-    enter, leave = RINGS[job.ring]
+        fns = dict(prefill=partial(prefill, rows=rows_at_a_time(job)), extend=extend,
+                   generate=generate, speculate=speculate, unembed=unembed)
+        return SimpleNamespace(loss=loss, **{name: partial(fns[name], cfg=cfg) for name in fns})
     split = dict(cfg=cfg, mesh=mesh, layout=job.layout, enter=enter)
     by_hand = partial(shard.sharded_loss, mesh=mesh, enter=enter, leave=leave, keep=job.keep)
     return SimpleNamespace(
         loss=by_hand if job.by == "hand" else partial(shard.fsdp_loss, mesh=mesh),
         unembed=partial(shard.tp_unembed, **split),
-        empty=lambda B, S, dtype: shard.tp_empty(cfg, B, S, dtype, mesh, job.layout),
         **{name: partial(getattr(shard, f"tp_{name}"), leave=leave, **split)
            for name in ("prefill", "extend", "generate", "speculate")})
-
-
-def build_train(job, mesh):
-    """-> a whole step of AdamW on random tokens, from f32 masters that are its own."""
-    def make(params, key):
-        params = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params)  # a copy: it is donated
-        params = shard.stack(params) if mesh and job.by == "hand" else params
-        tokens = jax.random.randint(key, (job.B, job.prompt + 1), 0, job.cfg.V)
-        return params, adam_init(params), tokens
-
-    step = partial(train_step, cfg=job.cfg, lr=1e-4, loss=functions(job, mesh).loss)
-    return Program(step, make, (0, 1), lambda out, args: (*out[:2], args[2]))
 
 
 def rows_at_a_time(job):
@@ -828,131 +881,90 @@ def rows_at_a_time(job):
 
 def slots(job, S):
     """Job, int -> int: S, or where slots are split the next number that divides."""
-    by_slots = shard.LAYOUTS[job.layout].letter == "S"
-    n = shard.as_axes(dict(job.mesh).get("tensor", 1))[-1] if by_slots else 1
-    return -(-S // n) * n
+    n = shard.as_axes(dict(job.mesh).get("tensor", 1))[-1]
+    return -(-S // n) * n if shard.LAYOUTS[job.layout].letter == "S" else S
 
 
-def empty_cache(job, S, mesh=None):
-    """Job, int, Mesh or None -> Cache."""
-    cache = init_cache(job.cfg, job.B, slots(job, S), job.cache_dtype)
-    return shard.as_laid_out(cache, mesh, job.layout) if mesh else cache
-
-
-def behind(cache, length):
-    """Cache, int -> Cache: every row holds so many tokens, so that every run starts there."""
-    return cache._replace(length=jnp.full_like(cache.length, length))
-
-
-def build_prefill(job, mesh):
-    """-> B random prompts of T tokens, read into a cache of T slots."""
-    read, B, T = functions(job, mesh).prefill, job.B, job.prompt
-    return Program(lambda params, cache, tokens: read(params, cache, tokens, jnp.full((B,), T)),
-                   lambda params, key: (params, empty_cache(job, T, mesh),
-                                        jax.random.randint(key, (B, T), 0, job.cfg.V)),
-                   (1,), lambda out, args: (args[0], out[1], args[2]))
-
-
-def build_generate(job, mesh):
-    """-> `new` steps behind a prompt, greedily, in one scan. The prompt's slots hold zeros."""
-    go_on = functions(job, mesh).generate
-    return Program(lambda params, cache, logits: go_on(
-                       params, behind(cache, job.prompt), logits, jax.random.key(0), job.new),
-                   lambda params, key: (params, empty_cache(job, job.prompt + job.new, mesh),
-                                        jax.random.normal(key, (job.B, job.cfg.V), "float32")),
-                   (1, 2), lambda out, args: (args[0], out[2], out[1]))
-
-
-def build_verify(job, mesh):
-    """-> the last token and n_draft more are read behind a prompt, and all make logits."""
+def build(job, mesh):
+    """Job, Mesh or None -> Program: of its phase, greedily, with random tokens and logits. In the
+    slots of a prompt that stands before them are zeros; or, to speculate, one sentence."""
+    cfg, B, T, new, S = job.cfg, job.B, job.prompt, job.new, job.prompt + job.new
     fns = functions(job, mesh)
 
-    def step(params, cache, tokens):
-        x, cache = fns.extend(params, behind(cache, job.prompt), tokens)
-        return fns.unembed(params, x), cache
+    def tokens(*shape):
+        return lambda key: jax.random.randint(key, shape, 0, cfg.V)
 
-    return Program(step, lambda params, key: (
-        params, empty_cache(job, verify_slots(job), mesh),
-        jax.random.randint(key, (job.B, job.n_draft + 1), 0, job.cfg.V)),
-        (1,), lambda out, args: (args[0], out[1], args[2]))
+    def logits(key):
+        return jax.random.normal(key, (B, cfg.V), "float32")
 
+    def begin(S, *draws):
+        """-> make: parameters, a cache of S slots a row, and what is drawn with a key."""
+        def make(params, key):
+            cache = init_cache(cfg, B, slots(job, S), job.cache_dtype)
+            drawn = [draw(key) for draw in draws]
+            if job.phase == "speculate":
+                _, cache = prefill_jit(params, cache, drawn[0][:, :T], jnp.full(B, T), cfg)
+            return params, shard.as_laid_out(cache, mesh, job.layout) if mesh else cache, *drawn
+        return make
 
-def build_speculate(job, mesh):
-    """-> `new` tokens behind a prompt of one sentence again and again, drafted by n-grams. Worth
-    looking at with parameters that know the sentence: see `learn`."""
-    cfg, T, S = job.cfg, job.prompt, verify_slots(job)
-    rounds, draft = functions(job, mesh).speculate, ngram_draft(cfg, job.n_draft)
+    def behind(cache, length=T):  # every run starts there
+        return cache._replace(length=jnp.full_like(cache.length, length))
 
-    def make(params, key):
-        known = np.resize(np.frombuffer(SENTENCE.encode(), np.uint8).astype(np.int32), T)
-        text = jnp.zeros((job.B, S), jnp.int32).at[:, :T].set(known % cfg.V)
-        _, cache = prefill_jit(params, empty_cache(job, S), text[:, :T], jnp.full(job.B, T), cfg)
-        return params, shard.as_laid_out(cache, mesh, job.layout) if mesh else cache, text
-
-    return Program(lambda params, cache, text: rounds(  # the last token is not read yet
-                       params, behind(cache, T - 1), text, jax.random.key(0), job.new, draft=draft,
-                       state=None),
-                   make, (1,), lambda out, args: (args[0], out[1], args[2]))
-
-
-def build_serve(job, mesh):
-    """-> REQUESTS * B random prompts through B rows. Runs on the host: it compiles itself."""
-    S, shape = job.prompt + job.new, (REQUESTS * job.B, job.prompt)
-
-    def step(params, prompts):
-        return dict(serve(params, np.asarray(prompts), job.B, S, job.new, jax.random.key(0),
-                          job.cfg, stride=min(8, job.new), cache_dtype=job.cache_dtype))
-
-    return Program(step, lambda params, key: (params, jax.random.randint(
-        key, shape, 0, job.cfg.V)), (), lambda out, args: args)
-
-
-def build_refill(job, mesh):
-    """-> one row of a cache of B starts over with a prompt: `serve`'s other step."""
-    S = job.prompt + job.new
-
-    def step(params, cache, logits, prompt):
-        return refill(params, cache, logits, 0, prompt, jnp.full((1,), job.prompt), job.cfg)
-
-    return Program(step, lambda params, key: (
-        params, empty_cache(job, S), jax.random.normal(key, (job.B, job.cfg.V), "float32"),
-        jax.random.randint(key, (1, job.prompt), 0, job.cfg.V)),
-        (1, 2), lambda out, args: (args[0], out[1], out[0], args[3]))
-
-
-def build_product(job, mesh):
-    """-> a collective matmul of B rows of ones: gather_matmul or matmul_scatter."""
-    cfg, gathers = job.cfg, job.phase == "gather_matmul"
-    last, out = jax.P(None, None, "tensor"), jax.P(*[None] * (not gathers), "tensor")
-    enter, leave = RINGS[job.ring]
-    return Program(
-        jax.shard_map(lambda x, w: enter(x, (w,))[0] if gathers else leave(x, w), mesh=mesh,
-                      in_specs=(last, out), out_specs=last),
-        lambda params, key: (jnp.ones((job.B, 1, cfg.E if gathers else cfg.F), cfg.dtype),
-                             params.layers[0].w_gate if gathers else params.layers[0].w_down),
-        (), lambda out, args: args)
-
-
-def build_attention(job, mesh):
-    """-> causal attention of B rows of ones, forwards and backwards."""
-    cfg = job.cfg
-
-    @jax.named_scope("attention")
-    def step(q, k, v):
-        out, back = jax.vjp(causal_attention, q, k, v)
-        return back(out)
-
-    return Program(step, lambda params, key: (
-        jnp.ones((job.B, job.prompt, cfg.H, cfg.D), cfg.dtype),
-        *(jnp.ones((job.B, cfg.K, job.prompt, cfg.D), cfg.dtype),) * 2), (),
-        lambda out, args: args)
-
-
-def attention_cost(job):
-    """What one layer of `train_flops` has of it."""
-    one = train_flops(replace(job.cfg, L=1), job.B, job.prompt)
-    flops = {name: one[name] for name in ("scores", "values")}
-    return cost(job, job.prompt, job.prompt, job.B * job.prompt, flops, 0, 0, job.cfg.dtype)
+    match job.phase:
+        case "train":  # a whole step of AdamW, from f32 masters that are its own
+            def masters(params, key):
+                params = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params)  # a copy
+                params = shard.stack(params) if mesh and job.by == "hand" else params
+                drawn = tokens(B, T + 1)(key)
+                return params, adam_init(params), drawn
+            return Program(partial(train_step, cfg=cfg, lr=1e-4, loss=fns.loss), masters,
+                           (0, 1), (0, 1))
+        case "prefill":  # into a cache that is full then
+            return Program(lambda params, cache, tokens: fns.prefill(
+                params, cache, tokens, jnp.full((B,), T)), begin(T, tokens(B, T)), (1,), (1,))
+        case "generate":  # in one scan
+            return Program(lambda params, cache, logits: fns.generate(
+                params, behind(cache), logits, jax.random.key(0), new),
+                begin(S, logits), (1, 2), (2, 1))
+        case "verify":  # the last token and n_draft more, of which all make logits
+            def verify(params, cache, tokens):
+                x, cache = fns.extend(params, behind(cache), tokens)
+                return fns.unembed(params, x), cache
+            return Program(verify, begin(verify_slots(job), tokens(B, job.n_draft + 1)), (1,), (1,))
+        case "speculate":  # by n-grams; worth looking at with parameters from `learn`
+            def text(key):
+                known = np.resize(encode(SENTENCE), T) % cfg.V
+                return jnp.zeros((B, verify_slots(job)), jnp.int32).at[:, :T].set(known)
+            return Program(lambda params, cache, text: fns.speculate(  # the last is not read yet
+                params, behind(cache, T - 1), text, jax.random.key(0), new,
+                draft=ngram_draft(cfg, job.n_draft), state=None),
+                begin(verify_slots(job), text), (1,), (1,))
+        case "serve":  # REQUESTS for each of B rows
+            return Program(lambda params, prompts: dict(serve(
+                params, np.asarray(prompts), B, S, new, jax.random.key(0), cfg,
+                stride=min(8, new), cache_dtype=job.cache_dtype)),
+                lambda params, key: (params, tokens(REQUESTS * B, T)(key)))
+        case "refill":  # the other step of `serve`: one row starts over with a prompt
+            return Program(lambda params, cache, logits, prompt: refill(
+                params, cache, logits, 0, prompt, jnp.full((1,), T), cfg),
+                begin(S, logits, tokens(1, T)), (1, 2), (1, 0))
+        case "attention":  # of ones, causal, forwards and backwards
+            @jax.named_scope("attention")
+            def attend(q, k, v):
+                out, back = jax.vjp(causal_attention, q, k, v)
+                return back(out)
+            return Program(attend, lambda params, key: (
+                jnp.ones((B, T, cfg.H, cfg.D), cfg.dtype),
+                *(jnp.ones((B, cfg.K, T, cfg.D), cfg.dtype),) * 2))
+        case _:  # a collective matmul of B rows of ones
+            enter, leave = RINGS[job.ring]
+            multiply, width, weight = {
+                "gather_matmul": (lambda x, w: enter(x, (w,))[0], cfg.E, "w_gate"),
+                "matmul_scatter": (lambda x, w: leave(x, w), cfg.F, "w_down")}[job.phase]
+            return Program(jax.shard_map(
+                multiply, mesh=mesh, in_specs=(ROWS, WEIGHTS[job.phase]), out_specs=ROWS),
+                lambda params, key: (jnp.ones((B, 1, width), cfg.dtype),
+                                     getattr(params.layers[0], weight)))
 
 
 def speculated(job, out):
@@ -965,61 +977,55 @@ def speculated(job, out):
             "tokens_per_round": float(1 + accepted.sum() / rounds.sum())}
 
 
+class Phase(NamedTuple):
+    """cost(job) predicts a step; tell(job, result) says how many steps that was, and what else the
+    row should hold; build(job, mesh) gives its Program."""
+    mark: str  # in the picture
+    cost: Callable
+    tell: Callable = lambda job, out: {"steps": 1}
+    build: Callable = build
+
+
+PHASES = {"train": Phase("T", train_cost, lambda job, out: {"steps": 1, "loss": float(out[2])}),
+          "prefill": Phase("P", prefill_cost),
+          "generate": Phase("G", generate_cost, lambda job, out: {"steps": job.new}),
+          "verify": Phase("V", verify_cost),
+          "speculate": Phase("D", verify_cost, speculated),
+          "serve": Phase("S", serve_cost),
+          "refill": Phase("R", lambda job: prefill_cost(job._replace(B=1))),
+          "attention": Phase("A", attention_cost),
+          **dict.fromkeys(PRODUCTS, Phase("M", product_cost))}
+
+
 def sent(job):
     """Job -> list of events or None: what each device sends in a step, by formula; None where that
     is the compiler's choice."""
     if job.by == "compiler":
         return None
+    over = dict(job.mesh)
     if job.phase in PRODUCTS:
-        return shard.trips(job.cfg, job.B, dict(job.mesh)["tensor"], job.ring)[
-            PRODUCTS.index(job.phase)]
-    T = {"generate": 1, "verify": job.n_draft + 1, "speculate": job.n_draft + 1}
-    return shard.comm_events(job.cfg, job.phase, job.B, T.get(job.phase, job.prompt), **dict(
-        job.mesh), layout=job.layout, ring=job.ring, dtype=job.dtype, cache_dtype=job.cache_dtype,
-        keep=job.keep if job.phase == "train" else None)
+        return dict(zip(PRODUCTS, shard.trips(job.cfg, job.B, over["tensor"], job.ring)))[job.phase]
+    more = {"keep": job.keep} if job.phase == "train" else {}
+    return shard.comm_events(
+        job.cfg, job.phase, job.B, PHASES[job.phase].cost(job).T, ring=job.ring, layout=job.layout,
+        dtype=job.dtype, cache_dtype=job.cache_dtype, **over, **more)
 
 
 def on_links(job, link):
     """Job, bytes/s one way -> dict: what each device sends in a step, collective by collective, and
     the seconds that it takes; None where that is the compiler's choice, and nothing alone."""
-    events = sent(job) if job.mesh else []
+    events, ways = sent(job) if job.mesh else [], max(1, job.ring)
     if events is None:
-        return {"predicted_collectives": None, "link_seconds": None, "hops": None}
-    formula, ways = shard.tally(events), max(1, job.ring)
-    hops = shard.hops(events, ways)
+        return dict.fromkeys(("predicted_collectives", "link_seconds", "hops"))
+    formula, hops = shard.tally(events), shard.hops(events, ways)
     return {"predicted_collectives": formula, "hops": hops,
             "link_seconds": shard.comm_seconds(formula, link, ways, hops)}
 
 
-class Phase(NamedTuple):
-    """cost(job) predicts a step; build(job, mesh) gives its Program; tell(job, result) says how
-    many steps that was, and what else the row should hold."""
-    mark: str  # in the picture
-    cost: Callable
-    build: Callable
-    tell: Callable = lambda job, out: {"steps": 1}
-
-
-PRODUCTS = ("gather_matmul", "matmul_scatter")
-PARTIAL = (*PRODUCTS, "attention", "refill")  # no commands of their own
-PHASES = {"train": Phase("T", train_cost, build_train,
-                         lambda job, out: {"steps": 1, "loss": float(out[2])}),
-          "prefill": Phase("P", prefill_cost, build_prefill),
-          "generate": Phase("G", generate_cost, build_generate,
-                            lambda job, out: {"steps": job.new}),
-          "verify": Phase("V", verify_cost, build_verify),
-          "speculate": Phase("D", verify_cost, build_speculate, speculated),
-          "serve": Phase("S", serve_cost, build_serve),
-          "refill": Phase("R", lambda job: prefill_cost(job._replace(B=1)), build_refill),
-          "attention": Phase("A", attention_cost, build_attention),
-          **{name: Phase("M", product_cost, build_product) for name in PRODUCTS}}
-
-
 def abstract(job):
     """Job -> Params: shapes of its parameters."""
-    cfg = job.cfg
-    return jax.eval_shape(lambda: in_dtype(init(jax.random.key(0), cfg, cfg.dtype), cfg, job.dtype,
-                                           job.int8))
+    return jax.eval_shape(lambda: in_dtype(init(jax.random.key(0), job.cfg, job.cfg.dtype), job.cfg,
+                                           job.dtype, job.int8))
 
 
 def mesh_of(job, devices=None):
@@ -1029,30 +1035,29 @@ def mesh_of(job, devices=None):
 
 def placed(job, mesh, args):
     """Job, Mesh, arguments -> their shardings on the real machine, one for what is alike."""
-    cfg, rows = job.cfg, jax.P(shard.axes_of(mesh, "data") or None)
-    rules, draws = shard.layout_rules(mesh, job.layout), jax.P(*rows, shard.axes_of(mesh, "tensor"))
+    cfg, rows, rules = job.cfg, shard.axes_of(mesh, "data"), shard.layout_rules(mesh, job.layout)
     if job.phase == "train":
-        rules = {**(shard.TENSOR if job.by == "hand" else {}), **shard.FSDP}
+        rules = shard.FSDP if job.by == "compiler" else {**shard.TENSOR, **shard.FSDP}
     elif job.phase in PRODUCTS:
         rules = dict(F="tensor")
         shard.check_rules(cfg, mesh, dict(E="tensor"))
     shard.check_rules(cfg, mesh, rules)
 
     def spec(a):
-        if isinstance(a, Params):
-            if isinstance(a.layers, tuple) and not hasattr(a.layers, "wq"):
+        match a:
+            case Params(layers=Layer()):
+                return shard.stacked(shard.specs(cfg, mesh, rules))
+            case Params():
                 return shard.specs_of(a, cfg, mesh, rules)
-            return shard.stacked(shard.specs(cfg, mesh, rules))
-        if isinstance(a, Adam):
-            return Adam(jax.P(), spec(a.m), spec(a.v))
-        if isinstance(a, Cache):
-            shard.check_layout(a, mesh, job.layout)
-            return shard.cache_specs(mesh, job.layout)
-        return draws if a.shape == (job.B, cfg.V) and a.dtype == jnp.float32 else rows
+            case Adam():
+                return Adam(jax.P(), spec(a.m), spec(a.v))
+            case Cache():
+                shard.check_layout(a, mesh, job.layout)
+                return shard.cache_specs(mesh, job.layout)
+        logits = a.shape == (job.B, cfg.V) and a.dtype == jnp.float32
+        return jax.P(rows or None, *[shard.axes_of(mesh, "tensor")] * logits)
 
-    split = tuple(map(spec, args))
-    if job.phase in PRODUCTS:
-        split = jax.P(None, None, "tensor"), jax.P(*[None] * PRODUCTS.index(job.phase), "tensor")
+    split = (ROWS, WEIGHTS[job.phase]) if job.phase in PRODUCTS else tuple(map(spec, args))
     return jax.tree.map(partial(jax.NamedSharding, mesh), split)
 
 
@@ -1060,56 +1065,48 @@ def program(step, args, compiled):
     """-> dict: flops of the jaxpr's products (None where a loop's length is unknown), and what the
     compiled program holds at once: its arguments, its results but for those that take an argument's
     place (alias), and temporaries."""
-    try:
+    flops, held = None, compiled.memory_analysis()
+    with contextlib.suppress(ValueError):
         flops = traced_flops(step, *args)
-    except ValueError:
-        flops = None
-    held = compiled.memory_analysis()
-    sizes = {name: getattr(held, f"{name}_size_in_bytes")
+    sizes = {f"{name}_bytes": getattr(held, f"{name}_size_in_bytes")
              for name in ("argument", "output", "alias", "temp")}
-    return {"program_flops": flops, **{f"{name}_bytes": size for name, size in sizes.items()},
-            "peak_bytes": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"]}
-
-
-class Prepared(NamedTuple):
-    """A phase that is ready to run."""
-    call: Callable  # -> result, of one run after another
-    row: dict       # what the program says
-    ops: list       # of the compiled program; None where it runs on the host
+    return {"program_flops": flops, **sizes,
+            "peak_bytes": sum(sizes.values()) - 2 * sizes["alias_bytes"]}
 
 
 def prepare(job, params, seed, traced=False):
-    """Job, Params or None, int, bool -> Prepared: on this machine's first device, or on its mesh,
-    where parameters are made as they are split. To be traced, a GPU starts each kernel by itself:
-    of those that it starts together a trace does not say which operation they are."""
+    """Job, Params or None, int, bool -> namespace: `call` runs it, again and again, on the first
+    device, or on its mesh, where parameters are made as they are split; `row` is what the program
+    says, `ops` its operations, None where it runs on the host. Traced, a GPU starts each kernel
+    alone: of those that start together a trace does not say which is which."""
     mesh, cfg, key = mesh_of(job), job.cfg, jax.random.key(seed)
-    step, make, donated, feed = PHASES[job.phase].build(job, mesh)
+    step, make, donated, returned = PHASES[job.phase].build(job, mesh)
     if mesh:
         def born(key):
             return make(in_dtype(init(key, cfg, cfg.dtype), cfg, job.dtype, job.int8), key)
         args = jax.jit(born, out_shardings=placed(job, mesh, jax.eval_shape(born, key)))(key)
     else:
         args = make(params, key)
-    row, ops = {"compile_seconds": 0.0}, None
+    row, ops, start = {"compile_seconds": 0.0}, None, time.perf_counter()
     if job.phase != "serve":
-        start = time.perf_counter()
         apart = {"xla_gpu_enable_command_buffer": ""}
         compiled = jax.jit(step, donate_argnums=donated).lower(*args).compile(
             apart if traced and jax.default_backend() == "gpu" else None)
-        seconds, ops = time.perf_counter() - start, operations(compiled.as_text(), job)
-        row = program(step, args, compiled) | {"compile_seconds": seconds,
-                                               "collectives": collectives(ops)}
+        row["compile_seconds"] = time.perf_counter() - start
+        ops = operations(compiled.as_text(), job)
+        row = program(step, args, compiled) | row | {"collectives": collectives(ops)}
         if mesh:
             row["counted"] = shard.traced_comm(step, *args)
         step = compiled
 
     def call():
         nonlocal args
-        out = jax.block_until_ready(step(*args))
-        args = feed(out, args)
+        out, args = jax.block_until_ready(step(*args)), list(args)
+        for argument, result in zip(donated, returned):
+            args[argument] = out[result]
         return out
 
-    return Prepared(call, row, ops)
+    return SimpleNamespace(call=call, row=row, ops=ops)
 
 
 # ---------------------------------------------------------------------------------- compiled text
@@ -1117,30 +1114,15 @@ def prepare(job, params, seed, traced=False):
 
 REGIONS = ("embed", "qkv", "attention", "out", "mlp", "unembed", "sample", "loss", "cast",
            "optimizer")  # that the model's functions name: jax.named_scope
-SCHEDULED = {"while": ("body",), "call": ("to_apply",), "conditional": (
-    "true_computation", "branch_computations")}  # what runs another computation, and which
-HOLDING = {"fusion", "async-start", "call-start", "call-update"}  # a computation
-UNSEEN = {"tuple", "get-tuple-element", "parameter", "constant", "bitcast", "after-all",
-          "partition-id", "copy-done", "slice-done", "opt-barrier"}  # take no time
-WRAPPERS = {"tuple", "while", "conditional", "call", "get-tuple-element", "parameter", "constant"}
+SCHEDULED = {"while": "body", "call": "to_apply", "conditional":
+             "true_computation|branch_computations"}  # what runs another computation, and which
+WRAPPERS = {"tuple", "get-tuple-element", "parameter", "constant", *SCHEDULED}
+UNSEEN = {"bitcast", "after-all", "partition-id", "copy-done", "slice-done", "opt-barrier",
+          *WRAPPERS}  # take no time
 MOVES = {"copy", "transpose", "bitcast", "slice", "concatenate", "reshape", "broadcast", "pad",
          "dynamic-slice", "dynamic-update-slice", "copy-start", "copy-done", *WRAPPERS}
 PARTS = {"slice", "dynamic-slice", "gather"}  # read a part of their first operand
 WRITES = {"dynamic-update-slice": 1, "scatter": 2}  # write an operand, this one, into their first
-KINDS = {"all-gather": "all_gather", "all-reduce": "all_reduce", "all-to-all": "all_to_all",
-         "reduce-scatter": "reduce_scatter", "collective-permute": "permute"}
-ABSURD = 1e12  # cycles: what stands where the compiler has no estimate
-
-
-class Instruction(NamedTuple):
-    name: str
-    opcode: str
-    shape: str      # of its result, with layouts
-    operands: list
-    calls: str      # the computation that a fusion holds, or that a loop runs
-    path: str       # of named regions
-    frame: str      # of the source line
-    line: str
 
 
 class Array(NamedTuple):
@@ -1150,79 +1132,21 @@ class Array(NamedTuple):
     far: bool    # in the chip's main memory; not in a core's own, S(1) and so on
 
 
-class Text(NamedTuple):
-    """A compiled program's text, read."""
-    found: dict   # Instruction by name
-    inside: dict  # names by computation, in the order of the schedule
-    entry: str    # the computation that runs first
-    devices: int  # that it runs on
-
-
-def parse_program(text):
-    """str -> Text."""
-    found, inside, computation, entry = {}, {}, None, None
-    for line in text.splitlines():
-        match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)", line)
-        if match:
-            name, shape, opcode, rest = match.groups()
-            arguments = rest if opcode == "parameter" else rest.split("), ")[0]
-            called = "|".join(("calls", *SCHEDULED.get(opcode.removesuffix("-start"), ())))
-            calls, path, frame = (re.search(pattern, rest) for pattern in (
-                rf"(?:{called})=\{{?%?([\w.\-]+)", r'op_name="([^"]*)"', r"stack_frame_id=(\d+)"))
-            found[name] = Instruction(
-                name, opcode, shape, re.findall(r"%([\w.\-]+)", arguments),
-                *(match[1] if match else "" for match in (calls, path, frame)), line)
-            inside.setdefault(computation, []).append(name)
-        elif line.endswith("{") and not line.startswith(("HloModule", " ")):
-            computation = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line)[1]
-            entry = computation if line.startswith("ENTRY") else entry
-    told = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
-    return Text(found, inside, entry, int(told[1]) if told else 1)
-
-
+@lru_cache(1 << 14)
 def arrays(shape):
     """str -> list of Array: `bf16[110,4,2048,256]{3,1,2,0:T(4,128)(2,1)S(1)}`, or a tuple of such.
     A layout gives dimensions from the last one in memory, and their tile."""
     found = []
-    for dtype, sizes, layout in re.findall(
-            r"\b(pred|[a-z]+\d\w*)\[([\d,]*)\](?:\{([^{}]*)\})?", shape):
-        bits = re.search(r"\d+", dtype)
-        sizes = [int(size) for size in sizes.split(",") if size]
-        order, tile = layout.split(":")[0], re.search(r"T\(([\d,]+)\)", layout)
-        held = [sizes[int(i)] for i in order.split(",")] if order else sizes[::-1] or [1]
-        for i, size in enumerate(reversed(tile[1].split(",")) if tile else ()):
-            if i < len(held):
-                held[i] = -(-held[i] // int(size)) * int(size)
-        each = int(bits[0]) / 8 if bits else 1
-        found.append(Array(int(math.prod(sizes) * each), int(math.prod(held) * each),
-                           not re.search(r"S\([1-9]", layout)))
+    for bits, *numbers, space in re.findall(
+            r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([\d,]*):?(?:T\(([\d,]+)\))?([^{}]*)\})?",
+            shape):
+        sizes, order, tile = ([int(n) for n in part.split(",") if n] for part in numbers)
+        held = [sizes[i] for i in order] or sizes[::-1] or [1]
+        for i, size in zip(range(len(held)), reversed(tile)):
+            held[i] += -held[i] % size
+        whole, padded = (math.prod(each) * int(bits or 8) // 8 for each in (sizes, held))
+        found.append(Array(whole, padded, not re.search(r"S\([1-9]", space)))
     return found
-
-
-def far_bytes(shape):
-    """str -> int: what reading or writing it whole moves in main memory."""
-    return sum(a.padded for a in arrays(shape) if a.far)
-
-
-def source_lines(text):
-    """str -> dict: "file.py:line function" by frame, from the tables at the program's head."""
-    def table(name):
-        found = re.search(rf"^{name}\n((?:\d+ .*\n)+)", text, re.M)
-        return dict(line.split(" ", 1) for line in found[1].splitlines()) if found else {}
-
-    def field(entry, name):
-        found = re.search(rf"{name}=(\d+)", entry)
-        return found[1] if found else ""
-
-    files, functions, places = map(table, ("FileNames", "FunctionNames", "FileLocations"))
-    lines = {}
-    for frame, entry in table("StackFrames").items():
-        place = places.get(field(entry, "file_location_id"), "")
-        file = files.get(field(place, "file_name_id"), "").strip('"')
-        function = functions.get(field(place, "function_name_id"), "").strip('"')
-        lines[frame] = f"{pathlib.Path(file).name}:{field(place, 'line')} " \
-                       f"{function.replace('.<locals>', '')}"
-    return lines
 
 
 def named_region(path):
@@ -1230,156 +1154,175 @@ def named_region(path):
     return next((word for word in reversed(re.split(r"[/()]", path)) if word in REGIONS), None)
 
 
-def origins(program):
-    """Text -> function: name -> the Instruction that says where it belongs, or None.
+class Instruction(SimpleNamespace):
+    """A line of compiled text. `made` are the Arrays of its result, of `size` bytes, `far` of them
+    in main memory; `body` is the computation that it `calls`, `again` and again, `inner` that one's
+    parameters, by operand; `users` pairs of who takes it, and the parameter that it is there, or
+    None; `contents` itself, or what a fusion holds; `kind` a collective's, of shard.SENT."""
 
-    The compiler drops the name of some operations that it makes, such as a product of one row.
-    Those belong where their result is used, inside a fusion as outside, or where it came from.
-    """
-    found, inside = program.found, program.inside
-    users = {}
-    for name, op in found.items():
-        for place, operand in enumerate(op.operands):
-            users.setdefault(operand, []).append((name, place))
+    def origin(self):
+        """-> its region and source. The compiler drops the name of some operations that it makes,
+        such as a product of one row: they belong where their result is used, inside a fusion as
+        outside, or where it came from."""
+        seen, ahead = set(), [self]
+        while ahead and len(seen) <= 200:
+            op = ahead.pop()
+            if op.region:
+                return op.region, op.source
+            if op.name not in seen:
+                seen.add(op.name)
+                near = [(each, each is inner) for user, inner in op.users for each in (inner, user)]
+                near += [(operand, False) for operand in op.operands]
+                ahead += [each for each, inside in reversed(near)
+                          if each and (inside or each.opcode not in WRAPPERS)]
+        return None, ""
 
-    def known(name, seen):
-        if name in seen or name not in found or len(seen) > 200:
+    def work(self):
+        """-> str: product, copy or elementwise."""
+        held = {inner.opcode for inner in self.contents}
+        if held & {"dot", "convolution"} or re.search(r'target="[^"]*(gemm|matmul|dot)', self.line):
+            return "product"
+        return "copy" if held <= MOVES else "elementwise"
+
+    def part_read(self, whole):
+        """-> int: bytes that a fusion reads of this parameter: where it only slices it, those;
+        where it only writes into it, none."""
+        total = 0
+        for user, inner in self.users:
+            if user.opcode in ("bitcast", "fusion"):
+                total += (inner or user).part_read(whole)
+            elif user.opcode in PARTS and user.operands[0] is self:
+                total += user.size
+            elif user.opcode not in WRITES or user.operands[0] is not self:
+                return whole
+        return min(total, whole)
+
+    def part_written(self):
+        """-> int: bytes that it writes: of an update in place what is new."""
+        if self.opcode in ("bitcast", "tuple", "fusion"):  # whose last instruction is its result
+            return sum(op.part_written() for op in self.body[-1:] or self.operands)
+        return self.operands[WRITES[self.opcode]].size if self.opcode in WRITES else self.far
+
+    def moved(self):
+        """-> int, int: bytes that it reads and writes in main memory. Of what is sliced, gathered
+        or updated in place only that part. A prefetch counts where it starts."""
+        if self.opcode in ("copy-start", "slice-start"):
+            made = self.made[self.opcode == "slice-start"]
+            return self.operands[0].made[0].far * made.padded, made.far * made.padded
+        if self.opcode == "fusion":
+            return sum(inner.part_read(operand.far) for inner, operand in zip(
+                self.inner, self.operands)), min(self.part_written(), self.far)
+        whole = 0 if self.opcode in WRITES else sum(operand.far for operand in self.operands)
+        return min(whole, self.far) if self.opcode in PARTS else whole, self.part_written()
+
+    def flops(self):
+        """-> int: of its products. A TPU's are convolutions: each dimension of their windows is one
+        of a product, which one or two of the three arrays lack."""
+        total = 0
+        for op in (inner for inner in self.contents if inner.opcode in ("dot", "convolution")):
+            left, right, out = ([int(n) for n in re.search(r"\[([\d,]*)", each.shape)[1].split(",")
+                                 if n] for each in (*op.operands[:2], op))
+            if op.opcode == "dot":
+                contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)", op.line)[1].split(",")
+                total += 2 * math.prod(out + [left[int(i)] for i in contracted if i])
+            else:
+                labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.line).groups()
+                left, right, out = map(dict, map(zip, labels, (left, right, out)))
+                total += 2 * out["b"] * right["i"] * right["o"] * math.prod(
+                    max(left[i], right[i], out[i]) for i in out if i.isdigit())
+        return total
+
+    def seconds(self, size, target):
+        """bytes that it moves, Target -> seconds, bool: by the compiler's cycles or those bytes,
+        whichever take longer; where it has no estimate by its flops or bytes, and False."""
+        if target is None or self.opcode.endswith("-start"):
+            return 0.0, True
+        told, memory = re.search(r'"estimated_cycles":"(\d+)"', self.line), size / target.read
+        if told and 0 < int(told[1]) < 1e12:  # more stands where there is none
+            return max(int(told[1]) / target.clock, memory), True
+        took = max(self.flops() / target.flops, memory)
+        return took, took == 0  # what takes no time needs no estimate
+
+    def group_size(self, devices):
+        """int -> int: devices that a collective is among, of so many."""
+        if told := re.search(r"(?:groups|pairs)=\{\{?([\d,]*)\}", self.line):
+            return told[1].count(",") + 1 if told[1] else devices
+        if told := re.search(r"groups=\[\d+,(\d+)\]", self.line):
+            return int(told[1])
+        if told := re.search(r"groups=@?mesh\[(.*?)\] ?\{(.*?)\}", self.line):
+            axes = dict(re.findall(r"'(\w+)'=(\d+)", told[1]))
+            return math.prod(int(axes[axis]) for axis in re.findall(r"'(\w+)'", told[2]))
+        raise ValueError(f"a collective among unknown devices: {self.line.strip()[:200]}")
+
+    def transfer(self, devices, target):
+        """int, Target or None -> namespace: what it has to do with a collective, or None. On a TPU
+        one may hide in a fusion: a scatter as an all-reduce of which a part is kept; a gather in
+        what starts it, in each product beside it, and in what ends it."""
+        first = self.operands[0] if self.opcode.endswith("-done") else self
+        inner = next((inner for inner in first.contents if inner.kind in shard.SENT), None)
+        named = re.search("-(start|update|done)$", self.opcode)
+        mark = named or re.search("AsyncCollective(Start|Done)", " ".join(
+            inner.line for inner in first.contents if inner.opcode == "custom-call"))
+        if inner is None or mark is None and "async_collective" in self.calls:
             return None
-        seen.add(name)
-        op = found[name]
-        if named_region(op.path):
-            return op
-        for user, place in users.get(name, ()):
-            within = [p for p in inside.get(found[user].calls, ())
-                      if found[p].opcode == "parameter" and f"parameter({place})" in found[p].line]
-            for candidate in (*within, user):
-                if found[candidate].opcode not in WRAPPERS or candidate in within:
-                    origin = known(candidate, seen)
-                    if origin:
-                        return origin
-        for operand in op.operands:
-            if operand in found and found[operand].opcode not in WRAPPERS:
-                origin = known(operand, seen)
-                if origin:
-                    return origin
-        return None
-
-    return lambda name: known(name, set())
+        kind = "reduce_scatter" if "all-reduce-scatter" in self.calls else inner.kind
+        given = [each.made for each in self.operands if each.made and each.opcode != "call-start"]
+        n = inner.group_size(devices)
+        sent = shard.SENT[kind](sum(a.bytes for made in given for a in made), n)
+        return SimpleNamespace(
+            kind=kind, number=len(given), sent=sent,
+            stage=mark[1].lower().replace("update", "start") if mark else "whole",
+            seconds=link_seconds(kind, sent, n, target) if target else 0.0,
+            # the same for a start and its done; and for what follows one another on its way
+            key=first.name if named else tuple(re.findall(r"channel_id=\d+", inner.line)),
+            route=tuple(re.findall(r"(?:groups|pairs)=\S+", inner.line)))
 
 
-def contents(program, op):
-    """Text, Instruction -> list of Instruction: itself, or what a fusion holds, fusions inside it
-    too."""
-    if op.opcode not in HOLDING:
-        return [op]
-    if op.opcode == "call-update":
-        return contents(program, program.found[op.operands[0]])
-    return [inner for name in program.inside.get(op.calls, ())
-            for inner in contents(program, program.found[name])]
-
-
-def kind_of(program, op):
-    """Text, Instruction -> str: product, copy or elementwise."""
-    held = {inner.opcode for inner in contents(program, op)}
-    if held & {"dot", "convolution"} or re.search(r'target="[^"]*(gemm|matmul|dot)', op.line):
-        return "product"
-    return "copy" if held <= MOVES else "elementwise"
-
-
-def parameter_of(program, computation, place):
-    """Text, str, int -> str or None: the name of a computation's parameter."""
-    return next((name for name in program.inside[computation]
-                 if program.found[name].opcode == "parameter"
-                 and f"parameter({place})" in program.found[name].line), None)
-
-
-def part_read(program, name, computation, whole):
-    """Text, str, str, int -> int: bytes that a fusion reads of its parameter, of `whole`: where it
-    only slices it, those; where it only writes into it, none."""
-    total = 0
-    for user in (program.found[user] for user in program.inside[computation]):
-        if name not in user.operands:
-            continue
-        if user.opcode == "bitcast":
-            total += part_read(program, user.name, computation, whole)
-        elif user.opcode in PARTS and user.operands[0] == name:
-            total += sum(a.padded for a in arrays(user.shape))
-        elif user.opcode == "fusion":
-            inner = parameter_of(program, user.calls, user.operands.index(name))
-            total += part_read(program, inner, user.calls, whole) if inner else whole
-        elif user.opcode not in WRITES or user.operands[0] != name:
-            return whole
-    return min(total, whole)
-
-
-def part_written(program, name):
-    """Text, str -> int: bytes that an instruction, at the root of a fusion, writes: of an update in
-    place what is new."""
-    root = program.found[name]
-    if root.opcode in ("bitcast", "tuple", "fusion"):
-        below = [program.inside[root.calls][-1]] if root.opcode == "fusion" else root.operands
-        return sum(part_written(program, name) for name in below)
-    new = root.operands[WRITES[root.opcode]] if root.opcode in WRITES else None
-    return sum(a.padded for a in arrays(program.found[new].shape)) if new in program.found \
-        else far_bytes(root.shape)
-
-
-def moved(program, op):
-    """Text, Instruction -> int, int: bytes that it reads and writes in main memory.
-
-    Of what is sliced, gathered or updated in place only that part. A prefetch counts where it
-    starts.
-    """
-    given = [(place, program.found[name]) for place, name in enumerate(op.operands)
-             if name in program.found]
-    whole = sum(far_bytes(operand.shape) for _, operand in given)
-    if op.opcode in UNSEEN | WRAPPERS:
-        return 0, 0
-    if op.opcode in ("copy-start", "slice-start"):
-        made = arrays(op.shape)[op.opcode == "slice-start"]
-        return arrays(given[0][1].shape)[0].far * made.padded, made.far * made.padded
-    if op.opcode in PARTS:
-        return min(whole, far_bytes(op.shape)), far_bytes(op.shape)
-    if op.opcode in WRITES:
-        return 0, part_written(program, op.name)
-    if op.opcode != "fusion":
-        return whole, far_bytes(op.shape)
-    reads = 0
-    for place, operand in given:
-        inner, size = parameter_of(program, op.calls, place), far_bytes(operand.shape)
-        reads += part_read(program, inner, op.calls, size) if size and inner else size
-    return reads, min(part_written(program, program.inside[op.calls][-1]), far_bytes(op.shape))
-
-
-def product_flops_of(program, op):
-    """Text, Instruction -> int: of the products that it holds, from their shapes."""
-    def sizes(shape):
-        return [int(size) for size in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if size]
-
-    total = 0
-    for inner in contents(program, op):
-        if inner.opcode not in ("dot", "convolution") or not all(
-                name in program.found for name in inner.operands[:2]):
-            continue
-        left, right = (sizes(program.found[name].shape) for name in inner.operands[:2])
-        if inner.opcode == "dot":
-            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", inner.line)[1]
-            total += 2 * math.prod(sizes(inner.shape)) * math.prod(
-                left[int(i)] for i in contracted.split(",") if i)
-            continue
-        a, b, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", inner.line).groups()
-        windows = re.search(r"size=([\dx]+)(?: stride=([\dx]+))?(?: pad=([\d_x\-]+))?", inner.line)
-        each = 2 * sizes(inner.shape)[out.index("b")] * math.prod(
-            right[b.index(letter)] for letter in "io")
-        for i, size in enumerate(windows[1].split("x") if windows else ()):
-            before = int(windows[3].split("x")[i].split("_")[0]) if windows[3] else 0
-            step = int(windows[2].split("x")[i]) if windows[2] else 1
-            width, made = left[a.index(str(i))], sizes(inner.shape)[out.index(str(i))]
-            each *= sum(0 <= place * step + offset - before < width
-                        for place in range(made) for offset in range(int(size))) \
-                if made * int(size) < 1e6 else made
-        total += each
-    return total
+def parse_program(text):
+    """str -> dict: Instructions by computation, as scheduled; what runs first is the last one."""
+    known, computations, parameters, sources, computation = {}, {}, {}, {}, ""
+    tables = {name: dict(re.findall(r'^(\d+) "?(.*?)"?$', rows, re.M))
+              for name, rows in re.findall(r"^(\w+)\n((?:\d+ .*\n)+)", text, re.M)}
+    for frame, entry in tables.get("StackFrames", {}).items():
+        place = tables["FileLocations"][re.search(r"file_location_id=(\d+)", entry)[1]]
+        file, function, line = re.findall(r"=(\d+)", place)[:3]
+        sources[frame] = (f"{pathlib.Path(tables['FileNames'][file]).name}:{line} "
+                          + tables["FunctionNames"][function].replace(".<locals>", ""))
+    for line in text.splitlines():
+        match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)", line)
+        if match:
+            name, shape, opcode, rest = match.groups()
+            called = SCHEDULED.get(opcode.removesuffix("-start"), "calls")
+            calls, condition, trips, path, frame = (
+                found[1] if (found := re.search(pattern, line)) else "" for pattern in (
+                    rf"(?:{called})=\{{?%?([\w.\-]+)", r"condition=%?([\w.\-]+)",
+                    r'known_trip_count":\{"n":"(\d+)"', r'op_name="([^"]*)"',
+                    r"stack_frame_id=(\d+)"))
+            limits = [trips] if trips else [
+                limit for other in computations.get(condition, ())
+                for limit in re.findall(r"s32\[\]\S* constant\((\d+)\)", other.line)]
+            operands = [known[word] for word in re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+                        if word in known]
+            made, body = arrays(shape), computations.get(calls, [])
+            op = known[name] = Instruction(
+                name=name, opcode=opcode, shape=shape, line=line, operands=operands, users=[],
+                kind=re.sub("collective-|-(start|done)$", "", opcode).replace("-", "_"),
+                region=named_region(path), source=sources.get(frame, ""), made=made,
+                size=sum(a.padded for a in made), far=sum(a.padded for a in made if a.far),
+                calls=calls, body=body, again=int(limits[0]) if len(limits) == 1 else 1,
+                inner=[parameters.get((calls, place)) for place in range(len(operands))])
+            op.contents = operands[0].contents if opcode == "call-update" else [
+                each for inner in body for each in inner.contents] if opcode in (
+                    "fusion", "async-start", "call-start") else [op]
+            computations[computation].append(op)
+            if opcode == "parameter":
+                parameters[computation, int(rest.split(")")[0])] = op
+            for operand, inner in zip(operands, op.inner):
+                operand.users.append((op, inner))
+        elif line.endswith("{") and not line.startswith(("HloModule", " ")):
+            computation = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line)[1]
+            computations[computation] = []
+    return computations
 
 
 class Op(NamedTuple):
@@ -1404,80 +1347,10 @@ class Op(NamedTuple):
     done: float = 0.0    # when what waits for it goes on
 
 
-class Transfer(NamedTuple):
-    """What an instruction has to do with a collective."""
-    kind: str      # as in shard.comm_bytes
-    stage: str     # it is the "whole", a "start" or a "done"
-    channel: str   # the same for a start and its done
-    route: str     # who sends to whom: what has the same follows one another
-    sent: int      # bytes that a device sends
-    number: int    # of arrays
-    seconds: float  # over the link
-
-
-def transfer(program, op, target):
-    """Text, Instruction, Target or None -> Transfer or None.
-
-    On a TPU a collective may hide in a fusion: a scatter as an all-reduce of which a part is kept;
-    an asynchronous gather in what starts it, in each product beside it, and in what ends it.
-    """
-    held = contents(program, op)
-    inner = next((inner for inner in held
-                  if re.sub("-(start|done)$", "", inner.opcode) in KINDS), None)
-    marks = " ".join(other.line for other in held if other.opcode == "custom-call")
-    stage = "done" if "AsyncCollectiveDone" in marks else "start" if op.opcode.endswith(
-        ("-start", "-update")) or "AsyncCollectiveStart" in marks else "whole"
-    if inner is None or stage == "whole" and "async_collective" in op.calls:
-        return None
-    kind = KINDS[re.sub("-(start|done)$", "", inner.opcode)]
-    kind = "reduce_scatter" if "all-reduce-scatter" in op.calls else kind
-    given = [program.found[name] for name in op.operands if name in program.found]
-    given = [a for a in given if a.opcode != "call-start" and arrays(a.shape)]
-    n = group_size(inner.line, program.devices)
-    sent = shard.SENT[kind](sum(a.bytes for each in given for a in arrays(each.shape)), n)
-    seconds = 0.0 if target is None else link_seconds(kind, sent, n, target)
-    channel, route = ("".join(re.findall(pattern, inner.line)) for pattern in (
-        r"channel_id=\d+|chain_id=\S+", r"(?:replica_groups|source_target_pairs)=\S+"))
-    return Transfer(kind, stage, channel, route, sent, len(given), seconds)
-
-
-def group_size(line, devices):
-    """str, int -> int: devices that a collective is among, of so many."""
-    if "replica_groups={}" in line:
-        return devices
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-    if listed:
-        return listed[1].count(",") + 1
-    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
-    if counted:
-        return int(counted[1])
-    named = re.search(r"replica_groups=@?mesh\[(.*?)\] ?\{(.*?)\}", line)
-    if named:
-        axes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        return math.prod(int(axes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
-    if "source_target_pairs" in line:
-        return 2
-    raise ValueError(f"a collective among unknown devices: {line.strip()[:200]}")
-
-
-def repeats(program, op):
-    """Text, Instruction -> int or None: how often a `while` runs, where its text says so."""
-    told = re.search(r'known_trip_count":\{"n":"(\d+)"', op.line)
-    if told:
-        return int(told[1])
-    names = program.inside.get(re.search(r"condition=%?([\w.\-]+)", op.line)[1], [])
-    limits = [int(found[1]) for name in names for found in re.finditer(
-        r"s32\[\]\S* constant\((\d+)\)", program.found[name].line)]
-    return limits[0] if len(limits) == 1 else None
-
-
 def link_seconds(kind, size, n, target):
     """str, bytes, int, Target -> seconds: of a collective among n devices, along the slice's axes,
-    of which the last ones come first.
-
-    A microsecond a hop to the farthest device; an all-reduce goes there twice, a permute one. Bytes
-    go both ways around a ring, or over two axes; one way along a line, as a permute does.
-    """
+    the last ones first. A microsecond a hop to the farthest device; an all-reduce goes there twice,
+    a permute one. Bytes go both ways around a ring, or over two axes; else, as a permute's, one."""
     far, ways, left = 0, 0, n
     for length in reversed(target.torus or (target.wraps,)):
         along = math.gcd(length, left)
@@ -1485,53 +1358,20 @@ def link_seconds(kind, size, n, target):
         rings = along >= target.wraps
         far += along // 2 if rings else along - 1
         ways += (1 + rings) * (along > 1)
-    far = {"permute": 1, "all_reduce": 2 * far}.get(kind, far)
-    return far * HOP_SECONDS + size / (
-        target.link / 2 * (1 if kind == "permute" else min(2, max(1, ways))))
-
-
-def estimate(program, op, moved_bytes, target):
-    """Text, Instruction, int, Target -> seconds, bool: the larger of its cycles and its bytes; if
-    the compiler has no estimate, of its flops and its bytes, and False."""
-    if op.opcode.endswith("-start"):
-        return 0.0, True
-    cycles = float("".join(re.findall(r'"estimated_cycles":"(\d+)"', op.line)) or 0)
-    memory = moved_bytes / target.read
-    if 0 < cycles < ABSURD:
-        return max(cycles / target.clock, memory), True
-    took = max(product_flops_of(program, op) / target.flops, memory)
-    return took, took == 0  # what takes no time needs no estimate
-
-
-def step_loop(program, job):
-    """Text, Job or None -> str: the loop whose trips are steps, if the phase has one: the entry's
-    longest."""
-    loops = [name for name in program.inside[program.entry]
-             if program.found[name].opcode == "while"]
-    if job is None or job.phase not in ("generate", "speculate") or not loops:
-        return ""
-    return max(loops, key=lambda name: len(program.inside[program.found[name].calls]))
+    far, ways = {"permute": (1, 1), "all_reduce": (2 * far, ways)}.get(kind, (far, ways))
+    return far * HOP_SECONDS + size / (target.link / 2 * min(2, max(1, ways)))
 
 
 def operations(text, job=None, target=None):
-    """str, Job, Target -> list of Op: a compiled program's, in the order of its schedule.
-
-    Everything that is said of a compiled program is a sum over these. `target` is given where its
-    compiler's cycles can be used: an operation takes its cycles or its bytes, whichever take
-    longer; a transfer its bytes over the link and a microsecond a hop, and delays only what waits
-    for it. For generating, a step is one trip of the outermost loop.
+    """str, Job, Target -> list of Op: a compiled program's, in the order of its schedule, of which
+    all that is said of it are sums. `target` is given where its compiler's cycles can be used. A
+    transfer delays only what waits for it. For generating, a step is a trip of the outermost loop.
     """
-    program, lines = parse_program(text), source_lines(text)
-    origin, ops, free, stepped = origins(program), [], {}, step_loop(program, job)
-
-    def described(op, link, t, times, computation):
-        home, (read, written) = origin(op.name), moved(program, op)
-        took, told = (0.0, True) if link or not target else estimate(
-            program, op, read + written, target)
-        return Op(op.name, op.shape, named_region(home.path) if home else None,
-                  link.kind if link else kind_of(program, op),
-                  lines.get(home.frame, "") if home else "", read, written, t, t + took, times,
-                  computation, told)
+    computations, ops, free = parse_program(text), [], {}  # until when a route is taken
+    entry, told = list(computations)[-1], re.match(r".*num_partitions=(\d+)", text)
+    loops = [op for op in computations[entry] if op.opcode == "while"]
+    stepped = max(loops, key=lambda op: len(op.body), default=None) \
+        if job and job.phase in ("generate", "speculate") else None
 
     def end_transfer(at, t):  # -> when what waits for it goes on
         done = max(t, ops[at].end)
@@ -1539,99 +1379,92 @@ def operations(text, job=None, target=None):
             not op.number for op in ops[at + 1:]))
         return done
 
-    def add(op, t, times, computation, started):  # -> when the next one may start
-        link = transfer(program, op, target)
-        if link and link.stage == "done":
-            at = next((at for at, channel in started.values() if channel == link.channel), None)
-            return t if at is None else end_transfer(at, t)
-        ops.append(described(op, link, t, times, computation))
-        if link is None:
-            return ops[-1].end
-        begin = max(t, free.get(link.route, 0.0)) if link.stage == "start" else t
-        free[link.route] = end = begin + link.seconds
-        ops[-1] = ops[-1]._replace(start=begin, end=end, sent=link.sent, number=link.number)
-        if link.stage == "whole":
-            return end_transfer(len(ops) - 1, t)
-        started[op.name] = len(ops) - 1, link.channel
-        return t
-
     def walk(computation, t, times):  # -> when it ends
-        started = {}
-        for op in (program.found[name] for name in program.inside[computation]):
-            if op.opcode in SCHEDULED and op.calls in program.inside:
-                again = (repeats(program, op) or 1) if op.opcode == "while" else 1
-                if op.name == stepped:
-                    walk(op.calls, t, 1)
-                else:
-                    t += (walk(op.calls, t, times * again) - t) * again
-            elif op.opcode.endswith("-done") and op.operands[0] in started:
-                t = end_transfer(started.pop(op.operands[0])[0], t)
-            elif op.opcode not in WRAPPERS | UNSEEN and not (  # a call may wait for call-update,
-                    op.opcode == "call-start" and op.shape.startswith("((), ")):  # with its data
-                t = add(op, t, times, computation, started)
+        started = {}  # a transfer's place in ops, by its key
+        for op in computations[computation]:
+            if op.opcode in SCHEDULED and op.body:
+                again, often = (0, 1) if op is stepped else (op.again, op.again * times)
+                t += (walk(op.calls, t, often) - t) * again
+            if op.opcode in UNSEEN or (  # a call may wait for call-update, with its data
+                    op.opcode == "call-start" and op.shape.startswith("((), ")):
+                continue
+            link = op.transfer(int(told[1]) if told else 1, target)
+            if link and link.stage == "done":
+                t = end_transfer(started[link.key], t) if link.key in started else t
+                continue
+            (region, source), (read, written) = op.origin(), op.moved()
+            took, known = (link.seconds, True) if link else op.seconds(read + written, target)
+            start = max(t, free.get(link.route, t)) if link and link.stage == "start" else t
+            ops.append(Op(op.name, op.shape, region, link.kind if link else op.work(), source,
+                          read, written, start, start + took, times, computation, known,
+                          *(link.sent, link.number) if link else ()))
+            if link is None:
+                t = start + took
+                continue
+            free[link.route] = start + took
+            if link.stage == "start":
+                started[link.key] = len(ops) - 1
+            else:
+                t = end_transfer(len(ops) - 1, t)
         return t
 
-    walk(program.entry, 0.0, 0 if stepped else 1)
+    walk(entry, 0.0, 0 if stepped else 1)
     return ops
 
 
 def collectives(ops):
-    """list of Op -> dict: of a step, by kind: their number, bytes that a device sends, and how many
-    are asynchronous."""
+    """list of Op -> dict: of a step, by kind: number, bytes sent, how many are asynchronous."""
     found = {}
     for op in ops:
         if op.number and op.times:
             kind = found.setdefault(op.kind, {"number": 0, "bytes": 0, "asynchronous": 0})
-            for name, count in (("number", op.number), ("bytes", op.sent),
-                                ("asynchronous", op.number * op.asynchronous)):
-                kind[name] += count * op.times
+            kind["number"] += op.number * op.times
+            kind["bytes"] += op.sent * op.times
+            kind["asynchronous"] += op.number * op.times * op.asynchronous
     return found
+
+
+def by_region(spans):
+    """list of (region or None, seconds) -> dict: their sums, where there is one."""
+    found = {}
+    for region, took in spans:
+        found[region or "?"] = found.get(region or "?", 0.0) + took
+    return {region: took for region, took in found.items() if took}
 
 
 def step_seconds(ops, read):
     """list of Op, bytes/s -> dict: seconds of a step in all and by region, and the share of those
     operations for which the compiler gives no cycles. What transfers make wait is a region of its
     own, and so is what memory takes beyond the schedule: a prefetch that nothing hides."""
-    regions = {}
-    for op in ops:
-        took = op.waited if op.number else op.end - op.start
-        region = "transfers" if op.number else op.region or "?"
-        regions[region] = regions.get(region, 0.0) + took * op.times
-    total, memory = sum(regions.values()), sum(
-        (op.read + op.written) * op.times for op in ops) / read
+    regions = by_region(("transfers", op.waited * op.times) if op.number else
+                        (op.region, (op.end - op.start) * op.times) for op in ops)
+    total = sum(regions.values())
+    memory = sum((op.read + op.written) * op.times for op in ops) / read
     if memory > total:
         regions["memory"] = memory - total
     blind = sum((op.end - op.start) * op.times for op in ops if not op.estimated)
-    whole = max(total, memory)
-    return {"compiler_seconds": whole, "unestimated": blind / whole if whole else 0.0,
-            "regions": {name: took for name, took in regions.items() if took}}
+    return {"compiler_seconds": max(total, memory),
+            "unestimated": blind / (max(total, memory) or 1), "regions": regions}
 
 
 def beside(ops):
     """list of Op -> dict: by region, seconds of a step that run between the start and the done of
     an asynchronous transfer."""
-    spans, found = {}, {}
-    for op in ops:
-        if op.asynchronous and op.times:
-            spans.setdefault(op.loop, []).append((op.start, op.done))
-    for op in ops:
-        if not op.number and op.end > op.start and any(
-                start <= op.start and op.end <= done for start, done in spans.get(op.loop, ())):
-            region = op.region or "?"
-            found[region] = found.get(region, 0.0) + (op.end - op.start) * op.times
-    return found
-
-
-def alike(shape):
-    """str -> str: dtype and sizes of a shape's first array, whatever their order and layout."""
-    dtype, sizes = re.search(r"(\w+)\[([\d,]*)\]", shape).groups()
-    return f"{dtype}{sorted(size for size in sizes.split(',') if size != '1')}"
+    spans = [(op.loop, op.start, op.done) for op in ops if op.asynchronous and op.times]
+    return by_region((op.region, (op.end - op.start) * op.times) for op in ops
+                     if not op.number and op.end > op.start and any(
+                         loop == op.loop and start <= op.start and op.end <= done
+                         for loop, start, done in spans))
 
 
 def copied(ops, arguments):
     """list of Op, dict -> int: bytes of arrays alike one of a program's arguments of two dimensions
     or more, a weight or a cache, that a step copies from memory to memory."""
-    held = {alike(shape) for shape in arguments.values() if "," in alike(shape)}
+    def alike(shape):  # dtype and sizes of the first array, whatever their order and layout
+        dtype, sizes = re.search(r"(\w+)\[([\d,]*)\]", shape).groups()
+        return dtype, *sorted(size for size in sizes.split(",") if size != "1")
+
+    held = {kind for kind in map(alike, arguments.values()) if len(kind) > 2}
     return sum(op.written * op.times for op in ops if op.kind == "copy" and op.read and op.written
                and alike(op.shape) in held and op.written >= arrays(op.shape)[0].padded)
 
@@ -1640,61 +1473,50 @@ def copied(ops, arguments):
 
 
 def trace(call, folder):
-    """call, path -> (wall seconds, list of (start, end, operation)). Leaves a trace in the folder
+    """call, path -> wall seconds, list of (start, end, operation). Leaves a trace in the folder
     that Perfetto and XProf show."""
-    options = jax.profiler.ProfileOptions()
+    options, spans = jax.profiler.ProfileOptions(), []
     options.python_tracer_level = 0
     with jax.profiler.trace(str(folder), create_perfetto_trace=True, profiler_options=options):
         start = time.perf_counter()
         call()
         wall = time.perf_counter() - start
-    file = max(pathlib.Path(folder).glob("**/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-    events = [(row.name, event) for plane in jax.profiler.ProfileData.from_file(str(file)).planes
-              for row in plane.lines for event in row.events]
-    spans = []
+    file = max(pathlib.Path(folder).glob("**/*.xplane.pb"), key=os.path.getmtime)
     with warnings.catch_warnings():  # newer Pythons: builtin type event_stats has no __module__
         warnings.simplefilter("ignore", DeprecationWarning)
-        for row, event in events:
-            name = next((value for key, value in event.stats if key == "hlo_op"), None)
-            if name is None and row == "XLA Ops":  # a TPU's
-                name = event.name.split(" = ")[0].lstrip("%")
-            if name is not None:
-                spans.append((event.start_ns / 1e9, event.end_ns / 1e9, name))
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            for row, event in ((row, event) for row in plane.lines for event in row.events):
+                name = dict(event.stats).get("hlo_op")
+                if name is None and row.name == "XLA Ops":  # a TPU's
+                    name = event.name.split(" = ")[0].lstrip("%")
+                if name is not None:
+                    spans.append((event.start_ns / 1e9, event.end_ns / 1e9, name))
     return wall, spans
 
 
 def profile(prepared, folder=None):
-    """Prepared -> dict: operations by time, shares of kinds and regions.
-
-    Shares are of the time that operations took: on a CPU they overlap, so that their sum may be
-    more than the wall time. "between" is the share of the wall time in which none ran.
-    """
+    """what `prepare` gives -> dict: operations by time, shares of kinds and regions: of the time
+    that all took, which on a CPU overlap. "between" is the share of the wall time when none ran."""
     with tempfile.TemporaryDirectory() as temporary:
         wall, spans = trace(prepared.call, folder or temporary)
     where = {op.name: (op.region, op.kind, op.source) for op in prepared.ops}
-    took = {}
-    spans = sorted(span for span in spans if span[2] in where)
-    busy = until = 0
-    for start, end, name in spans:
-        region, kind, source = where[name]
-        group = took.setdefault((region, kind, source), [0, 0])
-        group[0] += end - start
-        group[1] += 1
+    groups, busy, until = {}, 0, 0
+    for start, end, name in sorted(span for span in spans if span[2] in where):
+        groups.setdefault(where[name], []).append(end - start)
         busy += max(0, end - max(start, until))
         until = max(until, end)
-    total = sum(seconds for seconds, _ in took.values()) or 1
+    total = sum(map(sum, groups.values())) or 1
+    found, regions = [], dict.fromkeys((*REGIONS, "?"), 0)
     kinds = dict.fromkeys(("weights", "attention", "elementwise", "copies"), 0)
-    regions = dict.fromkeys((*REGIONS, None), 0)
-    for (region, kind, _), (seconds, _) in took.items():
+    for (region, kind, source), took in sorted(groups.items(), key=lambda item: -sum(item[1])):
+        share = sum(took) / total
+        found.append(dict(share=share, times=len(took), region=region, kind=kind, source=source))
         kinds["attention" if region == "attention" else
-              {"product": "weights", "copy": "copies"}.get(kind, kind)] += seconds / total
-        regions[region] += seconds / total
-    return {"operations": [
-        {"share": seconds / total, "times": times, "region": region, "kind": kind, "source": source}
-        for (region, kind, source), (seconds, times) in
-        sorted(took.items(), key=lambda item: -item[1][0])],
-        "kinds": kinds, "regions": {name or "?": share for name, share in regions.items() if share},
-        "wall_seconds": wall, "between": max(0, 1 - busy / wall)}
+              {"product": "weights", "copy": "copies"}.get(kind, kind)] += share
+        regions[region or "?"] += share
+    return {"operations": found, "kinds": kinds, "wall_seconds": wall,
+            "regions": {name: share for name, share in regions.items() if share},
+            "between": max(0, 1 - busy / wall)}
 
 
 def print_profile(row, found, most=8):
@@ -1702,34 +1524,21 @@ def print_profile(row, found, most=8):
     name, shares = f"{row['phase']} {row['dtype']} B={row['B']}", found["kinds"]
     print(f"\n{name}: share of the operations' time, times, region, kind, source")
     for op in found["operations"][:most]:
-        print(f"  {op['share']:6.1%}  x{op['times']:<5} {op['region'] or '?':10} {op['kind']:12} "
-              f"{op['source']}")
+        print("  {share:6.1%}  x{times:<5} {region:10} {kind:12} {source}".format_map(
+            op | {"region": op["region"] or "?"}))
     print("  regions: " + ", ".join(f"{region} {share:.1%}"
                                     for region, share in found["regions"].items()))
     print(f"{name} takes {row['ratio']:.2f} times what was predicted: of the operations' time "
-          f"{shares['weights']:.0%} is the weights' products, {shares['attention']:.0%} attention, "
-          f"{shares['elementwise']:.0%} elementwise work, {shares['copies']:.0%} copies; for "
-          f"{found['between']:.0%} of the wall time none ran (dispatch)")
-    parts = {part["name"]: part["seconds"] for part in row["parts"]}
-    if {"weights", "attention"} <= set(parts):
-        print("  " + ", ".join(
-            f"{word}: predicted {parts[part] * 1e3:.1f} ms, took about "
-            f"{shares[part] * row['measured_seconds'] * 1e3:.1f}" for word, part in (
-                ("the weights' products", "weights"), ("attention", "attention"))))
+          f"{shares['weights']:.0%} is the weights' products,\n  {shares['attention']:.0%} "
+          f"attention, {shares['elementwise']:.0%} elementwise work, "
+          f"{shares['copies']:.0%} copies; for {found['between']:.0%} of the wall time none ran")
+    for part in row["parts"]:
+        if part["name"] in shares:
+            print(f"  {part['name']}: predicted {si(part['seconds'], 's')}, took about "
+                  + si(shares[part["name"]] * row["measured_seconds"], "s"))
 
 
 # ------------------------------------------------------------------------------ measure and compare
-
-
-def utilisation(done, seconds, ceiling, what, row):
-    """-> share of the ceiling, or None and an error in the row: nothing runs faster than it can."""
-    share = done / seconds / ceiling
-    if share <= 1:
-        return share
-    row["errors"].append(
-        f"{what} would be {share:.0%}: the ceiling was measured too low (was another program "
-        "running?) or what is read stays in a cache: take a larger model, and measure again alone")
-    return None
 
 
 def read_by_all(job, cost):
@@ -1760,24 +1569,29 @@ def predicted_row(job, ceilings):
     return {"phase": job.phase, "model": job.model, "K": job.cfg.K, "dtype": job.dtype,
             "products": products_in(job), **({"int8": job.int8} if job.dtype == "int8" else {}),
             "cache_dtype": job.cache_dtype, "B": job.B, "T": cost.T, "S": cost.S,
-            "tokens": cost.tokens,
-            "flops": sum(cost.flops.values()),
+            "tokens": cost.tokens, "flops": sum(cost.flops.values()),
             "weight_bytes": cost.weight_bytes, "cache_bytes": cost.cache_bytes,
             **predict(cost, ceilings)}
 
 
 def measured_row(row, times, ceilings):
-    """dict, list of seconds, dict -> dict: the whole row."""
-    seconds, row = statistics.median(times), dict(row, errors=[], notes=[])
-    low, high = np.quantile(times, (0.1, 0.9)).tolist()
-    row |= {"measured_seconds": seconds, "p10_seconds": low, "p90_seconds": high,
-            "runs": len(times), "ratio": seconds / row["predicted_seconds"],
-            "tokens_per_second": row["tokens"] / seconds,
-            "tokens_per_second_per_sequence": row["tokens"] / seconds / row["B"]}
-    peak, read = ceilings["flops_per_second"][row["products"]], ceilings["read_bytes_per_second"]
-    row["mfu"] = utilisation(row["flops"], seconds, peak, "MFU", row)
-    moved = row["weight_bytes"] + row["cache_bytes"]
-    row["mbu"] = utilisation(moved, seconds, read, "MBU", row)
+    """dict, list of seconds, dict -> dict: the whole row. Nothing runs faster than the machine can:
+    a utilisation above 1 is None, and an error."""
+    seconds, (low, high) = statistics.median(times), np.quantile(times, (0.1, 0.9)).tolist()
+    row = row | {"measured_seconds": seconds, "p10_seconds": low, "p90_seconds": high,
+                 "runs": len(times), "ratio": seconds / row["predicted_seconds"],
+                 "tokens_per_second": row["tokens"] / seconds, "errors": [], "notes": [],
+                 "tokens_per_second_per_sequence": row["tokens"] / seconds / row["B"]}
+    for name, done, ceiling in (
+            ("mfu", row["flops"], ceilings["flops_per_second"][row["products"]]),
+            ("mbu", row["weight_bytes"] + row["cache_bytes"], ceilings["read_bytes_per_second"])):
+        share = done / seconds / ceiling
+        row[name] = share if share <= 1 else None
+        if share > 1:
+            row["errors"].append(
+                f"{name.upper()} would be {share:.0%}: the ceiling was measured too low (was "
+                "another program running?) or what is read stays in a cache: take a larger model, "
+                "and measure again alone")
     if high - low > 0.25 * seconds:
         row["notes"].append(f"runs spread by {(high - low) / seconds:.0%} of their median "
                             f"({len(times)} runs, p10 to p90): measure again on a calm machine")
@@ -1803,46 +1617,25 @@ def measure(job, params, ceilings, seed, folder=None):
     return row
 
 
-def megabytes(key):
-    """str -> what shows that figure of a row, in MB."""
-    return lambda row: f"{row[key] / MB:.1f}" if key in row else "-"
-
-
-def milliseconds(key):
-    """str -> what shows that figure of a row, in ms."""
-    return lambda row: f"{row[key] * 1e3:.1f}"
-
-
-COLUMNS = (  # heading, width, text of a row
-    ("phase", -9, lambda r: r["phase"]), ("dtype", -8, lambda r: r["dtype"]),
-    ("cache", -8, lambda r: r["cache_dtype"] if r["phase"] != "train" else "-"),
-    ("B", 3, lambda r: r["B"]), ("T", 4, lambda r: r["T"]), ("S", 5, lambda r: r["S"]),
-    ("|", 1, lambda r: "|"),
-    ("GFLOP", 7, lambda r: f"{r['flops'] / GB:.2f}"),
-    ("weights MB", 10, megabytes("weight_bytes")), ("cache MB", 8, megabytes("cache_bytes")),
-    ("predict ms", 10, milliseconds("predicted_seconds")), ("bound", 5, lambda r: r["bound"]),
-    ("|", 1, lambda r: "|"),
-    ("GFLOP", 7, lambda r: f"{r['program_flops'] / r['steps'] / GB:.2f}"
-     if r.get("program_flops") else "-"),
-    ("args MB", 7, megabytes("argument_bytes")), ("alias MB", 8, megabytes("alias_bytes")),
-    ("temp MB", 7, megabytes("temp_bytes")), ("peak MB", 7, megabytes("peak_bytes")),
-    ("coll.", 5, lambda r: sum(c["number"] for c in r["collectives"].values())
-     if "collectives" in r else "-"),
-    ("compile s", 9, lambda r: f"{r['compile_seconds']:.1f}"),
-    ("|", 1, lambda r: "|"),
-    ("measured ms", 11, milliseconds("measured_seconds")),
-    ("p10 to p90", 15, lambda r: f"{r['p10_seconds'] * 1e3:.1f}-{r['p90_seconds'] * 1e3:.1f}"),
-    ("MFU", 5, lambda r: "error" if r["mfu"] is None else f"{r['mfu']:.0%}"),
-    ("MBU", 5, lambda r: "error" if r["mbu"] is None else f"{r['mbu']:.0%}"),
-    ("tok/s/seq", 9, lambda r: f"{r['tokens_per_second_per_sequence']:.1f}"),
-    ("tok/s", 8, lambda r: f"{r['tokens_per_second']:.1f}"),
-    ("ratio", 5, lambda r: f"{r['ratio']:.2f}"))
-
-
-def line(texts):
-    """-> str: one line of the table."""
-    return "  ".join(f"{text:<{-width}}" if width < 0 else f"{text:>{width}}"
-                     for text, (_, width, _) in zip(texts, COLUMNS)).rstrip()
+RUN = (  # the table of a run
+    Column("phase", -9, "phase"), Column("dtype", -8, "dtype"),
+    Column("cache", -8, lambda r: "-" if r["phase"] == "train" else r["cache_dtype"]),
+    Column("B", 3, "B", "d"), Column("T/S", 7, lambda r: f"{r['T']}/{r['S']}"),
+    Column("FLOP", 6, "flops", " "), Column("weights", 7, "weight_bytes", "B", True),
+    Column("slots", 7, "cache_bytes", "B", True),
+    Column("bytes", 7, lambda r: r["weight_bytes"] + r["cache_bytes"], "B"),
+    Column("predict", 7, "predicted_seconds", "s"), Column("bound", 5, "bound"),
+    Column("program", 7, lambda r: r["program_flops"] / r["steps"] if r.get("program_flops")
+           else "-", " ", True),
+    *(Column(name, 8, f"{name}_bytes", "B", True)
+      for name in ("argument", "alias", "temp", "peak")),
+    Column("coll.", 5, lambda r: sum(c["number"] for c in r["collectives"].values())
+           if "collectives" in r else "-", "d", True),
+    Column("compile", 7, "compile_seconds", "s", True), Column("took", 7, "measured_seconds", "s"),
+    Column("p10", 7, "p10_seconds", "s", True), Column("p90", 7, "p90_seconds", "s", True),
+    Column("MFU", 5, "mfu", ".0%"), Column("MBU", 5, "mbu", ".0%"),
+    Column("tok/s/row", 9, "tokens_per_second_per_sequence", " ", True),
+    Column("tok/s", 6, "tokens_per_second", " "), Column("ratio", 5, "ratio", ".2f"))
 
 
 def print_limits(limits):
@@ -1852,28 +1645,6 @@ def print_limits(limits):
             print(f"{word}: " + ", ".join(f"{dtype} {peak / GB:.0f} GFLOP/s" for dtype, peak in
                                           found["flops_per_second"].items())
                   + f", reading {found['read_bytes_per_second'] / GB:.1f} GB/s")
-
-
-def print_rows(rows, limits):
-    """The table, its notes and errors, and the roofline."""
-    print_limits(limits)
-    if not rows:
-        return
-    print("predict: from the shapes; program: what the jaxpr multiplies and the compiled program "
-          "holds; profile: measured\na step of generate makes one token a row, one of speculate is "
-          "a round; ratio: measured over predicted")
-    heads = [heading for heading, _, _ in COLUMNS]
-    groups = {7: "predict", 13: "program", 21: "profile"}
-    print(line([groups.get(i, heads[i] if heads[i] == "|" else "") for i in range(len(heads))]))
-    print(line(heads))
-    for row in rows:
-        print(line([text(row) for _, _, text in COLUMNS]))
-    for row in rows:
-        for word, texts in (("error", row["errors"]), ("noise", row["notes"])):
-            for text in texts:
-                print(f"{word}: {row['phase']} {row['dtype']} B={row['B']}: {text}")
-    print()
-    print(picture(rows, limits))
 
 
 def speedups(rows):
@@ -1893,9 +1664,21 @@ def speedups(rows):
 
 
 def report(args, rows, limits, **more):
-    """Prints the table, the roofline, what speculation gave, and the JSON object."""
-    print_rows(rows, limits)
+    """Prints the table, its notes and errors, the roofline, what speculation gave, profiles, and
+    the JSON object."""
+    print_limits(limits)
     gained = speedups(rows)
+    if rows:
+        print("predicted from the shapes (bytes: weights and cache), then measured; ratio: measured"
+              " over predicted.\nA step of generate makes a token a row; one of speculate is a "
+              "round; --wide shows what was compiled, and the spread")
+        print_table([column for column in RUN if args.wide or not column.wide], rows)
+    for row in rows:
+        for word, texts in (("error", row["errors"]), ("noise", row["notes"])):
+            for text in texts:
+                print(f"{word}: {row['phase']} {row['dtype']} B={row['B']}: {text}")
+    if rows:
+        print("\n" + picture(rows, limits))
     for s in gained:
         print(f"speculation {s['dtype']} B={s['B']}: of {s['n_draft']} proposals "
               f"{s['acceptance']:.0%} accepted, {s['tokens_per_round']:.2f} tokens a round; "
@@ -1912,48 +1695,442 @@ def report(args, rows, limits, **more):
 
 def print_attention(job):
     """The share of attention in the flops, and where it would be half."""
-    T, S = job.prompt, job.prompt + job.new
-    for name, flops, size, equal in zip(
-            ("a causal pass", "a generate step"),
-            (prefill_flops(job.cfg, 1, T), decode_flops(job.cfg, 1, S)),
-            (f"T = {T}", f"S = {S}"), crossover(job.cfg)):
+    for name, letter, flops, size, equal in zip(
+            ("a causal pass", "a generate step"), "TS",
+            (prefill_flops(job.cfg, 1, job.prompt), decode_flops(job.cfg, 1, job.prompt + job.new)),
+            (job.prompt, job.prompt + job.new), crossover(job.cfg)):
         share = (flops["scores"] + flops["values"]) / sum(flops.values())
-        print(f"attention is {share:.1%} of the flops of {name} at {size}, "
-              f"and as much as the weights' at {size[0]} = {equal}")
+        print(f"attention is {share:.1%} of the flops of {name} at {letter} = {size}, "
+              f"and as much as the weights' at {letter} = {equal}")
 
 
-def split_counts(job, ways):
-    """Job, int -> list of dict: what tensor parallelism over so many devices would send, by formula
-    and counted in the jaxpr, which needs no device."""
-    mesh = jax.sharding.AbstractMesh((ways,), ("tensor",),
-                                     axis_types=(jax.sharding.AxisType.Auto,))
-    found = []
+def print_split(job, ways=4):
+    """Job, int -> list of dict: prints what tensor parallelism over so many devices would send, by
+    formula and counted in the jaxpr, which needs no device; nothing where it cannot be split so."""
+    mesh, found = jax.sharding.AbstractMesh(
+        (ways,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,)), []
     for phase, T in (("prefill", job.prompt), ("generate", 1)):
         own = job._replace(phase=phase, new=1, mesh=(("tensor", ways),))
-        formula, (step, make, *_) = shard.tally(sent(own)), PHASES[phase].build(own, mesh)
+        try:
+            formula, (step, make, *_) = shard.tally(sent(own)), PHASES[phase].build(own, mesh)
+        except ValueError as error:
+            print(f"tensor parallel over {ways}: {error}")
+            return []
         counted = shard.traced_comm(step, *jax.eval_shape(make, abstract(own), jax.random.key(0)))
         found.append({"form": phase, "devices": ways, "B": job.B, "T": T, **{
             f"{name}_{what}": sum(pair[i] for pair in told.values())
             for name, told in (("predicted", formula), ("counted", counted))
             for i, what in enumerate(("collectives", "bytes"))}})
+        f = found[-1]
+        print(f"tensor parallel over {ways} devices, {phase} of B={f['B']} T={T}: each sends "
+              f"{f['predicted_bytes']:,} bytes in {f['predicted_collectives']} collectives by "
+              f"formula,\n  {f['counted_bytes']:,} in {f['counted_collectives']} in the program")
     return found
 
 
-def print_split(job, ways=4):
-    """Prints `split_counts` -> them; nothing where the model cannot be split so."""
+# --------------------------------------------------------------------- compiled for chips not here
+
+
+class Target(NamedTuple):
+    """What a chip's compiler is asked for, and how its cycles become seconds."""
+    extra: str     # that installs the compiler
+    name: str      # of the chip, to its compiler
+    slices: str    # shapes that exist
+    clock: float   # cycles/s; 0 where its estimates are worth nothing
+    flops: float   # flops/s of a large bf16 product, by its cycles
+    read: float = 0.0  # bytes/s, from the sheet
+    link: float = 0.0
+    devices: int = 1  # that JAX sees, a chip
+    wraps: int = 4    # the size from which an axis of a slice is a ring
+    torus: tuple = ()  # the slice's own
+
+
+TORUS, PLANE = "2x2x1 2x2x2 2x2x4 4x4x4 4x4x8", "2x2 2x4 4x4 4x8 8x8"
+HOSTS = "1x1x1 1x1x2 1x1x4 1x1x8 1x2x8 1x4x8 1x8x8"  # partitions, hosts, GPUs a host
+GPU = """gpu_device_info {{ core_count: {} fpus_per_core: {} shared_memory_per_core: {}
+    shared_memory_per_block_optin: {} memory_bandwidth: {} l2_cache_size: {} clock_rate_ghz: {}
+    device_memory_size: {} cuda_compute_capability {{ major: {} {} }}
+    threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+    shared_memory_per_block: 49152 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+    block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 }}
+    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
+    runtime_version {{ major: 12 minor: 9 }} device_description_str: "{}" """
+FAST = "feature_extension: ACCELERATED_FEATURES"
+GPUS = {  # what stands in it: openxla/xla, xla/backends/gpu/target_config/specs
+    "a100": (108, 64, 167936, 166912, 2039040000000, 41943040, 1.41, 85100068864, 8, ""),
+    "h100": (132, 128, 233472, 232448, 3352320000000, 52428800, 1.98, 84942979072, 9, FAST),
+    "h200": (132, 128, 233472, 232448, 4800000000000, 52428800, 1.98, 151397597184, 9, FAST),
+    "b200": (148, 128, 233472, 232448, 7672320000000, 132644864, 1.965, 191514411008, 10, FAST)}
+TARGETS = {  # clocks: the sheet's peak over what the matrix units multiply a cycle; flops: 8192^3
+    # in bf16 over the cycles that the compiler gives it
+    "tpu-v4": Target("tpu", "v4", TORUS, 1.05e9, 1.05e9 * 239e3),
+    "tpu-v5e": Target("tpu", "v5e", PLANE + " 16x16", 1.5e9, 1.5e9 * 115e3, wraps=16),
+    "tpu-v5p": Target("tpu", "v5p", TORUS, 1.75e9, 1.75e9 * 236e3),
+    "tpu-v6e": Target("tpu", "v6e", PLANE, 1.75e9, 1.75e9 * 352e3, wraps=16),
+    "tpu-v7x": Target("tpu", "tpu7x", TORUS, 2.2e9, 2.2e9 * 403e3, devices=2),
+    **{name: Target("gpu", name, HOSTS, 0.0, 0.0) for name in GPUS}}
+EXTRAS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}  # and the module that each brings
+FLAGS = dict.fromkeys(  # the lecture's, for collectives beside products on a TPU
+    """xla_enable_async_all_gather xla_enable_async_collective_permute
+    xla_tpu_enable_async_collective_fusion xla_tpu_enable_async_collective_fusion_fuse_all_gather
+    xla_tpu_overlap_compute_collective_tc""".split(), "true")
+COMPILERS = {  # what their process needs to know of the machine that is not here
+    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v4-8",
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+def slice_of(name, chips):
+    """str, int -> str: the slice of so many chips; 1 is one of the smallest. ValueError for a chip
+    that no compiler is known for, and where there is no slice, naming the nearest."""
+    if name not in TARGETS:
+        raise ValueError(f"chip {name!r} has no compiler here: one of " + ", ".join(TARGETS))
+    sizes = {chips_of(shape): shape for shape in TARGETS[name].slices.split()}
+    if chips in (1, *sizes):
+        return sizes[max(chips, min(sizes))]
+    near = ([n for n in sizes if n < chips] or [1])[-1:] + [n for n in sizes if n > chips][:1]
+    raise ValueError(f"{name} has no slice of {chips} chips: --chips "
+                     + " or ".join(f"{n} ({sizes[n]})" if n in sizes else f"{n}" for n in near))
+
+
+def check_compiler(name):
+    """str -> None: ValueError unless its compiler is here."""
+    slice_of(name, 1)  # of an unknown chip there is none
+    extra, here = TARGETS[name].extra, (sys.platform, platform.machine()) == ("linux", "x86_64")
+    if not here or importlib.util.find_spec(EXTRAS[extra]) is None:
+        raise ValueError(f'{name} needs its compiler, the extra {extra}: pip install ".[{extra}]"'
+                         + ", on Linux and x86-64" * (not here))
+
+
+def torus_axes(shape, tensor):
+    """str, int -> int or tuple: the axes of a slice that are left to data, where tensor takes the
+    last ones. ValueError where it cannot."""
+    left = []
+    for size in map(int, reversed(shape.split("x"))):
+        taken = math.gcd(size, tensor)
+        tensor, left = tensor // taken, [size // taken] * (size > taken) + left
+    if tensor > 1:
+        raise ValueError(f"a slice of {shape} has no part of {tensor} more devices for tensor")
+    return tuple(left) if len(left) > 1 else math.prod(left)
+
+
+def on_chips(job, name, chips, mesh=None, layout=None):
+    """Job, str, int, dict, str -> Job: as it is split over that slice. ValueError where it is not.
+    Left out, training is FSDP over all of it, and all else tensor parallel (`over_heads`), its
+    cache split over heads if they divide, else rows, else slots."""
+    shape, each, train = slice_of(name, chips), TARGETS[name].devices, job.phase == "train"
+    n, alone = chips * each, train and job.by == "compiler"
+    mesh = mesh or ({"data": n} if train else {"tensor": over_heads(job.cfg, n)})
+    known, ways = ["data", *["context"] * train, "tensor"], mesh.get("tensor", 1)
+    data, context, tensor = (math.prod(shard.as_axes(mesh.get(axis, 1)))
+                             for axis in ("data", "context", "tensor"))
+    others = context * tensor
+    if unknown := ", ".join(set(mesh) - {*known}):
+        raise ValueError(f"--mesh {unknown}: {job.phase} takes {' and '.join(known)}")
+    if data * others != n:
+        raise ValueError(f"a mesh of {mesh} on {chips} x {name}: {n} devices in all, not "
+                         f"{data * others}")
+    for wrong, why in (
+            (job.prompt % context, f"--prompt {job.prompt} tokens over {context} devices of "
+             f"context: --prompt {-(-job.prompt // context) * context}"),
+            (train and job.B % data, f"B={job.B} rows over {data} devices of data: --batch "
+             f"{-(-job.B // data) * data}"),
+            (alone and others > 1, f"B={job.B} rows over {data} devices of data and {others} "
+             "others: by the compiler training is split over data alone"),
+            (job.ring and tensor == 1, f"ring={job.ring} on a mesh of {mesh}: rings go around an "
+             "axis tensor of two or more")):
+        if wrong:
+            raise ValueError(why)
+    job = job._replace(chip=name, chips=chips)
+    if n == 1:
+        return job
+    axes = (("data", torus_axes(f"{shape}x{each}", others), train or data > 1),
+            ("context", context, context > 1), ("tensor", ways, not alone))
+    job = job._replace(mesh=tuple((axis, size) for axis, size, used in axes if used))
+    if train or job.phase in PRODUCTS:
+        return job
+    *first, last = shard.as_axes(ways)
+    heads, rows = job.cfg.K // math.prod(first), job.B // data  # to be split over the last axis
+    fit = ["heads"] * (heads % last == 0) + ["batch"] * (rows % last == 0) + ["sequence", "context"]
+    if layout not in (None, *fit):
+        raise ValueError(f"layout {layout!r} does not divide over {tensor} devices of tensor with "
+                         f"K={job.cfg.K} and B={rows} rows a copy: --layout " + " or ".join(fit))
+    return job._replace(layout=layout or fit[0])
+
+
+def compiled_with(lowered, flags):
+    """Lowered, dict -> Compiled or None, and for its row: the flags that this compiler took, or
+    what the program needs that does not fit."""
     try:
-        found = split_counts(job, ways)
-    except ValueError as error:
-        print(f"tensor parallel over {ways}: {error}")
-        return []
-    for f in found:
-        print(f"tensor parallel over {ways} devices, {f['form']} of B={f['B']} T={f['T']}: each "
-              f"sends {f['predicted_bytes']:,} bytes in {f['predicted_collectives']} collectives "
-              f"by formula, {f['counted_bytes']:,} in {f['counted_collectives']} in the program")
-    return found
+        return lowered.compile(compiler_options=flags or None), {"flags": list(flags)}
+    except Exception as error:
+        said, size = str(error), r"\((\d[\d.]*)([KMGT])\)"
+        # from 0.0.50 on libtpu fuses gathers with products on v5e alone, and names wrong results
+        kept = {name: on for name, on in flags.items() if "fuse_all_gather" not in name}
+        if kept != flags and "AllGather is enabled on platform" in said:
+            return compiled_with(lowered, kept)
+        if not (found := re.search(f"{size} exceeds available HBM {size}", said)):
+            raise
+        needed, granted = (int(float(found[i]) * 1024 ** "BKMGT".index(found[i + 1]))
+                           for i in (1, 3))
+        return None, {"message": said.splitlines()[0], "needed_bytes": needed,
+                      "memory_bytes": granted}
 
 
-# ------------------------------------------------------------------------------------ the picture
+@lru_cache
+def devices_of(name, chips):
+    """str, int -> devices, and for a row: their compiler, and what it grants a program, as it says
+    when it refuses one of 4 TiB. In the compilers' own process."""
+    from jax.experimental.topologies import get_topology_desc
+    target, shape = TARGETS[name], slice_of(name, chips)
+    package = EXTRAS[target.extra].replace("_", "-")
+    told = {"compiler": f"{package} {version(package)}", "jax": jax.__version__}
+    if target.extra == "gpu":
+        text = GPU.format(*GPUS[name], name)
+        devices = get_topology_desc(name, "cuda", topology=shape, target_config=text).devices
+        return devices, told | {"memory_bytes": GPUS[name][7]}
+    megacore = {"chip_config_name": "megacore"} if name in ("tpu-v4", "tpu-v5p") else {}
+    devices = get_topology_desc(f"{target.name}:{shape}", "tpu", **megacore).devices
+    where = jax.sharding.SingleDeviceSharding(devices[0])
+    large = jax.ShapeDtypeStruct((1 << 40,), jnp.float32, sharding=where)
+    _, refusal = compiled_with(jax.jit(lambda x: x + 1).lower(large), {})
+    return devices[:chips * target.devices], told | {"memory_bytes": refusal["memory_bytes"]}
+
+
+def held_by(args):
+    """arguments -> dict, list: bytes of each kind on a device; the largest arrays of all layers."""
+    held, sizes = {"weights": 0, "cache": 0, "optimizer": 0}, {}
+    for arg in args:
+        kind = dict(zip((Params, Cache, Adam), held)).get(type(arg), "inputs")
+        for path, a in jax.tree.leaves_with_path(arg):
+            name = kind + re.sub(r"\d", "", jax.tree_util.keystr(path))
+            size = math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+            sizes[name] = sizes.get(name, 0) + size
+            if kind in held and name not in ("cache.length", "optimizer.step"):
+                held[kind] += size
+    return held, listed(sizes, "B", most=3).split(", ")
+
+
+def compile_job(job):
+    """Job -> dict: the program half of its row, by the chip's compiler. In its own process."""
+    target, chip = TARGETS[job.chip], CHIPS[job.chip]
+    target = target._replace(read=chip.read / target.devices, link=chip.link / target.devices,
+                             torus=tuple(map(int, slice_of(job.chip, job.chips).split("x"))))
+    devices, told = devices_of(job.chip, job.chips)
+    mesh = mesh_of(job, devices)
+    step, make, donated, _ = PHASES[job.phase].build(job, mesh)
+    args = jax.eval_shape(make, abstract(job), jax.random.key(0))
+    shards = placed(job, mesh, args) if mesh else jax.sharding.SingleDeviceSharding(devices[0])
+    args = jax.tree.map(lambda where, part: jax.tree.map(  # one stands for all that is in its place
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), part), shards, args)
+    held, largest = held_by(args)
+    row = told | {"formula_bytes": sum(held.values()), "formula": held, "largest": largest,
+                  "fits": False, "message": None, "flags": [], "schedule": [], **dict.fromkeys((
+                      "argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "peak_bytes",
+                      "collectives", "compiler_seconds", "regions", "copies", "program_flops",
+                      "padding", "unestimated", "hbm_bytes", "beside"))}
+    start, lowered = time.perf_counter(), jax.jit(step, donate_argnums=donated).lower(*args)
+    compiled, told = compiled_with(lowered, FLAGS if job.flags else {})
+    row |= told
+    if compiled is None:
+        return row
+    text = compiled.as_text()
+    ops, (*_, entry) = operations(text, job, target if target.clock else None), parse_program(
+        text).values()
+    left = {(re.search(r'op_name="([^"]*)"', op.line) or ("", op.name))[1]: op.shape
+            for op in entry if op.opcode == "parameter"}  # of the arguments
+    row |= program(step, args, compiled) | {
+        "compile_seconds": time.perf_counter() - start,
+        "inputs": sum(a.bytes for name, shape in left.items() for a in arrays(shape)
+                      if not re.match(r"params\b|adam\.[mv]\b|cache\.[kv]\b", name)),
+        "padding": {name: more for name, shape in left.items()
+                    if (more := sum(a.padded - a.bytes for a in arrays(shape)))},
+        "collectives": collectives(ops), "copies": copied(ops, left), "schedule": ops,
+        "hbm_bytes": sum((op.read + op.written) * op.times for op in ops),
+        **(step_seconds(ops, target.read) | {"beside": beside(ops)} if target.clock else {})}
+    if row["program_flops"]:  # of a step; in a shard_map each device's part
+        row["program_flops"] *= mesh.size if mesh and job.by == "hand" else 1
+        row["program_flops"] //= job.new if job.phase == "generate" else 1
+    return row | {"fits": target.extra == "tpu" or row["peak_bytes"] <= row["memory_bytes"]}
+
+
+def compiler_process():
+    """Answers jobs, pickled one after another into stdin, into what was stdout."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # compilers print
+    while sys.stdin.buffer.peek(1):
+        try:
+            answer = compile_job(pickle.load(sys.stdin.buffer))
+        except Exception as error:  # whatever it is, it is the answer
+            answer = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+@contextlib.contextmanager
+def compilers():
+    """-> ask(job) -> the program half of its row: by a process that has what the chips' compilers
+    need in its environment. ValueError with the compiler's own message where it fails."""
+    env = {**os.environ, **COMPILERS, "PYTHONPATH": str(pathlib.Path(__file__).resolve().parent)}
+    code = "from bench import *; compiler_process()"  # a script's __main__.Job is known there too
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
+            [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=errors) as process:
+        def ask(job):
+            try:
+                os.write(process.stdin.fileno(), pickle.dumps(job))
+                answer = pickle.load(process.stdout)
+            except (BrokenPipeError, EOFError):
+                errors.seek(0)
+                said = re.search(r"^(?:F\d{4}|\w*Error).*", errors.read(), re.M) or ["no message"]
+                raise ValueError(f"{job.chip}: its compiler ended: {said[0].strip()}") from None
+            if isinstance(answer, str):
+                raise ValueError(f"{job.chip}: its compiler: {answer}")
+            return answer
+
+        try:
+            yield ask
+        finally:
+            process.kill()
+
+
+def chip_row(job, ask):
+    """Job, ask -> dict: predicted from the sheet, then compiled; nothing is measured. Its flops are
+    without what is computed again, and of a causal pass those of pairs at or below the diagonal."""
+    chip, cost, T = CHIPS[job.chip], PHASES[job.phase].cost(job), job.prompt
+    flops, where = dict(cost.flops), f"{TARGETS[job.chip].name} {slice_of(job.chip, job.chips)}"
+    if job.phase in ("train", "prefill"):
+        flops["scores"] = flops["values"] = flops["values"] * (T * (T + 1) // 2) // causal_pairs(T)
+    mesh = {axis: math.prod(shard.as_axes(n)) if axis == "data" else n for axis, n in job.mesh}
+    row = predicted_row(job, sheet(chip, job.chips)) | on_links(job, chip.link / 2) | {
+        "form": form_name(job), "flops": sum(flops.values()), "chip": job.chip, "chips": job.chips,
+        "mesh": mesh, "layout": job.layout, "ring": job.ring, "by": job.by,
+        "slice": "one of " * (job.chips == 1) + where,
+        **({"keep": job.keep} if job.phase == "train" and mesh and job.by == "hand" else {})}
+    say(f"{row['form']} {job.dtype} B={job.B} on {row['slice']}: predicted "
+        f"{si(row['predicted_seconds'], 's')}, compiling ...")
+    row |= ask(job)
+    if took := row["compiler_seconds"]:
+        moved, peak = row["weight_bytes"] + row["cache_bytes"], chip.flops[cost.parts[0].dtype]
+        row |= {"mfu": row["flops"] / took / (job.chips * peak),
+                "mbu": moved / took / (job.chips * chip.read)}
+    return row
+
+
+def form_name(job):
+    """Job -> str: of one way to run a phase."""
+    over = f" over {job.layout}" if job.mesh and job.phase not in ("train", *PRODUCTS) else ""
+    by = (", by hand" if job.by == "hand" else ", by the compiler") * (job.phase == "train")
+    ring = ("", " ring", " ring both ways")[job.ring]
+    return job.phase + by + over + ring + " with flags" * job.flags
+
+
+def listed(parts, unit, least=0.0, most=None):
+    """dict, str -> str: the largest first, without what is no more than that share of all."""
+    first, least = sorted(parts, key=parts.get, reverse=True)[:most], least * sum(parts.values())
+    return ", ".join(f"{name} {si(parts[name], unit)}" for name in first if parts[name] > least)
+
+
+def print_chip_row(row):
+    """A row's lines: what was predicted, and what the compiler made of it."""
+    units = {"bytes": "B", "inputs": "B", "copies": "B", "flops": "FLOP", "seconds": "s"}
+    said = SimpleNamespace(**row | {
+        name: si(n, units[kind]) for name, n in row.items()
+        if n is not None and (kind := name.split("_")[-1]) in units})
+    mesh = ", ".join(f"{axis} {n}" for axis, n in row["mesh"].items())
+    formula = ", ".join(f"{kind} {si(n, 'B')}" for kind, n in row["formula"].items() if n)
+    print(f"\n{said.form}: {said.model} in {said.dtype}"
+          + f", cache {said.cache_dtype}" * (said.phase != "train")
+          + f", B={said.B} T={said.T} S={said.S},\non {said.chips} x {said.chip} ({said.slice}"
+          + f"; mesh {mesh}" * bool(mesh)
+          + f"; keeps {', '.join(row.get('keep') or ['nothing'])}" * ("keep" in row) + ")")
+    read, links = row["parts"][0]["bytes"], said.link_seconds or "the compiler's choice"
+    often = f" (read {si(read, 'B')})" * (read > 1.01 * row["weight_bytes"])
+    flags = ("; flags: " + ", ".join(said.flags)) * bool(said.flags)
+    lines = {"predict": f"{said.flops}, weights {said.weight_bytes}{often}, cache "
+             f"{said.cache_bytes}: {said.predicted_seconds} bound by {said.bound}; links {links}",
+             "program": f"{said.compiler}, jax {said.jax}: not measured; bytes are of one device"
+             + flags}
+    if said.message:
+        over = si(row["needed_bytes"] - row["memory_bytes"], "B")
+        lines["REFUSED"] = f"{said.needed_bytes} needed, {said.memory_bytes} granted: {over} too " \
+            f"much; arguments by formula: {formula}; largest: {', '.join(said.largest)}"
+    else:
+        padding = sum(said.padding.values())
+        mbu = f", {said.mbu:.0%} MBU" * (said.phase not in ("train", "prefill")) \
+            if said.compiler_seconds else ""
+        lines |= {
+            "arguments": f"{said.argument_bytes}: {formula}, inputs {said.inputs}, padding "
+            + si(padding, "B") + f" ({listed(said.padding, 'B', most=2)})" * bool(padding),
+            "memory": f"outputs {said.output_bytes}, in place {said.alias_bytes}, temporaries "
+            f"{said.temp_bytes}, peak {said.peak_bytes} of {said.memory_bytes}: "
+            + ("fits" if said.fits else "DOES NOT FIT"),
+            "sends": ("; ".join(
+                f"{c['number']} {kind} {si(c['bytes'], 'B')} ({c['asynchronous']} asynchronous)"
+                for kind, c in said.collectives.items()) or "nothing") + ", a step",
+            "beside": said.beside and "what is asynchronous runs: " + listed(
+                said.beside, "s", 0.005),
+            "copies": f"{said.copies} of arrays of a weight's or a cache's size, a step",
+            "time": f"{said.compiler_seconds} by the compiler's cycles and bytes ("
+            f"{said.unestimated:.1%} without an estimate), {said.mfu:.0%} MFU{mbu}: "
+            + listed(said.regions, "s", 0.005) if said.compiler_seconds else
+            "unknown: a GPU's compiler chooses products by timing them"}
+    for label, text in lines.items():
+        if text:
+            print(textwrap.fill(f"  {label:9} {text}", 100, subsequent_indent=12 * " "))
+
+
+def run_chips(args, jobs):
+    """Prints each job's prediction and what the chip's compiler makes of it."""
+    rows, name = [], jobs[0].chip
+    check_compiler(name)
+    with compilers() as ask:
+        for job in jobs:
+            try:
+                rows.append(chip_row(job, ask))
+            except ValueError as error:
+                if args.phase != "shard":
+                    raise
+                say(f"{form_name(job)} cannot: {error}")
+    print(f"{name} ({CHIPS[name].source}): nothing is measured;\npredict: from the sheet and the "
+          "shapes; program: what the chip's own compiler made")
+    for row in rows:
+        print_chip_row(row)
+    if args.timeline:
+        draw_timeline(rows, args.timeline)
+    finish(args, machine={"jax": jax.__version__, "python": platform.python_version()},
+           ceilings=sheet(CHIPS[name], jobs[0].chips),
+           rows=[{key: row[key] for key in row if key != "schedule"} for row in rows])
+
+
+def one_layer(ops):
+    """list of Op -> list of (heading, list of Op): a trip of each loop over layers, as training's
+    forward and backward; or the middle layer, from its first product to the next's. What loops
+    within a layer is one bar, of its longest operation's region."""
+    loops = list(dict.fromkeys(op.loop for op in ops if op.times > 1 and op.region == "mlp"))
+    trips = [list(trip) for _, trip in itertools.groupby(
+        [op for op in ops if op.times], lambda op: op.loop)]
+    step, loop = [], ""
+    for trip, after in itertools.zip_longest(trips, trips[1:]):
+        if trip[0].times == 1 or trip[0].loop in loops:
+            step, loop = step + trip, trip[0].loop
+        elif after and (after[0].loop == loop or after[0].loop not in loops):
+            step.append(max(trip, key=lambda op: op.end - op.start)._replace(
+                start=trip[0].start, end=after[0].start, done=after[0].start, number=0, loop=loop))
+    if loops:
+        names = ("a layer forwards", "a layer backwards") if len(loops) == 2 else [
+            f"a trip of loop {i + 1}" for i in range(len(loops))]
+        return [(name, [op for op in step if op.loop == loop]) for name, loop in zip(names, loops)]
+    timed = [op for op in step if op.region in ("qkv", "mlp") and op.kind == "product"]
+    begins = [b.start for a, b in itertools.pairwise(timed)
+              if (a.region, b.region) == ("mlp", "qkv")]
+    if len(begins) < 2:
+        return [("a step", step)]
+    first, last = begins[len(begins) // 2 - 1:len(begins) // 2 + 1]
+    return [("a layer", [op for op in step if op.end > first and op.start < last])]
+
+
+# ------------------------------------------------------------------------------------ the pictures
 
 
 def points(rows):
@@ -1983,578 +2160,275 @@ def picture(rows, limits, width=72, height=18):
         if 0 <= line < height:
             grid[height - 1 - line][column] = mark
 
-    for mark, (dtype, peak) in zip("-=~", limits["flops_per_second"].items()):
+    limits_of = dict(zip(limits["flops_per_second"], "-=~"))
+    for dtype, peak in limits["flops_per_second"].items():
         for column in range(width):
             x = 10 ** (x0 + column / (width - 1) * (x1 - x0))
             slope = limits["read_bytes_per_second"] * x
-            put(x, min(peak, slope), "/" if slope < peak else mark)
+            put(x, min(peak, slope), "/" if slope < peak else limits_of[dtype])
     for mark, _, x, y in points(rows):
         put(x, y, mark)
     labels = {0: f"1e{y1}", height - 1: f"1e{y0}"}
-    lines = [f"{labels.get(i, ''):>5} |" + "".join(row).rstrip() for i, row in enumerate(grid)]
     marks = dict.fromkeys((PHASES[row["phase"]].mark, row["phase"]) for row in rows)
     return "\n".join([
-        "flops/s over flops/byte; " + ", ".join(f"{mark} {name}" for mark, name in marks)
-        + "; / memory, " + ", ".join(f"{mark} {dtype}" for mark, dtype in
-                                     zip("-=~", limits["flops_per_second"])),
-        *lines, "      +" + "-" * width,
-        f"       1e{x0}" + f"1e{x1}".rjust(width - len(f"1e{x0}"))])
-
-
-def plot(rows, limits, path):
-    """list of rows, dict, path -> None: the roofline as a PNG or SVG. Needs the extra `plot`."""
-    figure, axes = pyplot().subplots(figsize=(9, 5.5), layout="constrained")
-    read, (xs, _) = limits["read_bytes_per_second"], frame(rows, limits)
-    for color, (dtype, peak) in zip(("C0", "C1", "C2"), limits["flops_per_second"].items()):
-        x = np.logspace(*xs, 200)
-        axes.loglog(x, np.minimum(peak, read * x), color=color, label=f"{dtype} limit")
-        for name, phase in PHASES.items():
-            own = [row for row in rows if (row["phase"], row["dtype"]) == (name, dtype)]
-            if own:
-                _, _, x, y = zip(*points(own))
-                axes.scatter(x, y, marker=f"${phase.mark}$", s=70, color=color)
-                axes.scatter([], [], marker=f"${phase.mark}$", color="black",
-                             label=name if dtype == rows[0]["dtype"] else None)
-    axes.set(xlabel="flops per byte of weights and cache", ylabel="flops per second",
-             title=f"{rows[0]['model']} on {machine()['device']}, {os.cpu_count()} cores, "
-             f"jax {jax.__version__}")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
-    figure.savefig(path)
+        "flops/s over flops/byte; " + ", ".join(f"{mark} {name}" for mark, name in marks),
+        "limits: / memory, " + ", ".join(f"{mark} {dtype}" for dtype, mark in limits_of.items()),
+        *(f"{labels.get(i, ''):>5} |" + "".join(row).rstrip() for i, row in enumerate(grid)),
+        "      +" + "-" * width, f"       1e{x0}" + f"1e{x1}".rjust(width - len(f"1e{x0}"))])
 
 
 def pyplot():
-    """-> matplotlib.pyplot, drawing into files."""
+    """-> matplotlib.pyplot, drawing into files: the same ones each time, their text as text."""
     try:
         import matplotlib
     except ImportError:
         raise ValueError('a picture needs the extra plot: pip install ".[plot]"') from None
     matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.hashsalt": "minillm", "svg.fonttype": "none"})
     from matplotlib import pyplot
     return pyplot
 
 
-# --------------------------------------------------------------------- compiled for chips not here
-
-
-class Target(NamedTuple):
-    """What a chip's compiler is asked for, and how its cycles become seconds."""
-    extra: str     # that installs the compiler
-    name: str      # of the chip, to its compiler
-    slices: str    # shapes that exist
-    clock: float   # cycles/s; 0 where its estimates are worth nothing
-    flops: float   # flops/s of a large bf16 product, by its cycles
-    read: float = 0.0  # bytes/s, from the sheet
-    link: float = 0.0
-    devices: int = 1  # that JAX sees, a chip
-    wraps: int = 4    # the size from which an axis of a slice is a ring
-    torus: tuple = ()  # the slice's own
-
-
-TORUS, PLANE = "2x2x1 2x2x2 2x2x4 4x4x4 4x4x8", "2x2 2x4 4x4 4x8 8x8"
-HOSTS = "1x1x1 1x1x2 1x1x4 1x1x8 1x2x8 1x4x8 1x8x8"  # partitions, hosts, GPUs a host
-TARGETS = {  # clocks: the sheet's peak over what the matrix units multiply a cycle; flops: 8192^3
-    # in bf16 over the cycles that the compiler gives it
-    "tpu-v4": Target("tpu", "v4", TORUS, 1.05e9, 1.05e9 * 239e3),
-    "tpu-v5e": Target("tpu", "v5e", PLANE + " 16x16", 1.5e9, 1.5e9 * 115e3, wraps=16),
-    "tpu-v5p": Target("tpu", "v5p", TORUS, 1.75e9, 1.75e9 * 236e3),
-    "tpu-v6e": Target("tpu", "v6e", PLANE, 1.75e9, 1.75e9 * 352e3, wraps=16),
-    "tpu-v7x": Target("tpu", "tpu7x", TORUS, 2.2e9, 2.2e9 * 403e3, devices=2),
-    **{name: Target("gpu", name, HOSTS, 0.0, 0.0) for name in ("a100", "h100", "h200", "b200")}}
-GPUS = {  # core_count, fpus_per_core, shared_memory_per_core, .._optin, memory_bandwidth,
-    # l2_cache_size, clock_rate_ghz, device_memory_size, compute capability: openxla/xla,
-    # xla/backends/gpu/target_config/specs
-    "a100": (108, 64, 167936, 166912, 2039040000000, 41943040, 1.41, 85100068864, 8),
-    "h100": (132, 128, 233472, 232448, 3352320000000, 52428800, 1.98, 84942979072, 9),
-    "h200": (132, 128, 233472, 232448, 4800000000000, 52428800, 1.98, 151397597184, 9),
-    "b200": (148, 128, 233472, 232448, 7672320000000, 132644864, 1.965, 191514411008, 10)}
-EXTRAS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}  # and the module that each brings
-FLAGS = {name: "true" for name in (  # the lecture's, for collectives beside products on a TPU
-    "xla_enable_async_all_gather", "xla_enable_async_collective_permute",
-    "xla_tpu_enable_async_collective_fusion",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-    "xla_tpu_overlap_compute_collective_tc")}
-COMPILERS = {  # what their process needs to know of the machine that is not here
-    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v4-8",
-    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_MIN_LOG_LEVEL": "3",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-
-
-def target_of(name, chips):
-    """str, int -> Target, with the sheet's bandwidths for one of its devices."""
-    target, chip = TARGETS[name], CHIPS[name]
-    return target._replace(read=chip.read / target.devices, link=chip.link / target.devices,
-                           torus=tuple(map(int, slice_of(name, chips).split("x"))))
-
-
-def known_target(name):
-    """str -> Target: ValueError for a chip that no compiler is known for."""
-    if name not in TARGETS:
-        raise ValueError(f"chip {name!r} has no compiler here: one of " + ", ".join(TARGETS))
-    return TARGETS[name]
-
-
-def slice_of(name, chips):
-    """str, int -> str: the slice of so many chips; 1 is the first of the smallest. ValueError where
-    there is none, naming the nearest."""
-    sizes = {chips_of(shape): shape for shape in known_target(name).slices.split()}
-    if chips in sizes:
-        return sizes[chips]
-    if chips == 1:
-        return sizes[min(sizes)]
-    near = [n for n in (max((n for n in sizes if n < chips), default=1),
-                        min((n for n in sizes if n > chips), default=None)) if n]
-    raise ValueError(f"{name} has no slice of {chips} chips: --chips "
-                     + " or ".join(f"{n} ({sizes[n]})" if n in sizes else f"{n}" for n in near))
-
-
-def check_compiler(name):
-    """str -> None: ValueError unless its compiler is here."""
-    extra = known_target(name).extra
-    there = (sys.platform, platform.machine()) == ("linux", "x86_64")
-    if not there or importlib.util.find_spec(EXTRAS[extra]) is None:
-        raise ValueError(f'{name} needs its compiler, the extra {extra}: pip install ".[{extra}]"'
-                         + ("" if there else ", on Linux and x86-64"))
-
-
-def torus_axes(shape, tensor):
-    """str, int -> int or tuple: the axes of a slice that are left to data, where tensor takes the
-    last ones. ValueError where it cannot."""
-    left = []
-    for size in reversed(list(map(int, shape.split("x")))):
-        taken = math.gcd(size, tensor)
-        tensor, left = tensor // taken, [size // taken, *left]
-    if tensor > 1:
-        raise ValueError(f"a slice of {shape} has no part of {tensor} more devices for tensor")
-    axes = tuple(n for n in left if n > 1)
-    return axes if len(axes) > 1 else math.prod(axes)
-
-
-def on_chips(job, name, chips, mesh=None, layout=None):
-    """Job, str, int, dict, str -> Job: as it is split over that slice. ValueError where it is not.
-
-    Left out, training is FSDP over all of it, and all else tensor parallel (`over_heads`), its
-    cache split over heads if they divide, else rows, else slots.
-    """
-    shape, target = slice_of(name, chips), TARGETS[name]
-    n = chips * target.devices
-    shape += "x2" * (target.devices == 2)
-    mesh = mesh or ({"data": n} if job.phase == "train" else {"tensor": over_heads(job.cfg, n)})
-    data, context, tensor = (math.prod(shard.as_axes(mesh.get(axis, 1)))
-                             for axis in ("data", "context", "tensor"))
-    known = ("data", "context", "tensor") if job.phase == "train" else ("data", "tensor")
-    if other := ", ".join(set(mesh) - {*known}):
-        raise ValueError(f"--mesh {other}: {job.phase} takes {' and '.join(known)}")
-    if data * context * tensor != n:
-        raise ValueError(f"a mesh of {mesh} on {chips} x {name}: {n} devices in all, not "
-                         f"{data * context * tensor}")
-    if job.prompt % context:
-        raise ValueError(f"--prompt {job.prompt} tokens over {context} devices of context: "
-                         f"--prompt {-(-job.prompt // context) * context}")
-    if job.phase == "train" and (job.B % data or job.by == "compiler" and context * tensor > 1):
-        raise ValueError(f"B={job.B} rows over {data} devices of data" + (
-            f": --batch {-(-job.B // data) * data}" if job.B % data else f" and {context * tensor} "
-            "others: by the compiler training is split over data alone"))
-    job = job._replace(chip=name, chips=chips)
-    if job.ring and tensor == 1:
-        raise ValueError(f"ring={job.ring} on a mesh of {mesh}: rings go around an axis tensor of "
-                         "two or more")
-    if n == 1:
-        return job
-    axes = {"tensor": mesh.get("tensor", 1)}
-    if data > 1 or job.phase == "train":
-        axes = {"data": torus_axes(shape, context * tensor), **axes}
-    if context > 1:
-        axes = {"data": axes["data"], "context": context, "tensor": axes["tensor"]}
-    if job.phase == "train" and job.by == "compiler":
-        axes = {"data": axes["data"]}
-    job = job._replace(mesh=tuple(axes.items()))
-    if job.phase == "train" or job.phase in PRODUCTS:
-        return job
-    *first, last = shard.as_axes(axes["tensor"])
-    fit = [name for name, size in (("heads", job.cfg.K // math.prod(first)),
-                                   ("batch", job.B // (n // tensor))) if size % last == 0]
-    fit += ["sequence", "context"]
-    if layout not in (None, *fit):
-        raise ValueError(f"layout {layout!r} does not divide over {tensor} devices of tensor with "
-                         f"K={job.cfg.K} and B={job.B // (n // tensor)} rows a copy: --layout "
-                         + " or ".join(fit))
-    return job._replace(layout=layout or fit[0])
-
-
-def gpu_text(name):
-    """str -> str: a GPU's description, as XLA's compiler reads it."""
-    (cores, fpus, shared, optin, bandwidth, l2, clock, memory, major) = GPUS[name]
-    feature = "" if major < 9 else "feature_extension: ACCELERATED_FEATURES"
-    return f"""gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32
-      shared_memory_per_block: 49152 shared_memory_per_core: {shared} core_count: {cores}
-      threads_per_core_limit: 2048 fpus_per_core: {fpus} block_dim_limit_x: 2147483647
-      block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth}
-      l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {memory}
-      shared_memory_per_block_optin: {optin} registers_per_core_limit: 65536
-      registers_per_block_limit: 65536 cuda_compute_capability {{ major: {major} {feature} }} }}
-      platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
-      runtime_version {{ major: 12 minor: 9 }} device_description_str: "{name}" """
-
-
-@lru_cache
-def devices_of(name, chips):
-    """str, int -> devices, and the compiler's version. In the compilers' own process."""
-    from jax.experimental import topologies
-    target, shape = TARGETS[name], slice_of(name, chips)
-    if target.extra == "gpu":
-        found = topologies.get_topology_desc(platform="cuda", topology_name=name, topology=shape,
-                                             target_config=gpu_text(name))
-        return found.devices, "jax-cuda12-plugin " + version("jax-cuda12-plugin")
-    megacore = {"chip_config_name": "megacore"} if name in ("tpu-v4", "tpu-v5p") else {}
-    found = topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{target.name}:{shape}", **megacore)
-    return found.devices[:chips * target.devices], "libtpu " + version("libtpu")
-
-
-def refused(error):
-    """Exception -> str, bytes, bytes or None: a compiler's message where a program does not fit,
-    what it needs, and what is granted."""
-    text = str(error)
-    sizes = re.search(r"\((\d[\d.]*)([KMGT])\) exceeds available HBM \((\d[\d.]*)([KMGT])\)", text)
-    if not sizes:
-        return None
-    unit = {letter: 1024 ** i for i, letter in enumerate("KMGT", 1)}
-    return (text.splitlines()[0], *(int(float(sizes[i]) * unit[sizes[i + 1]]) for i in (1, 3)))
-
-
-@lru_cache
-def granted(name):
-    """str -> bytes that the compiler grants a program on one device: what it says when it refuses
-    one of 4 TiB."""
-    if TARGETS[name].extra == "gpu":
-        return GPUS[name][7]
-    one = jax.sharding.SingleDeviceSharding(devices_of(name, 1)[0][0])
-    try:
-        jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct(
-            (1 << 40,), jnp.float32, sharding=one)).compile()
-    except Exception as error:
-        return refused(error)[2]
-
-
-def held_by(args, shards):
-    """arguments, shardings -> dict, list: bytes of each kind on a device; the largest arrays."""
-    found, largest = {"weights": 0, "cache": 0, "optimizer": 0}, {}
-    kinds = {Params: "weights", Cache: "cache", Adam: "optimizer"}
-    for arg, shard_ in zip(args, shards):
-        for (path, a), where in zip(jax.tree.leaves_with_path(arg), jax.tree.leaves(shard_),
-                                    strict=True):
-            size = math.prod(where.shard_shape(a.shape)) * a.dtype.itemsize
-            kind = kinds.get(type(arg), "inputs")
-            name = f"{kind}{re.sub('[0-9]+', '', jax.tree_util.keystr(path))}"  # of all layers
-            largest[name] = largest.get(name, 0) + size
-            if kind != "inputs" and name not in ("cache.length", "optimizer.step"):
-                found[kind] += size
-    first = sorted(largest, key=largest.get, reverse=True)[:3]
-    return found, [f"{name} {si(largest[name], 'B')}" for name in first]
-
-
-def broadcast(shards, args):
-    """shardings, arguments -> of each array, its sharding."""
-    return jax.tree.map(lambda where, part: jax.tree.map(lambda _: where, part), shards, args)
-
-
-def compiled_with(lowered, flags):
-    """Lowered, dict -> Compiled, list: with those flags, or those that this compiler takes: from
-    libtpu 0.0.50 on it refuses to fuse gathers with products but on v5e, naming wrong results."""
-    try:
-        return lowered.compile(compiler_options=flags or None), list(flags)
-    except Exception as error:
-        kept = {name: on for name, on in flags.items() if "fuse_all_gather" not in name}
-        if "AllGather is enabled on platform" not in str(error) or kept == flags:
-            raise
-        return lowered.compile(compiler_options=kept), list(kept)
-
-
-HELD = r"params\b|adam\.[mv]\b|cache\.[kv]\b"  # names of arguments that formulas count
-
-
-def entry_arguments(text):
-    """str -> dict: the arguments that a compiled program has left, by name: their shape."""
-    entry = text[text.index("\nENTRY"):]
-    found = {}
-    for line in entry[:entry.index("\n}")].splitlines():
-        match = re.match(r"\s+%?([\w.\-]+) = (\S+) parameter\(", line)
-        if match:
-            name = re.search(r'op_name="([^"]*)"', line)
-            found[name[1] if name else match[1]] = match[2]
-    return found
-
-
-def compile_job(job):
-    """Job -> dict: the program half of its row, by the chip's compiler. In its own process."""
-    devices, told = devices_of(job.chip, job.chips)
-    mesh = mesh_of(job, devices)
-    step, make, donated, _ = PHASES[job.phase].build(job, mesh)
-    args = jax.eval_shape(make, abstract(job), jax.random.key(0))
-    one = jax.sharding.SingleDeviceSharding(devices[0])
-    shards = broadcast(placed(job, mesh, args) if mesh else (one,) * len(args), args)
-    args = jax.tree.map(lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
-                        args, shards)
-    formula, largest = held_by(args, shards)
-    row = {"compiler": told, "jax": jax.__version__, "memory_bytes": granted(job.chip),
-           "formula_bytes": sum(formula.values()), "formula": formula,
-           "largest": largest, "fits": False, "message": None, "flags": [], **dict.fromkeys((
-               "argument_bytes", "output_bytes", "alias_bytes", "temp_bytes", "peak_bytes",
-               "collectives", "compiler_seconds", "regions", "copies", "program_flops", "padding",
-               "unestimated", "hbm_bytes", "beside"))}
-    start, lowered = time.perf_counter(), jax.jit(step, donate_argnums=donated).lower(*args)
-    try:
-        compiled, row["flags"] = compiled_with(lowered, FLAGS if job.flags else {})
-    except Exception as error:
-        if not refused(error):
-            raise
-        message, needed, _ = refused(error)
-        return row | {"message": message, "needed_bytes": needed}
-    text, target = compiled.as_text(), target_of(job.chip, job.chips)
-    ops, given = operations(text, job, target if target.clock else None), entry_arguments(text)
-    row |= program(step, args, compiled) | {
-        "compile_seconds": time.perf_counter() - start,
-        "inputs": sum(a.bytes for name, shape in given.items()
-                      for a in arrays(shape) if not re.match(HELD, name)),
-        "padding": {name: more for name, shape in given.items()
-                    if (more := sum(a.padded - a.bytes for a in arrays(shape)))},
-        "collectives": collectives(ops), "copies": copied(ops, given),
-        "hbm_bytes": sum((op.read + op.written) * op.times for op in ops), "schedule": ops,
-        **(step_seconds(ops, target.read) | {"beside": beside(ops)} if target.clock else {})}
-    if row["program_flops"]:  # of a step; in a shard_map each device's part
-        row["program_flops"] = row["program_flops"] * (
-            mesh.size if mesh and job.by == "hand" else 1) // (
-            job.new if job.phase == "generate" else 1)
-    return row | {"fits": target.extra == "tpu" or row["peak_bytes"] <= row["memory_bytes"]}
-
-
-def compiler_process():
-    """Answers jobs, a JSON object a line of stdin and of what was stdout."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # compilers print
-    for asked in sys.stdin:
-        told = json.loads(asked)
-        cfg = Config(**told["cfg"] | {"rope_scaling": told["cfg"]["rope_scaling"] and tuple(
-            told["cfg"]["rope_scaling"])})
-        mesh = tuple((axis, tuple(n) if isinstance(n, list) else n) for axis, n in told["mesh"])
-        try:
-            answer = compile_job(Job(**told | {"cfg": cfg, "mesh": mesh}))
-        except Exception as error:  # whatever it is, it is the answer
-            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 @contextlib.contextmanager
-def compilers():
-    """-> ask(job) -> the program half of its row: by a process that has what the chips' compilers
-    need in its environment. ValueError with the compiler's own message where it fails."""
-    folder = str(pathlib.Path(__file__).resolve().parent)
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-c", "import bench; bench.compiler_process()"], text=True,
-            env={**os.environ, **COMPILERS, "PYTHONPATH": folder}, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=errors)
-
-        def ask(job):
-            try:
-                print(json.dumps(job._replace(cfg=job.cfg.__dict__)._asdict()), file=process.stdin,
-                      flush=True)
-            except BrokenPipeError:
-                pass
-            answer = process.stdout.readline()
-            if answer:
-                told = json.loads(answer)
-                if "error" in told:
-                    raise ValueError(f"{job.chip}: its compiler: {told['error']}")
-                return told | {"schedule": [Op(*op) for op in told.get("schedule", ())]}
-            errors.seek(0)
-            said = [line for line in errors if re.match(r"F\d{4}|\w*Error", line)] or ["no message"]
-            raise ValueError(f"{job.chip}: its compiler ended: {said[0].strip()}")
-
-        try:
-            yield ask
-        finally:
-            process.kill()
-            process.wait()
+def figure(path, width=9.0, height=3.0, columns=1, lines=1, bare=False):
+    """path, inches -> an array of axes; what is drawn on them is written at the end."""
+    plt = pyplot()
+    drawn, axes = plt.subplots(lines, columns, figsize=(width, height), layout="constrained",
+                               squeeze=False)
+    for axis in axes.flat if bare else ():
+        axis.set_axis_off()
+    yield axes
+    drawn.savefig(path, metadata={"Date": None} if str(path).endswith("svg") else None)
+    plt.close(drawn)
 
 
-def useful_flops(job, cost):
-    """Job, Cost -> int: without what is computed again, and of a causal pass only the pairs at and
-    below the diagonal."""
-    flops, T = dict(cost.flops), job.prompt
-    if job.phase in ("train", "prefill"):
-        flops["scores"] = flops["values"] = flops["values"] * (T * (T + 1) // 2) // causal_pairs(T)
-    return sum(flops.values())
-
-
-def chip_row(job, ask):
-    """Job, ask -> dict: predicted from the sheet, then compiled; nothing is measured."""
-    chip, mesh = CHIPS[job.chip], {axis: math.prod(n) if axis == "data" and isinstance(n, tuple)
-                                   else n for axis, n in job.mesh}
-    row, cost = predicted_row(job, sheet(chip, job.chips)), PHASES[job.phase].cost(job)
-    row |= {"flops": useful_flops(job, cost), "chip": job.chip,
-            "chips": job.chips, "mesh": mesh, "layout": job.layout, "ring": job.ring, "by": job.by,
-            **({"keep": job.keep} if job.phase == "train" and mesh and job.by == "hand" else {}),
-            "slice": "one of " * (job.chips == 1) + f"{TARGETS[job.chip].name} "
-            + slice_of(job.chip, job.chips), **on_links(job, chip.link / 2)}
-    say(f"{form_name(job)} {job.dtype} B={job.B} on {row['slice']}: predicted "
-        f"{si(row['predicted_seconds'], 's')}, compiling ...")
-    row |= ask(job)
-    if row["compiler_seconds"]:
-        row["mfu"] = row["flops"] / row["compiler_seconds"] / (
-            job.chips * chip.flops[cost.parts[0].dtype])
-        row["mbu"] = (row["weight_bytes"] + row["cache_bytes"]) / row["compiler_seconds"] / (
-            job.chips * chip.read)
-    return row
-
-
-def form_name(job):
-    """Job -> str: of one way to run a phase."""
-    over = f" over {job.layout}" if job.mesh and job.phase not in ("train", *PRODUCTS) else ""
-    by = (", by hand" if job.by == "hand" else ", by the compiler") * (job.phase == "train")
-    return job.phase + by + over + ("", " ring", " ring both ways")[job.ring] \
-        + " with flags" * job.flags
-
-
-def listed(regions):
-    """dict -> str: its seconds, the longest first, without what is below 0.5% of all."""
-    least = 0.005 * sum(regions.values())
-    return ", ".join(f"{region} {si(took, 's')}" for region, took in sorted(
-        regions.items(), key=lambda item: -item[1]) if took > least)
-
-
-def print_chip_row(row):
-    """A row's lines: predict and program, for one chip."""
-    def gb(name):
-        return "unknown" if row[name] is None else si(row[name], "B")
-
-    mesh = ", ".join(f"{axis} {n}" for axis, n in row["mesh"].items())
-    print(f"\n{row['form']}: {row['model']} in {row['dtype']}"
-          + (f", cache {row['cache_dtype']}" if row["phase"] != "train" else "")
-          + f", B={row['B']} T={row['T']} S={row['S']}, on {row['chips']} x {row['chip']} "
-          f"({row['slice']}" + f"; mesh {mesh}" * bool(mesh)
-          + f"; keeps {', '.join(row.get('keep') or ['nothing'])}" * ("keep" in row)
-          + ")")
-    links = "the compiler's choice" if row["link_seconds"] is None else si(row["link_seconds"], "s")
-    read = row["parts"][0]["bytes"]
-    often = f" (read {si(read, 'B')})" * (read > 1.01 * row["weight_bytes"])
-    print(f"  predict   {si(row['flops'], 'FLOP')}, weights {gb('weight_bytes')}{often}, cache "
-          f"{gb('cache_bytes')}: {si(row['predicted_seconds'], 's')} bound by {row['bound']}; "
-          f"links {links}")
-    print(f"  program   {row['compiler']}, jax {row['jax']}: not measured; bytes are of one "
-          "device" + ("; flags: " + ", ".join(row["flags"]) if row["flags"] else ""))
-    formula = ", ".join(f"{name} {si(size, 'B')}" for name, size in row["formula"].items() if size)
-    if row["message"]:
-        over = row["needed_bytes"] - row["memory_bytes"]
-        print(f"  REFUSED   {si(row['needed_bytes'], 'B')} needed, {gb('memory_bytes')} granted: "
-              f"{si(over, 'B')} too much; arguments by formula: {formula}; largest: "
-              + ", ".join(row["largest"]))
-        return
-    padded = sorted(row["padding"].items(), key=lambda item: -item[1])
-    print(f"  arguments {gb('argument_bytes')}: {formula}, inputs {gb('inputs')}, padding "
-          f"{si(sum(row['padding'].values()), 'B')}"
-          + (" (" + ", ".join(f"{name} {si(size, 'B')}" for name, size in padded[:2]) + ")"
-             if padded else ""))
-    print(f"  memory    outputs {gb('output_bytes')}, in place {gb('alias_bytes')}, temporaries "
-          f"{gb('temp_bytes')}, peak {gb('peak_bytes')} of {gb('memory_bytes')}: "
-          + ("fits" if row["fits"] else "DOES NOT FIT"))
-    print("  sends     " + ("; ".join(
-        f"{c['number']} {kind} {si(c['bytes'], 'B')} ({c['asynchronous']} asynchronous)"
-        for kind, c in row["collectives"].items()) or "nothing") + ", a step")
-    if row["beside"]:
-        print("  beside    what is asynchronous runs: " + listed(row["beside"]))
-    print(f"  copies    {gb('copies')} of arrays of a weight's or a cache's size, a step")
-    if row["compiler_seconds"] is None:
-        print("  time      unknown: a GPU's compiler chooses products by timing them")
-        return
-    print(f"  time      {si(row['compiler_seconds'], 's')} by the compiler's cycles and bytes ("
-          f"{row['unestimated']:.1%} without an estimate), {row['mfu']:.0%} MFU"
-          + (f", {row['mbu']:.0%} MBU" if row["phase"] not in ("train", "prefill") else "") + ": "
-          + listed(row["regions"]))
-
-
-def run_chips(args, jobs):
-    """Prints each job's prediction and what the chip's compiler makes of it."""
-    rows, name = [], jobs[0].chip
-    check_compiler(name)
-    with compilers() as ask:
-        for job in jobs:
-            try:
-                rows.append(chip_row(job, ask) | {"form": form_name(job)})
-            except ValueError as error:
-                if args.phase != "shard":
-                    raise
-                say(f"{form_name(job)} cannot: {error}")
-    print(f"{name} ({CHIPS[name].source}): nothing is measured; predict: from the sheet and the "
-          "shapes; program: what the chip's own compiler made")
-    for row in rows:
-        print_chip_row(row)
-    if args.timeline:
-        draw_timeline(rows, args.timeline)
-    for row in rows:
-        row.pop("schedule", None)
-    finish(args, machine={"jax": jax.__version__, "python": platform.python_version()},
-           ceilings=sheet(CHIPS[name], jobs[0].chips), rows=rows)
-
-
-def one_layer(ops):
-    """list of Op -> list of (heading, list of Op): a trip of each loop over layers, as training's
-    forward and backward; or the middle layer, from its first product to the next's. What loops
-    within a layer is one bar, of its longest operation's region."""
-    loops, step = dict.fromkeys(op.loop for op in ops if op.times > 1 and op.region == "mlp"), []
-    for loop, trip in itertools.groupby((op for op in ops if op.times), lambda op: op.loop):
-        trip = list(trip)
-        if step and step[-1].end is None and (loop == step[-1].loop or loop not in loops):
-            step[-1] = step[-1]._replace(end=trip[0].start, done=trip[0].start)
-        if trip[0].times == 1 or loop in loops:
-            step += trip
-        else:
-            longest = max(trip, key=lambda op: op.end - op.start)
-            step.append(longest._replace(start=trip[0].start, end=None, number=0,
-                                         loop=step[-1].loop if step else ""))
-    step = [op for op in step if op.end is not None]
-    if loops:
-        names = ("a layer forwards", "a layer backwards") if len(loops) == 2 else [
-            f"a trip of loop {i + 1}" for i in range(len(loops))]
-        return [(name, [op for op in step if op.loop == loop])
-                for name, loop in zip(names, loops)]
-    timed = [op for op in step if op.region in ("qkv", "mlp") and op.kind == "product"]
-    begins = [b.start for a, b in zip(timed, timed[1:]) if (a.region, b.region) == ("mlp", "qkv")]
-    if len(begins) < 2:
-        return [("a step", step)]
-    first, last = begins[len(begins) // 2 - 1:len(begins) // 2 + 1]
-    return [("a layer", [op for op in step if op.end > first and op.start < last])]
+def plot(rows, limits, path):
+    """list of rows, dict, path -> None: the roofline as a PNG or SVG. Needs the extra `plot`."""
+    read, (xs, _) = limits["read_bytes_per_second"], frame(rows, limits)
+    with figure(path, height=5.5) as ((axes,),):
+        for color, (dtype, peak) in zip(("C0", "C1", "C2"), limits["flops_per_second"].items()):
+            x = np.logspace(*xs, 200)
+            axes.loglog(x, np.minimum(peak, read * x), color=color, label=f"{dtype} limit")
+            for name, phase in PHASES.items():
+                own = [row for row in rows if (row["phase"], row["dtype"]) == (name, dtype)]
+                if own:
+                    _, _, x, y = zip(*points(own))
+                    axes.scatter(x, y, marker=f"${phase.mark}$", s=70, color=color)
+                    axes.scatter([], [], marker=f"${phase.mark}$", color="black",
+                                 label=name if dtype == rows[0]["dtype"] else None)
+        axes.set(xlabel="flops per byte of weights and cache", ylabel="flops per second",
+                 title=f"{rows[0]['model']} on {machine()['device']}, {os.cpu_count()} cores, "
+                 f"jax {jax.__version__}")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize="small")
 
 
 def draw_timeline(rows, path):
     """list of rows, path -> None: one layer of each as scheduled: what computes on one track,
-    transfers on another, from start to done. Needs the extra `plot`."""
-    plt = pyplot()
-    bands = [(row, heading, ops) for row in rows if row["compiler_seconds"]
-             for heading, ops in one_layer(row["schedule"])]
+    transfers on another, from start to done."""
+    colors, bands = {}, [(row, *layer) for row in rows if row["compiler_seconds"]
+                         for layer in one_layer(row["schedule"])]
     if not bands:
         return say("--timeline has nothing to draw: no program fits")
-    figure, axes = plt.subplots(len(bands), figsize=(11, 0.6 + 1.5 * len(bands)),
-                                layout="constrained", squeeze=False)
-    names = dict.fromkeys(op.kind if op.number else op.region or "other"
-                          for _, _, ops in bands for op in ops)
-    colors = {name: f"C{i % 10}" for i, name in enumerate(names)}
-    for (row, heading, ops), axis in zip(bands, axes[:, 0]):
-        zero, spans = min(op.start for op in ops), {}
-        for op in ops:
-            name, track = (op.kind, 0) if op.number else (op.region or "other", 1)
-            spans.setdefault((name, track, 1.0), []).append((op.start, op.end))
-            spans.setdefault((name, track, 0.3), []).append((op.start, op.done))  # till it is done
-        for (name, track, alpha), times in spans.items():
-            axis.broken_barh([((start - zero) * 1e6, (end - start) * 1e6) for start, end in times
-                              if end > start], (track, 0.8), color=colors[name], alpha=alpha)
-        axis.set(yticks=(0.4, 1.4), yticklabels=("transfers", "compute"), xlabel="microseconds",
-                 title=f"{row['form']}, {row['model']} B={row['B']} on {row['slice']}: {heading}")
-    figure.legend([plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()],
-                  list(colors), loc="outside lower center", ncols=8, fontsize="small")
-    figure.savefig(path)
+    with figure(path, height=0.6 + 1.3 * len(bands), lines=len(bands)) as axes:
+        for (row, heading, ops), axis in zip(bands, axes[:, 0]):
+            zero, spans = min(op.start for op in ops), {}
+            for op in ops:
+                name, track = (op.kind, 0) if op.number else (op.region or "other", 1)
+                color = colors.setdefault(name, f"C{len(colors) % 10}")
+                for end, strength in ((op.end, 1.0), (op.done, 0.3)):  # till it is done
+                    spans.setdefault((track, color, strength), []).append((op.start, end))
+            for (track, color, strength), times in spans.items():
+                axis.broken_barh([((start - zero) * 1e3, (end - start) * 1e3)
+                                  for start, end in times if end > start], (track, 0.8),
+                                 color=color, alpha=strength)
+            axis.set(yticks=(0.4, 1.4), yticklabels=("transfers", "compute"))
+            axis.set_title(f"{row['form']}, {heading}, in milliseconds (a step takes "
+                           f"{si(row['compiler_seconds'], 's')}, of it "
+                           f"{si(row['regions'].get('transfers', 0), 's')} waits for transfers)",
+                           fontsize=9, loc="left")
+        axis.figure.legend([pyplot().Rectangle((0, 0), 1, 1, color=color)
+                            for color in colors.values()], list(colors),
+                           loc="outside lower center", ncols=6, fontsize="small")
     print(f"timeline: {path}")
+
+
+class Sketch(NamedTuple):
+    """A picture of boxes, lines and words, of which the figures are the library's."""
+    height: float      # inches; the width is a page's
+    x: tuple           # from and to
+    y: tuple
+    boxes: list = []   # of (x, y, width, height, text, color, strength)
+    notes: list = []   # of (x, y, text), from the left
+    lines: list = []   # of (xs, ys, style)
+    axes: dict = {}    # of a diagram: labels and scales
+
+
+def render(sketch, path):
+    """Sketch, path -> None."""
+    with figure(path, height=sketch.height, bare=not sketch.axes) as ((axis,),):
+        for x, y, width, height, text, color, strength in sketch.boxes:
+            axis.add_patch(pyplot().Rectangle((x, y), width, height, facecolor=color,
+                                              edgecolor="white", alpha=strength))
+            axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
+        for x, y, text in sketch.notes:
+            axis.text(x, y, text, va="center", fontsize=9)
+        for xs, ys, style in sketch.lines:
+            axis.plot(xs, ys, style)
+        axis.set(xlim=sketch.x, ylim=sketch.y, **sketch.axes)
+
+
+def lecture(phase="generate", B=110):
+    """str, int -> Job: the lecture's own, Gemma 7B on four v4 chips, 2,048 tokens a row."""
+    return on_chips(Job(phase, "gemma-7b", replace(MODELS["gemma-7b"], dtype="bfloat16"), B,
+                        2032, 16, "bfloat16", "bfloat16"), "tpu-v4", 4)
+
+
+def sketch_product():
+    """(a) One product forwards and its two backwards, with flops as counted in the program."""
+    B, E, F = 2048, 3072, 24576
+    x, w = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((B, E), (F, E)))
+    forward = traced_flops(matmul, x, w)
+    back = traced_flops(lambda x, w: jax.vjp(matmul, x, w)[1](jnp.ones((B, F))), x, w) - forward
+    sides, boxes, notes = {"B": 1.0, "E": 1.2, "F": 2.2}, [], []
+    for i, (title, names, flops) in enumerate((
+            ("forwards", "y:BF = x:BE w:FE", forward),
+            ("backwards, the spine", "dx:BE = dy:BF w:FE", back // 2),
+            ("backwards, the weight gradient", "dw:FE = dy:BF x:BE", back // 2))):
+        at = 9.0 * i
+        for name, color in zip(names.replace("= ", "").split(), ("C1", "C0", "C2")):
+            word, (tall, wide) = name.split(":")
+            boxes.append((at, -sides[tall] / 2, sides[wide], sides[tall], f"{word}\n{tall}{wide}",
+                          color, 0.4))
+            at += sides[wide] + 0.6
+            notes += [(at - 0.45, 0, "=" if color == "C1" else "x")] * (color != "C2")
+        notes.append((9.0 * i, 1.6, f"{title}: 2BP = {si(flops, 'FLOP')}"))
+    notes.append((0, -1.7, f"B = {B:,} tokens, a weight of P = E F = {E * F:,}: 2BP forwards "
+                  f"({si(forward, 'FLOP')}), 4BP backwards ({si(back, 'FLOP')}), 6BP in all"))
+    return Sketch(2.2, (-0.2, 26), (-2, 2), boxes, notes)
+
+
+def sketch_phases():
+    """(b) A prefill and three generate steps over the cache of one sequence."""
+    cfg, S = MODELS["gemma-7b"], 2048
+    slot, full, weights = (*(kv_bytes(cfg, 1, n, "bfloat16") for n in (1, S)),
+                           weight_bytes(cfg, "bfloat16"))
+    told = [f"prefill of {S:,} tokens: reads {si(weights, 'B')} of weights once,\n"
+            f"writes {S:,} slots, {si(full, 'B')}"] + [
+        f"generate, token {i + 1}: reads {si(weights, 'B')} of weights and\n"
+        f"{si(full, 'B')} of cache, writes a slot, {si(slot, 'B')}" if i == 0 else
+        f"generate, token {i + 1}: the same, and one slot more" for i in range(3)]
+    boxes = [(i, -step, 1, 0.8, "" if i > 7 + step else
+              "write" if (i < 8 if step == 0 else i == 7 + step) else "read",
+              "C1" if (i < 8 if step == 0 else i == 7 + step) else "C0",
+              0.4 if i <= 7 + step else 0.1) for step in range(4) for i in range(12)]
+    return Sketch(2.8, (0, 21), (-3.2, 1), boxes,
+                  [(12.4, 0.4 - step, text) for step, text in enumerate(told)])
+
+
+def sketch_memory(row):
+    """row of `chip_row` -> (c) where the memory of one of four chips goes, by its compiler."""
+    parts = {"weights": row["formula"]["weights"], "cache": row["formula"]["cache"],
+             "temporaries and inputs": row["peak_bytes"] - row["formula_bytes"],
+             "free": row["memory_bytes"] - row["peak_bytes"]}
+    boxes, notes, at = [], [], 0.0
+    for i, (name, size) in enumerate(parts.items()):
+        text = f"{name}\n{si(size, 'B')}"
+        boxes.append((at, 0, size / GB, 1, text if size > 2 * GB else "", f"C{i}", 0.4))
+        notes += [(at - 7, 1.3, text.replace("\n", " "))] * (size <= 2 * GB)
+        at += size / GB
+    return Sketch(1.4, (0, at), (0, 1.6), boxes, notes)
+
+
+def sketch_roofline():
+    """(d) A generate step's two parts under the roof of four chips, at three batches."""
+    limits, notes = sheet(CHIPS["tpu-v4"], 4), []
+    peak, read = limits["flops_per_second"]["bfloat16"], limits["read_bytes_per_second"]
+    xs = np.logspace(-1, 3.5, 100)
+    lines = [(xs, np.minimum(peak, read * xs), "k-")]
+    for B in (1, 110, 224):
+        for part in predict(generate_cost(lecture(B=B)), limits)["parts"]:
+            at = part["flops"] / part["bytes"], part["flops"] / part["seconds"]
+            weights = part["name"] == "weights"
+            lines.append(([at[0]], [at[1]], "C0o" if weights else "C1s"))
+            below = 0.6 if weights else {1: 0.33, 110: 0.18, 224: 0.1}[B]
+            notes.append((at[0] * 1.2, at[1] * below,
+                          f"{part['name']}, B = {B}: {si(part['seconds'], 's')}"))
+    return Sketch(3.6, (0.1, 3e3), (2e11, 2e15), [], notes, lines, dict(
+        xscale="log", yscale="log", xlabel="flops a byte", ylabel="flops a second"))
+
+
+def sketch_layer():
+    """(e) A tensor-parallel layer: what two of four devices hold, and what each step sends."""
+    job = lecture()
+    steps = layer_steps(job, 1, 4, CHIPS["tpu-v4"].link)[1:6]
+    boxes, notes = [], [(0, 0.4, "device 0"), (10, 0.4, "device 1, and so devices 2 and 3")]
+    for i, step in enumerate([{"step": "x", "after": steps[0]["before"]}, *steps]):
+        boxes += [(x, -2 * i - 1, 8, 1, step["after"], color, 0.35) for x in (0, 10)
+                  for color in ("C1" if step["step"] in ("x", "out", "down") else "C0",)]
+        notes.append((19, -2 * i - 0.5, step["step"]))
+        if step.get("bytes"):
+            kind, = step["collectives"]
+            boxes.append((3, -2 * i + 0.15, 12, 0.7, f"{kind}: each sends {si(step['bytes'], 'B')} "
+                          f"in {si(step['seconds'], 's')}", "C2", 0.35))
+        elif i:
+            notes.append((5.5, -2 * i + 0.5, "purely local: nothing is sent"))
+    return Sketch(4.6, (0, 23), (-11.2, 0.9), boxes, notes)
+
+
+def sketch_layouts():
+    """(f) The three ways to split a cache over four devices, and what attention then sends."""
+    job, boxes, notes = lecture(), [], []
+    for place, (name, letter, held) in enumerate((("heads", "K", "[B,K/4,S,D]"),
+                                                  ("batch", "B", "[B/4,K,S,D]"),
+                                                  ("sequence", "S", "[B,K,S/4,D]"))):
+        at, sent = 9.0 * place, shard.tally(shard.attend_comm(job.cfg, 112, (4,), name))
+        for k, b, s in itertools.product(reversed(range(4)), range(4), range(4)):
+            boxes.append((at + s + 0.7 * k, -b + 0.7 * k, 1, 1, "", (
+                "#9ecae1", "#fdae6b", "#a1d99b", "#bcbddc")[dict(K=k, B=b, S=s)[letter]], 1))
+        size = sum(size for _, size in sent.values())
+        notes += [(at, 3.9, f"{name}: each holds {held}"), (at, -3.9, "attention sends " + (
+            f"{si(size, 'B')} a layer:\n{', '.join(sent)}" if size else "nothing"))]
+    notes.append((24.2, -2.5, "across: slots\ndown: rows\nbehind: heads"))
+    return Sketch(3.4, (-0.2, 27.5), (-4.7, 4.4), boxes, notes)
+
+
+def sketch_causal():
+    """(g) The pairs of blocks that causal attention multiplies, and those that it skips."""
+    T = 2048
+    n, size = causal_blocks(T)
+    boxes = [(j, -i, 1, 1, "skipped" if j > i else "all" if j < i else "half",
+              "C7" if j > i else "C0" if j < i else "C1", 0.12 if j > i else 0.4)
+             for i in range(n) for j in range(n)]
+    told = (f"{T:,} tokens in {n} blocks of {size}: queries down, keys across",
+            f"multiplied: {n * (n + 1) // 2} of {n * n} pairs of blocks, {causal_pairs(T):,} pairs",
+            f"seen: T(T+1)/2 = {T * (T + 1) // 2:,}", f"without blocks: T T = {T * T:,}",
+            f"f32 scores that are held, a head and sequence: {si(4 * size * size, 'B')},",
+            f"where all of them would take {si(4 * T * T, 'B')}")
+    return Sketch(2.8, (-0.1, 10), (1 - n, 1), boxes,
+                  [(n + 0.4, 0.6 - 0.5 * i, text) for i, text in enumerate(told)])
+
+
+SKETCHES = {"product": sketch_product, "phases": sketch_phases, "roofline": sketch_roofline,
+            "layer": sketch_layer, "layouts": sketch_layouts, "causal": sketch_causal}
+
+
+def draw(args):
+    """Draws the README's pictures into a folder: those that a compiler has a part in where it is
+    installed."""
+    folder = pathlib.Path(args.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, sketch in SKETCHES.items():
+        render(sketch(), folder / f"{name}.svg")
+    check_compiler("tpu-v4")
+    train = on_chips(lecture("train", 256)._replace(mesh=(), prompt=2048), "tpu-v4", 64)
+    with compilers() as ask:
+        render(sketch_memory(chip_row(lecture(), ask)), folder / "memory.svg")
+        for name, jobs in (("timeline_ring", [lecture()._replace(ring=ring) for ring in (0, 1)]),
+                           ("timeline_fsdp", [train, train._replace(flags=True)])):
+            draw_timeline([chip_row(job, ask) | {"form": form_name(job)} for job in jobs],
+                          folder / f"{name}.svg")
+    finish(args, pictures=sorted(map(str, folder.glob("*.svg"))))
 
 
 # ------------------------------------------------------------------------------------------ growth
@@ -2563,23 +2437,19 @@ def draw_timeline(rows, path):
 GROWTH = "L2,E512,H8,K8,D64,F1408,V256"
 
 
-def wider(cfg, E):
-    """Config, int -> Config: the same proportions at another width."""
-    return replace(cfg, E=E, H=max(1, cfg.H * E // cfg.E), K=max(1, cfg.K * E // cfg.E),
-                   F=cfg.F * E // cfg.E)
-
-
 def sweeps(job):
-    """Job -> dict: what grows -> list of (size, Job), all else as in the job."""
+    """Job -> dict: what grows -> list of (size, Job), all else as in the job; a wider model keeps
+    its proportions."""
     cfg, S = job.cfg, job.prompt + job.new
     read = job._replace(phase="prefill", B=1)
+    wider = [replace(cfg, **{name: max(1, getattr(cfg, name) * times // 2) for name in "EHKF"})
+             for times in (1, 2, 4, 8)]
     return {
         "batch": [(B, job._replace(B=B)) for B in (1, 4, 16, 64)],
         "slots": [(S * n, job._replace(B=8, prompt=S * n - job.new)) for n in (1, 4, 16, 32)],
         "layers": [(L, job._replace(cfg=replace(cfg, L=L))) for L in (1, 2, 4, 8)],
         "tokens": [(T, read._replace(prompt=T)) for T in (64, 256, 1024, 2048)],
-        "width": [(E, job._replace(cfg=wider(cfg, E))) for E in
-                  (cfg.E // 2, cfg.E, 2 * cfg.E, 4 * cfg.E)]}
+        "width": [(wide.E, job._replace(cfg=wide)) for wide in wider]}
 
 
 def exponent(sizes, values):
@@ -2590,35 +2460,34 @@ def exponent(sizes, values):
 def scale(args):
     """Prints how time grows with each size, beside how it should."""
     name, cfg = args.model or (GROWTH, parse_model(GROWTH))
-    dtype, found, rows = args.dtype, [], []
+    dtype, rows = args.dtype, []
     base = Job("generate", name, computing_in(cfg, dtype), 1, 240, 16, dtype, default_cache(dtype),
                int8=args.int8 or default_int8())
-    grown = sweeps(base)
-    for job in (job for jobs in grown.values() for _, job in jobs):
+    grown = [(what, size, job) for what, jobs in sweeps(base).items() for size, job in jobs]
+    for _, _, job in grown:
         check_memory(job)
     limits = ceilings([base])
-    try:
-        for what, jobs in grown.items():
-            own = []
-            for size, job in jobs:
-                params = in_dtype(init(jax.random.key(args.seed), job.cfg, job.cfg.dtype), job.cfg,
-                                  dtype, job.int8)
-                own.append(measure(job, params, limits, args.seed) | {"size": size, "grows": what})
-                rows.append(own[-1])
-            sizes = [row["size"] for row in own]
-            found.append({"grows": what, "phase": own[0]["phase"], "sizes": sizes, **{
-                f"{word}_exponent": exponent(sizes, [row[f"{word}_seconds"] for row in own])
-                for word in ("predicted", "measured")}})
-    except KeyboardInterrupt:
-        say("\ninterrupted: what was measured so far")
+    with interruptible("measured"):
+        for what, size, job in grown:
+            wide = init(jax.random.key(args.seed), job.cfg, job.cfg.dtype)
+            rows.append({"grows": what, "size": size} | measure(
+                job, in_dtype(wide, job.cfg, dtype, job.int8), limits, args.seed))
+    found = []
+    for (what, phase), own in itertools.groupby(rows, lambda row: (row["grows"], row["phase"])):
+        own = list(own)
+        sizes = [row["size"] for row in own]
+        if len(own) > 1:
+            found.append({"grows": what, "phase": phase, "sizes": sizes, "milliseconds": ", ".join(
+                f"{row['size']}: {row['measured_seconds'] * 1e3:.2f}" for row in own)} | {
+                    f"{word}_exponent": exponent(sizes, [row[f"{word}_seconds"] for row in own])
+                    for word in ("measured", "predicted")})
     print_limits(limits)
-    print(f"{name} in {dtype}: milliseconds of a step at each size, and k where time grows as "
-          "size ** k")
-    for f in found:
-        own = [row for row in rows if row["grows"] == f["grows"]]
-        print(f"{f['phase']:8} {f['grows']:6} " + "  ".join(
-            f"{row['size']}: {row['measured_seconds'] * 1e3:.2f}" for row in own)
-            + f"   k {f['measured_exponent']:.2f}, predicted {f['predicted_exponent']:.2f}")
+    print(f"{name} in {dtype}: a step's milliseconds at each size, and k where time grows as size "
+          "** k")
+    print_table((Column("phase", -8, "phase"), Column("grows", -6, "grows"),
+                 Column("size: ms", -52, "milliseconds"),
+                 Column("k", 5, "measured_exponent", ".2f"),
+                 Column("predicted", 9, "predicted_exponent", ".2f")), found)
     finish(args, machine=machine(), ceilings=limits, rows=rows, growth=found)
 
 
@@ -2627,7 +2496,7 @@ def scale(args):
 
 def encode(text):
     """str -> 1T: a byte a token."""
-    return jnp.asarray(np.frombuffer(text.encode(), np.uint8).astype(np.int32))[None]
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)[None]
 
 
 def decode(tokens):
@@ -2638,8 +2507,7 @@ def decode(tokens):
 def recite(params, cfg, prompt, new, key, temperature=0.0):
     """Params, cfg, 1T, int, key -> str: prefill, then generate, in a model of bytes."""
     T = prompt.shape[1]
-    cache = init_cache(cfg, 1, T + new)
-    logits, cache = prefill_jit(params, cache, prompt, jnp.full((1,), T), cfg)
+    logits, cache = prefill_jit(params, init_cache(cfg, 1, T + new), prompt, jnp.full((1,), T), cfg)
     return decode(generate_jit(params, cache, logits, key, new, cfg, temperature)[0][0])
 
 
@@ -2648,11 +2516,11 @@ def learn(cfg, seed, steps=300):
     if cfg.V < 256:
         raise ValueError(f"V={cfg.V}: a model that learns a sentence in bytes has V=256 or more")
     say(f"learning {SENTENCE!r} ...", end=" ")
-    cfg = replace(cfg, dtype="float32")
-    params, tokens = init(jax.random.key(seed), cfg), encode(4 * SENTENCE)
+    cfg, text = replace(cfg, dtype="float32"), encode(4 * SENTENCE)
+    params = init(jax.random.key(seed), cfg)
     adam = adam_init(params)
     for trained in range(1, steps + 1):
-        params, adam, value = train_jit(params, adam, tokens, cfg, 0.3 / cfg.E)
+        params, adam, value = train_jit(params, adam, text, cfg, 0.3 / cfg.E)
         if value < 0.01:
             break
     say(f"{trained} steps, {value:.3f} nats a byte")
@@ -2682,61 +2550,40 @@ def read_text(path, T):
     return text[:-held], text[-held:]
 
 
-def held_out_loss(params, held, T, nats):
-    """-> mean nats a byte over all of `held`, in windows of T, the last one shorter."""
-    total = count = 0
-    for start in range(0, len(held) - 1, T):
-        window = held[None, start:start + T + 1]
-        total += float(nats(params, window)) * (window.shape[1] - 1)
-        count += window.shape[1] - 1
-    return total / count
-
-
-def new_state(job, seed):
-    """Job, int -> Params, Adam: where training begins."""
-    params = init(jax.random.key(seed), job.cfg)
-    return params, adam_init(params)
-
-
-def resume(args, job):
-    """args, Job -> Job, Params, Adam: of the model in --resume DIR, where its training stopped."""
-    cfg, params = load(args.resume, "float32")
-    if args.model and replace(job.cfg, dtype=cfg.dtype) != cfg:
-        raise ValueError(f"--model {job.model} is not the model in --resume {args.resume}: leave "
-                         "it out")
-    job = job._replace(model=args.resume, cfg=replace(cfg, dtype=job.cfg.dtype))
-    return job, *load_adam(args.resume, cfg, params)
-
-
 def train_text(args, job, params, adam, limits, text, held):
-    """args, Job, Params, Adam, dict, bytes, bytes -> row, Params, Adam: trains, and measures each
-    step as it goes."""
-    cfg, B, T, began = job.cfg, job.B, job.prompt, int(adam.step)
-    row, draw = predicted_row(job, limits), np.random.default_rng(args.seed)
-    draw.integers(0, len(text) - T, (began, B))  # what was read before
+    """-> row, Params, Adam: trains on bytes, and measures each step as it goes."""
+    cfg, T, began, times, live = job.cfg, job.prompt, int(adam.step), [], sys.stderr.isatty()
     nats = jax.jit(lambda params, tokens: loss(cast(params, cfg.dtype), tokens, cfg))
-    row |= {"parameters": param_count(cfg),
-            "cache_bytes_per_token": kv_bytes(cfg, 1, 1, job.cache_dtype),
-            "loss_before": held_out_loss(params, held, T, nats)}
+
+    def held_out():
+        """-> mean nats a byte over all of `held`, in windows of T, the last one shorter."""
+        total = 0.0
+        for start in range(0, len(held) - 1, T):
+            window = held[None, start:start + T + 1]
+            total += float(nats(params, window)) * (window.shape[1] - 1)
+        return total / (len(held) - 1)
+
+    draw = np.random.default_rng(args.seed)
+    draw.integers(0, len(text) - T, (began, job.B))  # what was read before
+    row = predicted_row(job, limits) | {
+        "parameters": param_count(cfg),
+        "cache_bytes_per_token": kv_bytes(cfg, 1, 1, job.cache_dtype), "loss_before": held_out()}
     say(f"{args.text}: {len(text)} bytes to train on, {len(held)} held out, K={cfg.K}, "
         f"{param_count(cfg)} parameters; held-out loss {row['loss_before']:.3f} nats/byte")
-    start = time.perf_counter()
-    step = train_jit.lower(params, adam, jnp.zeros((B, T + 1), jnp.int32), cfg, args.lr).compile()
-    row["compile_seconds"], times = time.perf_counter() - start, []
-    live = sys.stderr.isatty()
+    start, shape = time.perf_counter(), jax.ShapeDtypeStruct((job.B, T + 1), jnp.int32)
+    step = train_jit.lower(params, adam, shape, cfg, args.lr).compile()
+    row["compile_seconds"] = time.perf_counter() - start
     try:
-        for i in range(args.steps):
-            starts = draw.integers(0, len(text) - T, B)
-            tokens = np.stack([text[start:start + T + 1] for start in starts])
-            start = time.perf_counter()
-            params, adam, value = step(params, adam, tokens,
-                                       args.lr * min(1, (began + i + 1) / 20))
+        for i in range(1, args.steps + 1):
+            starts = draw.integers(0, len(text) - T, (job.B, 1))
+            tokens, start = text[starts + np.arange(T + 1)], time.perf_counter()
+            params, adam, value = step(params, adam, tokens, args.lr * min(1, (began + i) / 20))
             value = float(value)
             times.append(time.perf_counter() - start)
-            if live or i % 10 == 0 or i == args.steps - 1:
+            if live or i % 10 == 1 or i == args.steps:
                 now = measured_row(row, times[-9:], limits)
                 mfu = "error, above 100%" if now["mfu"] is None else f"{now['mfu']:.0%}"
-                say(f"\rstep {i + 1}/{args.steps}  loss {value:.3f} nats/byte  "
+                say(f"\rstep {i}/{args.steps}  loss {value:.3f} nats/byte  "
                     f"{now['tokens_per_second']:.0f} tokens/s  MFU {mfu} ",
                     end="" if live else "\n")
     except KeyboardInterrupt:
@@ -2744,32 +2591,35 @@ def train_text(args, job, params, adam, limits, text, held):
             raise
         say(f"\ninterrupted after {len(times)} steps")
     say()
-    row |= {"loss_after": held_out_loss(params, held, T, nats), "steps": len(times)}
+    row |= {"loss_after": held_out(), "steps": len(times)}
     # the first fetches all memory
     return measured_row(row, times[1:] or times, limits), params, adam
 
 
 def train_on_text(args, jobs):
     """Trains on args.text, once for each job, and prints held-out loss before and after."""
-    T = jobs[0].prompt
-    text, held = read_text(args.text, T)
-    began = None
+    text, held = read_text(args.text, jobs[0].prompt)
     if args.resume:
-        job, *began = resume(args, jobs[0])
-        jobs = [job]
-    for job in jobs:
-        if job.cfg.V != 256:
-            raise ValueError(f"V={job.cfg.V}: a model of bytes has V=256")
+        job, (cfg, params) = jobs[0], load(args.resume, "float32")
+        if args.model and replace(job.cfg, dtype=cfg.dtype) != cfg:
+            raise ValueError(f"--model {job.model} is not the model in --resume {args.resume}: "
+                             "leave it out")
+        jobs = [job._replace(model=args.resume, cfg=replace(cfg, dtype=job.cfg.dtype))]
+        params, adam = load_adam(args.resume, cfg, params)
+    if jobs[0].cfg.V != 256:
+        raise ValueError(f"V={jobs[0].cfg.V}: a model of bytes has V=256")
     if args.save:
         library()
         try:
             pathlib.Path(args.save).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--save {args.save}: {error.strerror}") from None
-    limits, rows = ceilings(jobs), []
+    limits, rows, more = ceilings(jobs), [], {}
     try:
         for job in jobs:
-            params, adam = began or new_state(job, args.seed)
+            if not args.resume:
+                params = init(jax.random.key(args.seed), job.cfg)
+                adam = adam_init(params)
             row, params, adam = train_text(args, job, params, adam, limits, text, held)
             rows.append(row)
     except KeyboardInterrupt:
@@ -2779,27 +2629,16 @@ def train_on_text(args, jobs):
               f"{row['loss_after']:.3f} after {row['steps']} steps of "
               f"{row['measured_seconds'] * 1e3:.1f} ms; {row['parameters']} parameters, cache "
               f"{row['cache_bytes_per_token']} bytes a token")
-    more = {}
     if rows:
-        cfg, prompt = job.cfg, held[None, :min(T, len(held), 64)]
         if args.save:
-            save(args.save, cfg, params, adam=adam)
+            save(args.save, job.cfg, params, adam=adam)
             say(f"saved to {args.save}")
-        said = recite(cast(params, cfg.dtype), cfg, prompt, args.new, jax.random.key(args.seed), .5)
+        prompt, params = held[None, :min(job.prompt, 64)], cast(params, job.cfg.dtype)
+        said = recite(params, job.cfg, prompt, args.new, jax.random.key(args.seed), 0.5)
         print(f"{decode(prompt[0])!r} goes on {said!r}")
-        more = {"continuation": said, "loss_before": rows[-1]["loss_before"],
-                "loss_after": rows[-1]["loss_after"], "steps": rows[-1]["steps"]}
+        more = {"continuation": said, **{name: rows[-1][name] for name in (
+            "loss_before", "loss_after", "steps")}}
     report(args, rows, limits, text=str(args.text), **more)
-
-
-class Words(NamedTuple):
-    """What turns text into tokens and back. `settled` tells how many of a list of tokens, from its
-    beginning, make text that no later token changes: a run of single bytes may yet become other
-    characters."""
-    encode: Callable
-    decode: Callable
-    ends: tuple = ()
-    settled: Callable = len
 
 
 def end_tokens(path):
@@ -2815,32 +2654,33 @@ def end_tokens(path):
 
 
 def tokenizer(path, cfg):
-    """path, Config -> Words: of tokenizer.json, or of bytes where V is 256. The whole prompt, as it
-    is: what the file says of truncation and padding was meant for training."""
+    """path, Config -> namespace of `encode` and `decode`: of tokenizer.json, or of bytes where V is
+    256; what `ends` a text; and how many tokens, from the first, are `settled`: no later token
+    changes their text."""
     file = pathlib.Path(path) / "tokenizer.json"
     if not file.exists():
         if cfg.V != 256:
             raise ValueError(f"{file} is missing, and V={cfg.V} is not 256, a model of bytes")
-        return Words(lambda text: encode(text)[0], decode)
+        return SimpleNamespace(encode=lambda text: encode(text)[0], decode=decode, ends=(),
+                               settled=len)
     try:
         from tokenizers import Tokenizer
+        words = Tokenizer.from_file(str(file))
     except ImportError:
         raise ValueError(f'{file} needs the extra hf: pip install ".[hf]"') from None
-    try:
-        words = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises no narrower one
         raise ValueError(f"{file} is no tokenizer: {error}") from None
-    words.no_truncation()
+    words.no_truncation()  # which, as padding, was meant for training
     words.no_padding()
 
-    def settled(ids):
+    def settled(ids):  # a run of single bytes may yet become other characters
         some = len(ids)
-        while some and re.fullmatch("<0x[0-9A-F]{2}>", words.id_to_token(int(ids[some - 1])) or ""):
+        while some and re.fullmatch("<0x[0-9A-F]{2}>", words.id_to_token(ids[some - 1]) or ""):
             some -= 1
         return some
 
-    return Words(lambda text: words.encode(text).ids, lambda ids: words.decode(list(map(int, ids))),
-                 end_tokens(file.parent), settled)
+    return SimpleNamespace(encode=lambda text: words.encode(text).ids, decode=words.decode,
+                           ends=end_tokens(file.parent), settled=settled)
 
 
 def simulate(devices):
@@ -2849,83 +2689,77 @@ def simulate(devices):
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-def split_over(cfg, devices):
-    """Config, int or None -> dict, layout: the mesh and the cache of one sequence over so many
-    devices, or over as many of those that are here as divide the model."""
-    n = devices or degree(cfg, jax.device_count())
-    if degree(cfg, n) < n:
-        fit = [str(m) for m in range(1, 65) if degree(cfg, m) == m]
-        raise ValueError(f"--devices {n} cannot share a model of E={cfg.E}, H={cfg.H}, F={cfg.F}, "
-                         f"V={cfg.V}: {', '.join(fit)} can")
-    over = {"tensor": over_heads(cfg, n)} if n > 1 else {}
-    return over, "sequence" if cfg.K % n else "heads"
+def load_in(args, path, devices=1):
+    """args, path, int or None -> Job, Params: to go on with one sequence, in --dtype or the file's
+    own. Of several devices (None: all that divide the model) each reads its own part alone."""
+    def split(cfg):
+        n = devices or degree(cfg, jax.device_count())
+        if degree(cfg, n) < n:
+            fit = [str(m) for m in range(1, 65) if degree(cfg, m) == m]
+            raise ValueError(f"--devices {n} cannot share a model of E={cfg.E}, H={cfg.H}, "
+                             f"F={cfg.F}, V={cfg.V}: {', '.join(fit)} can")
+        mesh, layout = (("tensor", over_heads(cfg, n)),), "sequence" if cfg.K % n else "heads"
+        return Job("generate", path, cfg, 1, 0, 0, mesh=mesh if n > 1 else (), layout=layout)
 
-
-def load_in(path, dtype, devices=1, int8=None):
-    """path, dtype or None, int or None -> Config, Params, dtype: in the file's own unless one is
-    given. Of several devices each is given its part, and no more is read."""
-    def apart(by, cfg, *params):
+    def apart(by, job, *params):
         """-> by(*params, cfg, mesh, rules), None where all is on one device."""
-        over, layout = split_over(cfg, devices)
-        if over:
-            mesh = shard.make_mesh(**over)
-            return by(*params, cfg, mesh, shard.layout_rules(mesh, layout))
+        mesh = mesh_of(job)
+        return by(*params, job.cfg, mesh, shard.layout_rules(mesh, job.layout)) if mesh else None
 
-    cfg, params = load(path, shardings=partial(apart, shard.shardings))
-    dtype = dtype or cfg.dtype
-    cfg = computing_in(cfg, dtype)
-    params = in_dtype(params, cfg, dtype, int8)
-    return cfg, apart(shard.place, cfg, params) or params, dtype
+    cfg, params = load(path, shardings=lambda cfg: apart(shard.shardings, split(cfg)))
+    dtype = args.dtype or cfg.dtype
+    job = split(computing_in(cfg, dtype))._replace(dtype=dtype, int8=args.int8 or default_int8(),
+                                                   cache_dtype=args.cache or default_cache(dtype))
+    params = in_dtype(params, job.cfg, dtype, job.int8)
+    return job, apart(shard.place, job, params) or params
 
 
 def load_draft(args, cfg, prompt, S, how):
-    """-> draft and its state for `speculate`: a smaller model from a folder, of which every device
-    has all, or n-grams."""
+    """-> draft and its state for `speculate`: n-grams, or a smaller model from a folder, of which
+    every device has all."""
     if args.draft == "ngram":
         return ngram_draft(cfg, args.n_draft), None
-    draft_cfg, params, _ = load_in(args.draft, args.dtype, int8=args.int8)
-    if draft_cfg.V != cfg.V:
-        raise ValueError(f"draft {args.draft} has V={draft_cfg.V}, and the model V={cfg.V}: "
+    job, params = load_in(args, args.draft)
+    if job.cfg.V != cfg.V:
+        raise ValueError(f"draft {args.draft} has V={job.cfg.V}, and the model V={cfg.V}: "
                          "they must share a tokenizer")
-    _, cache = prefill_jit(params, init_cache(draft_cfg, 1, S, args.cache), prompt,
-                           np.array([prompt.shape[1]]), draft_cfg)
-    return model_draft(params, draft_cfg, args.n_draft, **how), cache
+    _, cache = prefill_jit(params, init_cache(job.cfg, 1, S, args.cache), prompt,
+                           np.array([prompt.shape[1]]), job.cfg)
+    return model_draft(params, job.cfg, args.n_draft, **how), cache
 
 
-def generating(generate, params, cache, logits, key, how):
-    """-> iterator: compiles, then gives all tokens made so far, and no rounds."""
-    step, made = jax.jit(partial(generate, n=STRIDE, **how), donate_argnums=(1, 2)).lower(
-        params, cache, logits, key).compile(), []
-    while True:
-        yield made, 0
-        tokens, logits, cache = step(params, cache, logits, key)
-        made = made + np.asarray(tokens[0]).tolist()
-
-
-def speculating(speculate, params, cache, prompt, key, how, mesh, draft, state):
-    """-> iterator: compiles, then gives all tokens made so far, and in how many rounds."""
-    T, made, rounds = prompt.shape[1], [], 0
-    text = jnp.zeros((1, slots_of(cache)), jnp.int32).at[:, :T].set(prompt)
-    cache = cache._replace(length=cache.length - 1)
-    if mesh:
-        text, draft, state = jax.device_put((text, draft, state), jax.NamedSharding(mesh, jax.P()))
-    step = jax.jit(partial(speculate, n=STRIDE, **how), donate_argnums=(1, 2)).lower(
-        params, cache, text, key, draft=draft, state=state).compile()
+def generating(fns, mesh, params, cache, logits, prompt, key, how, draft=None, state=None):
+    """-> iterator: compiles, then gives all tokens made so far, and in how many rounds of a draft.
+    What is known of the next token is its logits; with a draft, the text, whose last token the
+    cache lacks."""
+    T, made, rounds, step, known, more = prompt.shape[1], [], 0, fns.generate, logits, {}
+    if draft:
+        cache, step = cache._replace(length=cache.length - 1), fns.speculate
+        known = jnp.zeros((1, slots_of(cache)), jnp.int32).at[:, :T].set(prompt)
+        more = {"draft": draft, "state": state}
+        if mesh:
+            known, more = jax.device_put((known, more), jax.NamedSharding(mesh, jax.P()))
+    step = jax.jit(partial(step, n=STRIDE, **how), donate_argnums=(1, 2)).lower(
+        params, cache, known, key, **more).compile()
     while True:
         yield made, rounds
-        text, cache, state, counts = step(params, cache, text, key, draft=draft, state=state)
-        made = np.asarray(text)[0, T:int(cache.length[0]) + 1].tolist()
-        rounds += int(np.sum(counts))
+        if draft:
+            known, cache, more["state"], counts = step(params, cache, known, key, **more)
+            made = np.asarray(known)[0, T:int(cache.length[0]) + 1].tolist()
+            rounds += int(np.sum(counts))
+        else:
+            tokens, known, cache = step(params, cache, known, key)
+            made = made + np.asarray(tokens[0]).tolist()
 
 
 def stream(args):
     """args -> iterator of (str, str, dict): of the prompt and what follows so far the text that is
     final, all of it, and how fast it came."""
-    cfg, params, args.dtype = load_in(args.model, args.dtype, args.devices, args.int8)
-    args.cache = args.cache or default_cache(args.dtype)
-    encode, decode, ends, settled = tokenizer(args.model, cfg)
-    prompt = np.asarray(encode(args.prompt), np.int32)[None]
-    T, key, least = prompt.shape[1], jax.random.key(args.seed), 2 if args.draft else 1
+    job, params = load_in(args, args.model, args.devices)
+    args.dtype, args.cache, cfg = job.dtype, job.cache_dtype, job.cfg
+    words, key, mesh = tokenizer(args.model, cfg), jax.random.key(args.seed), mesh_of(job)
+    prompt = np.asarray(words.encode(args.prompt), np.int32)[None]
+    T, least = prompt.shape[1], 2 if args.draft else 1
     if T < least:
         raise ValueError(f"prompt {args.prompt!r} makes {T} tokens: {least} or more"
                          + (", or no --draft" if args.draft else ""))
@@ -2936,35 +2770,27 @@ def stream(args):
         raise ValueError(f"a cache of {S} slots holds {needed / GB:.1f} GB and {free / GB:.1f} GB "
                          "are free: a smaller --new")
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    draft = load_draft(args, cfg, prompt, S, how) if args.draft else None
-    how["end"] = ends[0] if ends and prompt[0, -1] not in ends else None
-    over, layout = split_over(cfg, args.devices)
-    job = Job("generate", "", cfg, 1, T, S - T, args.dtype, args.cache, mesh=tuple(over.items()),
-              layout=layout, int8=args.int8 or default_int8())
-    mesh = mesh_of(job)
-    fns, S = functions(job, mesh), slots(job, S)
+    draft = load_draft(args, cfg, prompt, S, how) if args.draft else ()
+    how["end"] = words.ends[0] if words.ends and prompt[0, -1] not in words.ends else None
+    fns, S = functions(job._replace(prompt=T), mesh), slots(job, S)
+    fresh = partial(shard.tp_empty, mesh=mesh, layout=job.layout) if mesh else empty
     read = jax.jit(fns.prefill, donate_argnums=1)
     for _ in range(3):  # compiled; then weights are fetched from wherever they were
-        given = jax.block_until_ready((params, fns.empty(1, S, args.cache)[0], prompt,
-                                       np.array([T])))
+        cache, _ = fresh(cfg, 1, S, args.cache)
+        given = jax.block_until_ready((params, cache, prompt, np.array([T])))
         start = time.perf_counter()
         logits, cache = jax.block_until_ready(read(*given))
     told = {"prompt": T, "prefill_seconds": time.perf_counter() - start}
-    steps = speculating(fns.speculate, params, cache, prompt, key, how, mesh, *draft) \
-        if args.draft else generating(fns.generate, params, cache, logits, key, how)
-    made, rounds = next(steps)
-    start = time.perf_counter()
-    while True:
-        stop = min([args.new, *(made.index(end) for end in ends if end in made)])
+    for made, rounds in generating(fns, mesh, params, cache, logits, prompt, key, how, *draft):
+        start = start if made else time.perf_counter()  # compiled
+        stop = min([args.new, *(made.index(end) for end in words.ends if end in made)])
         told |= {"seconds": time.perf_counter() - start, "rounds": rounds,
                  "a_round": len(made) / max(1, rounds), "tokens": len(made[:stop])}
-        ids = [*prompt[0], *made[:stop]]
-        text, final = decode(ids), settled(ids)
-        stays = text if final == len(ids) else decode(ids[:final])
-        yield stays.rstrip("\ufffd"), text, told  # the rest of a character may come yet
+        ids = prompt[0].tolist() + made[:stop]
+        stays = words.decode(ids[:words.settled(ids)])
+        yield stays.rstrip("\ufffd"), words.decode(ids), told  # a character's rest may come yet
         if len(made) >= args.new or stop < len(made):
             return
-        made, rounds = next(steps)
 
 
 def complete(args):
@@ -2995,13 +2821,14 @@ def complete(args):
 
 def form_jobs(args, name, cfg, n):
     """args, str, Config, int -> list of Job: every program on n devices, reference and rings."""
-    base = Job("train", name, cfg, args.batch, args.prompt, args.new, cfg.dtype,
-               "bfloat16" if cfg.dtype == "bfloat16" else "float32", mesh=(("tensor", n),))
+    base = Job("train", name, cfg, args.batch, args.prompt, args.new, cfg.dtype, cfg.dtype,
+               mesh=(("tensor", n),))
+    meshes = [dict(data=n, tensor=1), dict(data=1, tensor=n), dict(data=n // 2, tensor=2)]
     jobs = [base._replace(phase=phase, ring=ring) for ring in RINGS for phase in PRODUCTS]
-    jobs.append(base._replace(by="compiler", mesh=(("data", n),)))
-    pairs = [(n, 1), (1, n)] + ([(n // 2, 2)] if n % 2 == 0 and n > 2 else [])
-    jobs += [base._replace(ring=ring, mesh=(("data", data), ("tensor", tensor)))
-             for (data, tensor), ring in itertools.product(pairs, (0, 1)) if tensor > 1 or not ring]
+    jobs += [base._replace(by="compiler", mesh=(("data", n),))]
+    jobs += [base._replace(ring=ring, mesh=tuple(mesh.items()))
+             for mesh in meshes[:3 if n % 2 == 0 and n > 2 else 2]
+             for ring in (0, 1)[:1 + (mesh["tensor"] > 1)]]
     jobs += [base._replace(mesh=(("data", 1), ("context", n), ("tensor", 1)))] * (n > 1)
     jobs += [base._replace(phase=phase, layout=layout, ring=ring) for layout in shard.LAYOUTS
              for ring in (0, 1) for phase in ("prefill", "generate")
@@ -3009,8 +2836,7 @@ def form_jobs(args, name, cfg, n):
     if args.chip:
         jobs = [job._replace(flags=flags) for job in jobs for flags in (False, True)
                 if not flags or job.phase == "train" and TARGETS[args.chip[0]].extra == "tpu"]
-    return [job for job in jobs
-            if any(word in form_name(job) for word in args.form or [""])]
+    return [job for job in jobs if any(word in form_name(job) for word in args.form or [""])]
 
 
 def measure_form(job, link, seed):
@@ -3025,15 +2851,23 @@ def measure_form(job, link, seed):
     if job.phase in ("prefill", "generate"):
         told["tokens"] = np.asarray(result[0] if job.phase == "generate" else
                                     jnp.argmax(result[0], axis=-1)).tolist()
-    return {"form": form_name(job), "mesh": dict(job.mesh), **told,
-            "collectives": prepared.row["collectives"],
-            **({} if formula is None else {
-                "predicted_bytes": sum(size for _, size in formula.values()),
-                "counted_bytes": sum(size for _, size in counted.values()) // steps,
-                "as_predicted": counted == {kind: (steps * number, steps * size)
-                                            for kind, (number, size) in formula.items()},
-                "link_seconds": links["link_seconds"], "hops": links["hops"]}),
-            "measured_seconds": statistics.median(times) / steps}
+    row = {"form": form_name(job), "mesh": dict(job.mesh), **told,
+           "collectives": prepared.row["collectives"],
+           "measured_seconds": statistics.median(times) / steps}
+    return row if formula is None else row | {
+        "predicted_bytes": sum(size for _, size in formula.values()),
+        "counted_bytes": sum(size for _, size in counted.values()) // steps,
+        "as_predicted": counted == {kind: (steps * number, steps * size)
+                                    for kind, (number, size) in formula.items()},
+        "link_seconds": links["link_seconds"], "hops": links["hops"]}
+
+
+FORMS = (Column("form", -32, "form"),
+         Column("mesh", 8, lambda row: "x".join(map(str, row["mesh"].values()))),
+         Column("predicted", 10, "predicted_bytes"), Column("counted", 10, "counted_bytes"),
+         Column("link", 7, "link_seconds", "s"), Column("measured", 8, "measured_seconds", "s"),
+         Column("collectives", -12, lambda row: ", ".join(
+             f"{c['number']} {kind}" for kind, c in row["collectives"].items())))
 
 
 def run_shard(args):
@@ -3059,48 +2893,35 @@ def run_shard(args):
         jax.distributed.initialize(**found)
     else:
         simulate(args.devices)
-    n, first, rows = jax.device_count(), jax.process_index() == 0, []
-    if first:
-        print(f"{name}, B={args.batch}, {n} device(s) in {jax.process_count()} process(es); sent: "
-              f"bytes a device and step, link: at {args.link / GB:g} GB/s\nCPU devices share this "
-              "machine's cores: bytes and steps carry over to other machines, time and overlap do "
-              "not")
-        print(f"{'form':36} {'mesh':>9} {'predicted':>11} {'counted':>11} {'link us':>9} "
-              f"{'measured ms':>11}  collectives")
-    for job in form_jobs(args, name, cfg, n):
-        try:
-            row = measure_form(job, args.link, args.seed)
-        except KeyboardInterrupt:
-            say("\ninterrupted: what was measured so far")
-            break
-        except ValueError as error:  # the same in every process
+    n, rows, first = jax.device_count(), [], jax.process_index() == 0
+    with interruptible("measured"):
+        for job in form_jobs(args, name, cfg, n):
+            try:
+                rows.append(measure_form(job, args.link, args.seed))
+                told = f"{rows[-1]['measured_seconds'] * 1e3:.1f} ms"
+            except ValueError as error:  # the same in every process
+                told = f"cannot: {error}"
             if first:
-                print(f"{form_name(job):36} cannot: {error}")
-            continue
-        rows.append(row)
-        if first:
-            amounts, link = ("the compiler's",) * 2, "-"
-            if "predicted_bytes" in row:
-                amounts = row["predicted_bytes"], row["counted_bytes"]
-                link = f"{row['link_seconds'] * 1e6:.3g}"
-            print(f"{row['form']:36} {'x'.join(map(str, row['mesh'].values())):>9} {amounts[0]:>11}"
-                  f" {amounts[1]:>11} {link:>9} {row['measured_seconds'] * 1e3:>11.2f}  "
-                  + ", ".join(f"{c['number']} {kind}" for kind, c in row["collectives"].items()))
+                say(f"{form_name(job)}: {told}")
     if not rows:
         raise ValueError("nothing to measure: " + (f"--form {' --form '.join(args.form)}" if
                          args.form else f"no form can be split over --devices {n}"))
     if first:
+        print(f"{name}, B={args.batch}, {n} device(s) in {jax.process_count()} process(es): bytes "
+              f"that a device sends a step;\nlink: at {args.link / GB:g} GB/s. CPU devices share "
+              "this machine's cores: bytes and steps carry over, time does not")
+        print_table(FORMS, rows)
         finish(args, machine=machine(), ceilings={}, rows=rows)
 
 
 def start_processes(args):
     """Starts this command in several local processes that find each other; the first one prints."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
     if args.devices % args.processes:
         raise ValueError(f"--devices {args.devices} cannot be split over --processes "
                          f"{args.processes}")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
     again = [sys.executable, __file__, *args.argv, "--coordinator", address, "--process"]
     started = [subprocess.Popen([*again, str(i)], stdout=None if i == 0 else subprocess.DEVNULL)
                for i in range(args.processes)]
@@ -3119,19 +2940,14 @@ def start_processes(args):
 # ------------------------------------------------------------------------------------- command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def checked(parse, known):
-    """fn, str -> an argument's type: where `parse` refuses a text, one line says what is known."""
+def typed(parse, known=None):
+    """fn, str -> an option's type: where `parse` refuses a text, one line says what is known."""
     def read(text):
         try:
             return parse(text)
         except (ValueError, KeyError) as error:
             raise argparse.ArgumentTypeError(
-                str(error) if known is None else f"{text!r}: expected {known}") from None
+                f"{text!r}: expected {known}" if known else str(error)) from None
     return read
 
 
@@ -3142,41 +2958,24 @@ def whole(text, least=1, most=2 ** 31 - 1):
     return int(text)
 
 
-def above_zero(text):
-    """str -> float, above 0 and finite; ValueError otherwise."""
-    if not 0 < float(text) < math.inf:
+def no_less(text, least=sys.float_info.min):
+    """str -> float, finite and no less, by default above 0; ValueError otherwise."""
+    if not least <= float(text) < math.inf:
         raise ValueError
     return float(text)
 
 
-def some_dtypes(text):
-    """str -> list of str; ValueError otherwise."""
-    if not set(text.split(",")) <= set(DTYPES):
-        raise ValueError
-    return text.split(",")
+def some_of(known):
+    """dict of str -> the type of an option that takes several of them."""
+    return typed(lambda text: [known[word] for word in text.split(",")],
+                 "some of " + ", ".join(known))
 
 
-def some_kept(text):
-    """str -> tuple of str: what a layer keeps; ValueError otherwise."""
+def parse_kept(text):
+    """str -> tuple of str: what a layer keeps."""
     names = () if text == "none" else tuple(text.split(","))
     shard.check_kept(names)
     return names
-
-
-number = checked(whole, "one whole number from 1 to 2147483647")
-seed = checked(partial(whole, least=0, most=2 ** 32 - 1), "a whole number from 0 to 4294967295")
-numbers = checked(lambda text: [whole(part) for part in text.split(",")],
-                  "whole numbers from 1, as 1,8,32")
-positive = checked(above_zero, "a number above 0")
-latency = checked(lambda text: above_zero(text) if float(text) else 0.0, "a number from 0")
-dtypes = checked(some_dtypes, f"some of {', '.join(DTYPES)}")
-kept_names = checked(some_kept, f"none, or some of {', '.join(KEEPABLE)}")
-model = checked(lambda text: (text, parse_model(text)), None)
-chip_name = checked(lambda text: (text, parse_chip(text)), None)
-ring_ways = checked(lambda text: [{"0": 0, "1": 1, "2": 2}[n] for n in text.split(",")],
-                    "some of 0, 1, 2")
-switch = checked(lambda text: [{"off": False, "on": True}[word] for word in text.split(",")],
-                 "off, on, or off,on")
 
 
 def parse_mesh(text):
@@ -3189,234 +2988,209 @@ def parse_mesh(text):
     return mesh
 
 
-mesh_sizes = checked(parse_mesh, "axes and sizes, each once, as data=16,tensor=4, or tensor=4x4")
-
-
-def writable(text):
+def writable(text, ends=("",)):
     """str -> the path; refused before any work where nothing can be written there."""
+    if not text.endswith(ends):
+        raise ValueError(f"{text!r}: expected a name that ends in {' or '.join(ends)}")
+    if ends != ("",):
+        pyplot()
     try:
         with open(text, "a"):
             return text
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error.strerror}") from None
+        raise ValueError(f"{text!r}: {error.strerror}") from None
 
 
-def picture_path(text):
-    """str -> the path of a picture, for which there is what draws it."""
-    if not text.endswith((".png", ".svg")):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a name that ends in .png or .svg")
-    checked(lambda _: pyplot(), None)(text)
-    return writable(text)
+def option(text, default=None, type=None, metavar=None, **more):
+    """-> what argparse is told of an option."""
+    given = dict(type=type, metavar=metavar, **more)
+    return {"help": text, "default": default} | {
+        name: value for name, value in given.items() if value is not None}
 
 
-def add_int8(command):
-    """Parser -> None: what commands take that take int8 weights."""
-    command.add_argument("--int8", choices=tuple(INT8), help="int8 weights are widened in the "
-                         "product (Q8: left out, on any chip) or meet int8 activations (Q8A8: on "
-                         "this machine's CPU)")
-
-
-def add_plan(command):
-    """Parser -> None: what `plan` takes."""
-    command.add_argument("--model", type=model, metavar="NAME|SHAPE", default="gemma-7b",
-                         help="letters, or one of " + ", ".join(MODELS) + " (gemma-7b)")
-    command.add_argument("--chip", type=chip_name, default="tpu-v4", metavar="NAME|NUMBERS",
-                         help="one of " + ", ".join(CHIPS) + ", or flops/s,bytes/s,bytes,link "
-                         "bytes/s (tpu-v4)")
-    command.add_argument("--chips", type=number, default=1, help="tensor parallel over them (1)")
-    command.add_argument("--context", type=number, default=2048, help="tokens a sequence (2048)")
-    command.add_argument("--batch", type=number, help="sequences (as many as fit with "
-                         f"{HELD_BACK:.0%} of memory held back; --train: 4 a chip)")
-    command.add_argument("--weights", choices=DTYPES, default="bfloat16", help="(bfloat16)")
-    command.add_argument("--cache", choices=DTYPES, default="bfloat16", help="(bfloat16)")
-    command.add_argument("--kv-heads", type=number, metavar="K", help="in place of the model's")
-    add_int8(command)
-    command.add_argument("--parameters", type=positive, metavar="N", help="a rounded count, as "
-                         "7e9; the exact one stands beside it")
-    command.add_argument("--train", action="store_true", help="training, too")
-    command.add_argument("--tokens", type=positive, default=1e12, help="to train on (1e12)")
-    command.add_argument("--mfu", type=positive, default=0.5, help="model flops utilisation of "
-                         "training (0.5)")
-    command.add_argument("--hop", type=latency, default=HOP_SECONDS, metavar="SECONDS", help="from "
-                         "device to device (1e-6)")
-    command.add_argument("--compile", action="store_true", help="and ask the chip's compiler what "
-                         "fits (needs its extra)")
-
-
-def add_complete(command):
-    """Parser -> None: what `complete` takes."""
-    command.add_argument("prompt", help="the text to go on from")
-    command.add_argument("--model", required=True, metavar="DIR", help="config.json, "
-                         "model.safetensors and tokenizer.json, or what train --save wrote")
-    command.add_argument("--new", type=number, default=64, help="tokens to generate (64)")
-    command.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    command.add_argument("--top-k", type=int, default=0, help="of the k most probable (0: all)")
-    command.add_argument("--top-p", type=float, default=1.0, help="of those reaching p (1: all)")
-    command.add_argument("--dtype", choices=DTYPES, help="of the weights (the file's)")
-    command.add_argument("--cache", choices=DTYPES, help="of the cache (what is fastest here)")
-    add_int8(command)
-    command.add_argument("--draft", metavar="DIR|ngram", help="speculate with a smaller model, or "
-                         "with what the text said before")
-    command.add_argument("--n-draft", type=number, default=4, help="tokens it proposes (4)")
-    command.add_argument("--devices", type=number, metavar="N", help="tensor parallel over so many "
-                         "(as many as are here and divide the model; on a CPU so many are made)")
-
-
-def add_chip(command):
-    """Parser -> None: what the phases take that chips which are not here can be asked for."""
-    command.add_argument("--chip", type=chip_name, metavar="NAME", help="predict and compile for "
-                         "this chip, measure nothing: one of " + ", ".join(TARGETS))
-    command.add_argument("--chips", type=number, default=1, help="so many of them (1)")
-    command.add_argument("--timeline", type=picture_path, metavar="FILE.png|svg", help="draw a "
-                         "layer of each row as the chip's compiler schedules it")
-
-
-def add_shard(command):
-    """Parser -> None: what `shard` takes."""
-    add_chip(command)
-    command.add_argument("--dtype", choices=DTYPES[:2], default="float32", help="(float32)")
-    command.add_argument("--model", type=model, metavar="NAME|SHAPE", help=f"({SHARDED})")
-    command.add_argument("--devices", type=number, default=8, help="on a CPU, so many are made: "
-                         "in all, or with --distributed in each process (8)")
-    command.add_argument("--batch", type=number, default=8, help="sequences (8)")
-    command.add_argument("--prompt", type=number, default=64, help="tokens a sequence (64)")
-    command.add_argument("--new", type=number, default=8, help="tokens to generate (8)")
-    command.add_argument("--form", action="append", metavar="WORD", help="only forms whose name "
-                         "holds the word, such as loss, or ring; more than once for more (all)")
-    command.add_argument("--link", type=positive, default=4.5e10, metavar="BYTES_PER_SECOND",
-                         help="that a device sends one way (4.5e10: a TPU v4 link)")
-    command.add_argument("--processes", type=number, default=1, help="start so many here (1)")
-    command.add_argument("--distributed", action="store_true", help="this is one process of a pod "
-                         "or a Slurm job: jax.distributed.initialize() finds the others")
-    command.add_argument("--coordinator", help=argparse.SUPPRESS)
-    command.add_argument("--process", type=int, help=argparse.SUPPRESS)
-
-
-def add_scale(command):
-    """Parser -> None: what `scale` takes."""
-    command.add_argument("--model", type=model, metavar="NAME|SHAPE", help=f"({GROWTH})")
-    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights "
-                         "(float32)")
-    add_int8(command)
-
-
-def add_phase(command, name):
-    """Parser, str -> None: what the phases take."""
-    command.add_argument("--model", type=model, metavar="NAME|SHAPE",
-                         help=f"letters ({DEFAULT}) or one of {', '.join(MODELS)}")
-    command.add_argument("--batch", type=numbers, help="sequences, as 1,8,32")
-    command.add_argument("--dtype", type=dtypes, default=["float32"], help="of the weights: "
-                         "float32 (default), bfloat16, int8 (not for train), or several")
-    command.add_argument("--prompt", type=number, help="tokens a sequence (256)", default=256)
-    command.add_argument("--new", type=number, default=32, help="tokens to generate (32)")
-    command.add_argument("--kv-heads", type=numbers, metavar="K", help="in place of the model's, "
-                         "as 8,2,1" + ": trains each on a text" * (name == "train"))
-    if name == "train":
-        command.add_argument("--keep", type=kept_names, metavar="NAMES",
-                             help="what a layer keeps for its gradient on several chips, of "
-                             f"{', '.join(KEEPABLE)}, or none ({','.join(shard.KEPT)})")
-        command.add_argument("--text", help="a file to train on (README.md)")
-        command.add_argument("--steps", type=number, help="train on --text so often (100)")
-        command.add_argument("--lr", type=positive, default=1e-3, help="learning rate (0.001)")
-        command.add_argument("--save", metavar="DIR", help="write what was trained there")
-        command.add_argument("--resume", metavar="DIR", help="go on from what --save wrote, as one "
-                             "longer run: with the same --text, --batch, --prompt, --lr and --seed")
-    else:
-        add_int8(command)
-        command.add_argument("--cache", choices=DTYPES, help="dtype of the cache (the fastest here:"
-                             " float32 on a CPU, elsewhere bfloat16 for narrow weights)")
-    if name != "serve":
-        add_chip(command)
-        command.add_argument("--mesh", type=mesh_sizes, metavar="data=N,tensor=N", help="of the "
-                             "chips (train: all data; others: all tensor); tensor=MxN: keys over "
-                             "M, the layout over N; train: context=N too")
-        command.add_argument("--layout", choices=tuple(shard.LAYOUTS), help="of a cache on several "
-                             "chips (the first that divides); context: slots, and prompts too")
-        command.add_argument("--ring", type=ring_ways, default=[0], help="collective matmuls: 0 "
-                             "the references (default), 1 or 2 rings of so many ways, or several")
-        command.add_argument("--flags", type=switch, default=[False], help="compile with the "
-                             "lecture's flags for a TPU: off (default), on, or off,on")
-        command.add_argument("--by", choices=("hand", "compiler"), default="hand", help="who "
-                             "chooses training's collectives (hand)")
-    if name in ("verify", "speculate"):
-        command.add_argument("--n-draft", type=number, default=4, help="tokens proposed (4)")
-
-
-def add_everywhere(parser, **how):
-    """Parser -> None: what every command takes, before its name or after it."""
-    def add(*names, default, **more):
-        parser.add_argument(*names, **more, **({"default": default} | how))
-
-    add("--seed", type=seed, default=0, help="of weights, tokens and draws (0)")
-    add("--json", type=writable, metavar="FILE", default=None, help="write the result there too")
-    add("--profile", metavar="DIR", default=None, help="write traces for Perfetto or XProf there, "
-        "and print where each row's time goes")
-    add("--plot", type=picture_path, metavar="FILE.png|svg", default=None, help="draw the roofline")
+NUMBER, ABOVE = typed(whole, "one whole number from 1 to 2147483647"), typed(
+    no_less, "a number above 0")
+NUMBERS = typed(lambda text: [whole(n) for n in text.split(",")], "whole numbers from 1, as 1,8,32")
+MODEL, CHIP = (typed(lambda text, parse=parse: (text, parse(text)))
+               for parse in (parse_model, parse_chip))
+PICTURE = typed(partial(writable, ends=(".png", ".svg")))
+OPTIONS = {  # each declared once; a command may change a part
+    "seed": option("of weights, tokens and draws (0)", 0, typed(
+        partial(whole, least=0, most=2 ** 32 - 1), "a whole number from 0 to 4294967295")),
+    "json": option("write the result there too", None, typed(writable), "FILE"),
+    "wide": option("a table with every column", False, action="store_true"),
+    "profile": option("write traces for Perfetto or XProf there, and print where time goes",
+                      metavar="DIR"),
+    "plot": option("draw the roofline", None, PICTURE, "FILE.png|svg"),
+    "model": option(f"letters ({DEFAULT}[,untied]) or one of {', '.join(MODELS)}", None, MODEL,
+                    "NAME|SHAPE"),
+    "batch": option("sequences, as 1,8,32", None, NUMBERS),
+    "dtype": option("of the weights: float32 (default), bfloat16, int8, or several", ["float32"],
+                    some_of(dict(zip(DTYPES, DTYPES)))),
+    "int8": option("int8 weights are widened in the product (Q8: on any chip) or meet int8 "
+                   "activations (Q8A8: on this machine's CPU)", choices=tuple(INT8)),
+    "cache": option("dtype of the cache (the fastest here)", choices=DTYPES),
+    "prompt": option("tokens a sequence (%(default)s)", 256, NUMBER),
+    "new": option("tokens to generate (%(default)s)", 32, NUMBER),
+    "kv-heads": option("in place of the model's, as 8,2,1; train: each on a text", None, NUMBERS,
+                       "K"),
+    "n-draft": option("tokens proposed (4)", 4, NUMBER),
+    "text": option("a file to train on (README.md)"),
+    "steps": option("train on --text so often (100)", None, NUMBER),
+    "lr": option("learning rate (0.001)", 1e-3, ABOVE),
+    "save": option("write what was trained there", metavar="DIR"),
+    "resume": option("go on from what --save wrote, as one longer run: with the same --text, "
+                     "--batch, --prompt, --lr and --seed", metavar="DIR"),
+    "chip": option("predict and compile for this chip, measure nothing: one of "
+                   + ", ".join(TARGETS), None, CHIP, "NAME"),
+    "chips": option("so many of them (1)", 1, NUMBER),
+    "mesh": option("of the chips (train: all data; others: all tensor); tensor=MxN: keys over M, "
+                   "the layout over N; train: context=N too", None, typed(
+                       parse_mesh, "axes and sizes, each once, as data=16,tensor=4, or tensor=4x4"),
+                   "data=N,tensor=N"),
+    "layout": option("of a cache on several chips (the first that divides); context: slots, and "
+                     "prompts too", choices=tuple(shard.LAYOUTS)),
+    "ring": option("collective matmuls: 0 the references (default), 1 or 2 rings of so many ways, "
+                   "or several", [0], some_of({"0": 0, "1": 1, "2": 2})),
+    "flags": option("compile with the lecture's flags for a TPU: off (default), on, or off,on",
+                    [False], some_of({"off": False, "on": True})),
+    "by": option("who chooses training's collectives (hand)", "hand", choices=("hand", "compiler")),
+    "keep": option("what a layer keeps for its gradient on several chips, of "
+                   f"{', '.join(KEEPABLE)}, or none ({','.join(shard.KEPT)})", None,
+                   typed(parse_kept, f"none, or some of {', '.join(KEEPABLE)}"), "NAMES"),
+    "timeline": option("draw a layer of each row as the chip's compiler schedules it", None,
+                       PICTURE, "FILE.png|svg"),
+    "context": option("tokens a sequence (2048)", 2048, NUMBER),
+    "weights": option("(bfloat16)", "bfloat16", choices=DTYPES),
+    "parameters": option("a rounded count, as 7e9; the exact one stands beside it", None, ABOVE),
+    "train": option("training, too", False, action="store_true"),
+    "tokens": option("to train on (1e12)", 1e12, ABOVE),
+    "mfu": option("model flops utilisation of training (0.5)", 0.5, ABOVE),
+    "hop": option("seconds from device to device (1e-6)", HOP_SECONDS, typed(
+        partial(no_less, least=0), "a number from 0")),
+    "compile": option("and ask the chip's compiler what fits", False, action="store_true"),
+    "temperature": option("0 (default) is greedy", 0.0, float),
+    "top-k": option("of the k most probable (0: all)", 0, int),
+    "top-p": option("of those reaching p (1: all)", 1.0, float),
+    "draft": option("speculate with a smaller model, or with what the text said before",
+                    metavar="DIR|ngram"),
+    "devices": option("so many; on a CPU they are made", None, NUMBER),
+    "form": option("only forms whose name holds the word, such as loss or ring; more than once for "
+                   "more (all)", metavar="WORD", action="append"),
+    "link": option("bytes/s that a device sends one way (4.5e10: a TPU v4 link)", 4.5e10, ABOVE),
+    "processes": option("start so many here (1)", 1, NUMBER),
+    "distributed": option("this is one process of a pod or a Slurm job, and finds the others",
+                          False, action="store_true"),
+    "coordinator": option(argparse.SUPPRESS), "process": option(argparse.SUPPRESS, None, int)}
+EVERYWHERE = "seed json wide profile plot".split()
+ON_CHIPS = "chip chips timeline mesh layout ring flags by".split()
+PHASE = "model batch prompt new dtype kv-heads".split()
+CACHED = [*PHASE, "cache", "int8"]
+ONE_DTYPE = dict(type=None, choices=DTYPES, default="float32", help="of the weights (float32)")
+COMMANDS = {  # what it does, an example of it, its options, and what differs in them
+    "train": ("measure a training step, or train on a text",
+              "--text README.md --steps 100 --save DIR",
+              [*PHASE, *"keep text steps lr save resume".split(), *ON_CHIPS], {}),
+    "prefill": ("measure reading prompts", "--batch 8 --prompt 512", CACHED + ON_CHIPS, {}),
+    "generate": ("measure a step that makes one token a row",
+                 "--model gemma-7b --chip tpu-v4 --chips 4 --batch 110 --prompt 2032 --new 16 "
+                 "--dtype bfloat16", CACHED + ON_CHIPS, {}),
+    "verify": ("measure reading a draft at once", "--n-draft 7 --profile DIR",
+               [*CACHED, "n-draft", *ON_CHIPS], {}),
+    "speculate": ("measure rounds of a draft and its verification, beside generating",
+                  "--prompt 96", [*CACHED, "n-draft", *ON_CHIPS], {}),
+    "serve": ("measure many requests through few rows", "--batch 1,8 --dtype int8", CACHED, {}),
+    "plan": ("predict, without running", "--model gemma-7b --chip tpu-v4 --chips 4 --train",
+             "model chip chips context batch weights cache kv-heads int8 parameters train tokens "
+             "mfu hop compile".split(),
+             {"model": dict(default="gemma-7b"), "cache": dict(default="bfloat16"),
+              "chip": dict(default="tpu-v4", help=f"one of {', '.join(CHIPS)}, or flops/s,bytes/s,"
+                           "bytes,link bytes/s (tpu-v4)"), "kv-heads": dict(type=NUMBER),
+              "batch": dict(type=NUMBER, help="sequences (as many as fit with "
+                            f"{HELD_BACK:.0%} of memory held back; --train: 4 a chip)")}),
+    "scale": ("measure how time grows with each size", "--dtype bfloat16",
+              ["model", "dtype", "int8"], {"dtype": ONE_DTYPE}),
+    "complete": ("write on from a prompt with a real model",
+                 '--model DIR "So long" --temperature 0.8', "model new temperature top-k top-p "
+                 "dtype cache int8 draft n-draft devices".split(),
+                 {"prompt": dict(help="the text to go on from"),
+                  "model": dict(type=str, required=True, metavar="DIR", help="config.json, "
+                                "model.safetensors and tokenizer.json, or what --save wrote"),
+                  "dtype": ONE_DTYPE | dict(default=None), "new": dict(default=64)}),
+    "shard": ("what several devices send each other", "--devices 8 --form ring",
+              "model dtype batch prompt new form devices link processes distributed coordinator "
+              "process chip chips timeline".split(),
+              {"dtype": ONE_DTYPE | dict(choices=DTYPES[:2]), "devices": dict(default=8),
+               "batch": dict(type=NUMBER, default=8), "prompt": dict(default=64),
+               "new": dict(default=8)}),
+    "draw": ("draw the README's pictures, from today's figures", "docs", [],
+             {"folder": dict(help="where they go")})}
 
 
 def parse(argv):
     """list of str -> the command line's arguments; SystemExit with one line where they are bad."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def declare(parser, names, own={}, **at_all):
+        for name in names:
+            parser.add_argument(f"--{name}", **OPTIONS[name] | own.get(name, {}) | at_all)
+
+    def refuse(wrong, message):
+        if wrong:
+            parser.error(message)
+
     parser = Parser(prog="bench.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(**{name.replace("-", "_"): None for name in OPTIONS.keys() - EVERYWHERE})
     parser.add_argument("--quick", action="store_true", help="a small model, under a minute")
-    add_everywhere(parser)
-    others = {"plan": ("predict, without running", add_plan),
-              "scale": ("how time grows with each size", add_scale),
-              "complete": ("write on from a prompt", add_complete),
-              "shard": ("what several devices send each other", add_shard)}
-    phases = [name for name in PHASES if name not in PARTIAL]
-    commands = parser.add_subparsers(dest="phase", metavar="|".join([*phases, *others]))
-    for name in [*phases, *others]:
-        text, add = others.get(name, (f"measure {name} alone", partial(add_phase, name=name)))
-        command = commands.add_parser(name, help=text)
-        add_everywhere(command, default=argparse.SUPPRESS)
-        add(command)
+    declare(parser, EVERYWHERE)
+    commands = parser.add_subparsers(dest="phase", metavar="|".join(COMMANDS))
+    for name, (text, example, options, own) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text,
+                                      epilog=f"for example: python bench.py {name} {example}")
+        for positional in own.keys() & {"prompt", "folder"} - {*options}:
+            command.add_argument(positional, **own[positional])
+        declare(command, options, own)
+        declare(command, EVERYWHERE, default=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
-    if args.quick and args.phase:
-        parser.error(f"--quick is for all phases: leave out --quick or {args.phase}")
-    if args.phase == "plan" and args.mfu > 1:
-        parser.error(f"--mfu {args.mfu:g}: a share of 1 at most, as 0.5")
-    if getattr(args, "chip", None) and (args.phase != "plan" or args.compile):
-        try:
-            slice_of(args.chip[0], args.chips)
-        except ValueError as error:
-            parser.error(str(error))
-    if getattr(args, "chip", None) and args.phase != "plan":
-        here = [name for name in ("text", "steps", "save", "resume", "profile", "plot")
-                if getattr(args, name, None)]
-        if here:
-            parser.error(f"--{here[0]} is for this machine: leave out --{here[0]} or --chip")
-        if TARGETS[args.chip[0]].extra != "tpu" and True in getattr(args, "flags", ()):
-            parser.error(f"--flags are a TPU compiler's: {args.chip[0]} has none")
-        if TARGETS[args.chip[0]].extra != "tpu" and args.timeline:
-            parser.error(f"--timeline takes a TPU's times: {args.chip[0]}'s compiler gives none")
-    elif args.phase in (*PHASES, "shard") and args.phase != "serve":
-        usual = dict(mesh=None, layout=None, timeline=None, chips=1, ring=[0], flags=[False],
-                     by="hand", keep=None)
-        given = [name for name, value in usual.items() if getattr(args, name, value) != value]
-        if given:
-            parser.error(f"--{given[0]} is for a --chip that is not here" + (
-                "; or: bench.py shard" if args.phase != "shard" and given[0] != "keep" else ""))
-    if getattr(args, "keep", None) is not None and args.chip and (
-            args.by == "compiler" or args.chips == 1):
-        parser.error("--keep is for several chips, by hand: leave it out")
-    if getattr(args, "int8", None) and "int8" not in (
-            args.weights if args.phase == "plan" else args.dtype or ""):
-        parser.error(f"--int8 {args.int8} is for int8 weights: "
-                     + ("--weights int8" if args.phase == "plan" else "--dtype int8"))
+    name, elsewhere = args.chip[0] if args.chip else "", args.chip and args.phase != "plan"
+    refuse(args.quick and args.phase,
+           f"--quick is for all phases: leave out --quick or {args.phase}")
+    refuse(args.mfu and args.mfu > 1, f"--mfu {args.mfu}: a share of 1 at most, as 0.5")
+    try:
+        if elsewhere or args.compile:
+            slice_of(name, args.chips)
+    except ValueError as error:
+        parser.error(str(error))
+    for own in "text steps save resume profile plot".split():
+        refuse(elsewhere and getattr(args, own),
+               f"--{own} is for this machine: leave out --{own} or --chip")
+    for own in (*ON_CHIPS[1:], "keep"):
+        refuse(not args.chip and getattr(args, own) not in (None, OPTIONS[own]["default"]),
+               f"--{own} is for a --chip that is not here" + "; or: bench.py shard" * (
+                   args.phase != "shard" and own != "keep"))
+    if elsewhere and TARGETS[name].extra != "tpu":
+        refuse(True in (args.flags or ()), f"--flags are a TPU compiler's: {name} has none")
+        refuse(args.timeline, f"--timeline takes a TPU's times: {name}'s compiler gives none")
+    refuse(args.keep is not None and (args.by == "compiler" or args.chips == 1),
+           "--keep is for several chips, by hand: leave it out")
+    refuse(args.int8 and "int8" not in (args.weights or args.dtype or ""), f"--int8 {args.int8} is "
+           f"for int8 weights: --{'weights' if args.weights else 'dtype'} int8")
     if args.phase == "train":
-        if "int8" in args.dtype:
-            parser.error("train takes --dtype float32 or bfloat16: int8 has no gradient")
-        if args.resume and args.kv_heads:
-            parser.error("--resume goes on with the heads that were saved: leave out --kv-heads")
+        refuse("int8" in args.dtype,
+               "train takes --dtype float32 or bfloat16: int8 has no gradient")
+        refuse(args.resume and args.kv_heads,
+               "--resume goes on with the heads that were saved: leave out --kv-heads")
         if args.text or args.steps or args.save or args.resume or args.kv_heads and not args.chip:
             args.text = args.text or pathlib.Path(__file__).with_name("README.md")
             args.steps = args.steps or 100
-            if len(args.dtype) > 1 or len(args.batch or [8]) > 1:
-                parser.error("training on a text takes one --batch and one --dtype")
-            if args.save and len(args.kv_heads or [1]) > 1:
-                parser.error("--save keeps one model: give one of --kv-heads")
+            refuse(len(args.dtype) > 1 or len(args.batch or [8]) > 1,
+                   "training on a text takes one --batch and one --dtype")
+            refuse(args.save and len(args.kv_heads or [1]) > 1,
+                   "--save keeps one model: give one of --kv-heads")
     return args
 
 
@@ -3458,71 +3232,50 @@ def grown_batches(job, free, critical):
     return batches
 
 
-def default_batches(job):
-    """Job -> list of int: of the default run's generating. On a CPU they are fixed, so that its
-    time is; elsewhere as many as its memory and its sheet suggest."""
-    free, known = memory(), recognised(jax.devices()[0].device_kind)
-    if on_cpu() or free is None:
-        return [1, 8, 32]
-    limits = sheet(CHIPS[known]) if known else None
-    return grown_batches(job, free, critical_batch(job, limits) if limits else 256)
+def default_jobs(quick):
+    """bool -> list of Job: of the default run, or of the quick one. Batches of generating are fixed
+    on a CPU, so that its time is; elsewhere as many as memory and sheet suggest."""
+    name, cached = QUICK if quick else DEFAULT if on_cpu() else WIDER, default_cache("bfloat16")
+    job = Job("generate", name, computing_in(parse_model(name), "bfloat16"), 1, 240, 16, "bfloat16",
+              cached, int8=default_int8())
+    free, known, many = memory(), recognised(jax.devices()[0].device_kind), [1, 8, 32]
+    if free is not None and not on_cpu():
+        many = grown_batches(job, free, critical_batch(job, sheet(CHIPS[known])) if known else 256)
+    shapes = [("train", 2 if quick else 4, 128, 0),
+              *[("prefill", B, 128 if quick else 64, 0) for B in ([1] if quick else [1, 8])],
+              *[("generate", B, 240, 16) for B in many],
+              ("verify", 1, 240, 16), ("speculate", 1, 96, 32), ("serve", 8, 64, 32)]
+    kinds = [(dtype, default_cache(dtype)) for dtype in DTYPES] + [("int8", "int8")]
+    return [job._replace(phase=phase, cfg=computing_in(job.cfg, dtype), B=B, prompt=prompt, new=new,
+                         dtype=dtype, cache_dtype=cache)
+            for dtype, cache in kinds[:1 if quick else 4] for phase, B, prompt, new in shapes
+            if (cache != "int8" or phase == "generate") and (phase, dtype) != ("train", "int8")
+            and not (quick and phase == "serve")]
 
 
 def jobs_of(args):
     """-> list of Job: those of one phase, or of the default run."""
-    chip = getattr(args, "chip", None)
-    if args.phase:
-        size = SMALL if args.phase == "train" and args.text else DEFAULT
-        name, cfg = args.model or (size, parse_model(size))
-        usual = {"train": [8], "verify": [1], "speculate": [1]}
-        batches = args.batch or usual.get(args.phase, [1, 8, 32])
-        shapes = {args.phase: (batches, args.prompt, args.new)}
-        if args.phase == "speculate" and not chip:  # and what it replaces
-            shapes = {"generate": shapes["speculate"], **shapes}
-        kinds = [(dtype, args.cache if args.phase != "train" and args.cache
-                  else default_cache(dtype, chip)) for dtype in args.dtype]
-    else:
-        name, kinds = DEFAULT if on_cpu() else WIDER, [
-            (dtype, default_cache(dtype)) for dtype in DTYPES] + [("int8", "int8")]
-        if args.quick:
-            name, kinds = QUICK, [("float32", "float32")]
-        cfg = parse_model(name)
-        many = default_batches(Job("generate", name, computing_in(cfg, "bfloat16"), 1, 240, 16,
-                                   "bfloat16", default_cache("bfloat16")))
-        shapes = {"train": ([2 if args.quick else 4], 128, 0),
-                  "prefill": ([1] if args.quick else [1, 8], 128 if args.quick else 64, 0),
-                  "generate": (many, 240, 16), "verify": ([1], 240, 16),
-                  "speculate": ([1], 96, 32), **({} if args.quick else {"serve": ([8], 64, 32)})}
-    heads = getattr(args, "kv_heads", None) or [cfg.K]
-    extra = {name: getattr(args, name) for name in ("n_draft", "keep")
-             if getattr(args, name, None) is not None}
-    extra["int8"] = getattr(args, "int8", None) or default_int8(chip)
-    jobs = [Job(phase, name, computing_in(replace(cfg, K=K), dtype, chip), B, prompt, new, dtype,
-                cache, **extra) for dtype, cache in kinds for K in heads
-            for phase, (batches, prompt, new) in shapes.items() for B in batches
-            if args.phase or cache != "int8" or phase == "generate"
-            if (phase, dtype) != ("train", "int8")]
-    if not chip:
-        return jobs
-    return [on_chips(job._replace(ring=ring, flags=flags, by=args.by), chip[0], args.chips,
-                     args.mesh, args.layout)
-            for job in jobs for ring in args.ring for flags in args.flags]
-
-
-def worst(jobs, rows):
-    """list of Job, list of rows -> list of (Job, row): of each phase that is compiled the one with
-    the largest gap, the largest first."""
-    down = sorted(zip(jobs, rows), key=lambda pair: -pair[1]["ratio"])
-    found = {}
-    for job, row in down:
-        if "temp_bytes" in row:
-            found.setdefault(job.phase, (job, row))
-    return list(found.values())
+    if not args.phase:
+        return default_jobs(args.quick)
+    size, chip = SMALL if args.phase == "train" and args.text else DEFAULT, args.chip
+    name, cfg = args.model or (size, parse_model(size))
+    few = {"train": [8], "verify": [1], "speculate": [1]}.get(args.phase, [1, 8, 32])
+    phases = ["generate"] * (args.phase == "speculate" and not chip) + [args.phase]
+    more = {name: getattr(args, name) for name in ("n_draft", "keep")
+            if getattr(args, name) is not None}
+    jobs = [Job(phase, name, computing_in(replace(cfg, K=K), dtype, chip), B, args.prompt, args.new,
+                dtype, args.cache or default_cache(dtype, chip),
+                int8=args.int8 or default_int8(chip), **more)
+            for dtype in args.dtype for K in args.kv_heads or [cfg.K] for phase in phases
+            for B in args.batch or few]
+    return jobs if not chip else [
+        on_chips(job._replace(ring=ring, flags=flags, by=args.by), chip[0], args.chips, args.mesh,
+                 args.layout) for job in jobs for ring in args.ring for flags in args.flags]
 
 
 def run(args):
     """Measures what the command line asks for, and prints it."""
-    others = {"plan": plan, "scale": scale, "complete": complete, "shard": run_shard}
+    others = {"plan": plan, "scale": scale, "complete": complete, "shard": run_shard, "draw": draw}
     if args.phase in others:
         return others[args.phase](args)
     jobs = jobs_of(args)
@@ -3530,33 +3283,36 @@ def run(args):
         return run_chips(args, jobs)
     for job in jobs:
         check_memory(job)
-    if args.phase == "train" and args.text:
+    if args.text:
         return train_on_text(args, jobs)
-    limits, rows, split, learned = ceilings(jobs), [], [], None
-    known = recognised(jax.devices()[0].device_kind)
-    limits |= {"sheet": sheet(CHIPS[known])} if known else {}
-    try:
+    limits, rows, split, known = ceilings(jobs), [], [], {}
+    chip = recognised(jax.devices()[0].device_kind)
+    limits |= {"sheet": sheet(CHIPS[chip])} if chip else {}
+
+    @lru_cache(maxsize=1)
+    def drawn(cfg, dtype, learned):
+        wide = known[cfg.K] if learned else init(jax.random.key(args.seed), cfg, cfg.dtype)
+        return in_dtype(wide, cfg, dtype, jobs[0].int8)
+
+    def params_of(job):
+        return drawn(job.cfg, job.dtype, job.phase == "speculate")
+
+    with interruptible("measured"):
         if not args.phase or args.phase == "speculate":
-            learned = {K: learn(cfg, args.seed) for K, cfg in
-                       {job.cfg.K: job.cfg for job in jobs}.items()}
+            known |= {K: learn(cfg, args.seed)
+                      for K, cfg in {job.cfg.K: job.cfg for job in jobs}.items()}
         if not args.phase:
-            check_recital(learned[jobs[0].cfg.K], jobs[0].cfg)
-        for (dtype, cfg), group in itertools.groupby(jobs, lambda job: (job.dtype, job.cfg)):
-            params = in_dtype(init(jax.random.key(args.seed), cfg, cfg.dtype), cfg, dtype,
-                              jobs[0].int8)
-            for job in group:
-                own = in_dtype(learned[cfg.K], cfg, dtype, job.int8) if job.phase == "speculate" \
-                    else params
-                rows.append(measure(job, own, limits, args.seed, args.profile))
-        if not args.phase and not args.profile:  # for those with the largest gap, why
-            for job, row in worst(jobs, rows)[:1 if args.quick else 3]:
+            check_recital(known[jobs[0].cfg.K], jobs[0].cfg)
+        for job in jobs:
+            rows.append(measure(job, params_of(job), limits, args.seed, args.profile))
+        if not args.phase and not args.profile:  # of each phase that is compiled the largest gap
+            gaps = {}
+            for job, row in sorted(zip(jobs, rows), key=lambda pair: -pair[1]["ratio"]):
+                gaps.setdefault(job.phase if "temp_bytes" in row else "", (job, row))
+            gaps.pop("", None)
+            for job, row in list(gaps.values())[:1 if args.quick else 3]:
                 say(f"profiling {job.phase} {job.dtype} B={job.B}")
-                own = learned[job.cfg.K] if job.phase == "speculate" else init(
-                    jax.random.key(args.seed), job.cfg, job.cfg.dtype)
-                row["profile"] = profile(prepare(job, in_dtype(own, job.cfg, job.dtype, job.int8),
-                                                 args.seed, traced=True))
-    except KeyboardInterrupt:
-        say("\ninterrupted: what was measured so far")
+                row["profile"] = profile(prepare(job, params_of(job), args.seed, traced=True))
     print_attention(jobs[-1])
     if not args.phase:
         split = print_split(max((job for job in jobs if job.phase == "generate" and job.B < 10),
@@ -3568,8 +3324,7 @@ def keep_freed_memory():
     """-> bool: has the C library been told to keep what is freed? Only glibc can be, on the CPU.
 
     XLA's CPU code asks for its temporaries anew at every step. By default glibc returns each large
-    one to the kernel, which then has to zero every page again: 294,000 page faults and 0.6 s of the
-    kernel's time in a training step with 1.2 GB of them. Kept, an f32 step takes 12 to 15% less.
+    one to the kernel, which has to zero every page again; kept, an f32 step takes 12 to 15% less.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -1110,20 +1110,23 @@ def train_comm(cfg, B, T, mesh, ring, keep):
     return found
 
 
+def attend_comm(cfg, rows, axes, layout):
+    """cfg, int, tuple, str -> list of events: a layer's attention to the cache in that layout."""
+    t, last, letter = math.prod(axes), axes[-1] if axes else 1, LAYOUTS[layout].letter
+    heads = rows * cfg.H * cfg.D * jnp.dtype(cfg.dtype).itemsize // t
+    return {"K": [], "B": [("all_to_all", 2, heads, last)],
+            "S": [("all_gather", 1, heads, last), ("reduce_scatter", 1, heads * last, last),
+                  ("all_reduce", 2, rows * cfg.H * last // t * 4, last)]}[letter]
+
+
 def extend_comm(cfg, B, T, axes, layout, ring, reads=False):
     """cfg, ... -> list of events: `tp_extend` by T tokens; with `reads`, what `tp_prefill` does
     before it makes logits, of a prompt whose k and v stay where they are made."""
-    t, rows, wide, letter = math.prod(axes), B * T, jnp.dtype(cfg.dtype).itemsize, LAYOUTS[
-        layout].letter
-    heads, last, attend = rows * cfg.H * cfg.D * wide // t, axes[-1] if axes else 1, []
-    if letter == "B" and not reads:
-        attend = [("all_to_all", 2, heads, last)]
-    if letter == "S" and not reads:
-        attend = [("all_gather", 1, heads, last), ("reduce_scatter", 1, heads * last, last),
-                  ("all_reduce", 2, rows * cfg.H * last // t * 4, last)]
+    rows, wide = B * T, jnp.dtype(cfg.dtype).itemsize
     gather, scatter = trips(cfg, rows, axes, ring)
     return repeated(cfg.L, repeated(2, norm_comm(rows, axes, ring) + gather + scatter)
-                    + attend) + scatters(rows * cfg.E * wide, axes)
+                    + ([] if reads else attend_comm(cfg, rows, axes, layout))) \
+        + scatters(rows * cfg.E * wide, axes)
 
 
 def context_comm(cfg, B, T, axes, ring, dtype, cache_dtype):

@@ -6,6 +6,7 @@ in an order that differs between two ways to the same number, so TOLERANCE is 2e
 import ast
 import concurrent.futures
 import contextlib
+import html
 import importlib.util
 import inspect
 import itertools
@@ -74,6 +75,8 @@ attention_jit, causal_jit = jax.jit(attention), jax.jit(causal_attention)
 
 
 README = pathlib.Path(__file__).with_name("README.md").read_text()
+DOCS = pathlib.Path(__file__).with_name("docs")
+RUN = (DOCS / "run.md").read_text()  # a default run's output
 TWO_PROCESSES = ("shard --devices 4 --processes 2 --model L1,E32,H4,K4,D8,F48,V64 --batch 4 "
                  "--prompt 6 --new 3 --form").split() + ["hand ring", "--form", "heads ring"]
 
@@ -3208,7 +3211,7 @@ def test_growth_is_predicted_with_the_lectures_exponents_and_measured(calm, caps
         "batch": [(B, job._replace(B=B, prompt=4, new=2)) for B in (1, 2)]})
     result, out = result_of(capsys, "scale", "--model", TINY)
     assert len(result["rows"]) == 2 and result["growth"][0]["sizes"] == [1, 2]
-    assert f"predicted {result['growth'][0]['predicted_exponent']:.2f}" in out
+    assert out.splitlines()[-2].split()[-1] == f"{result['growth'][0]['predicted_exponent']:.2f}"
 
 
 def products(jaxpr, path=""):
@@ -3297,6 +3300,51 @@ def test_a_step_as_fast_as_predicted_stands_on_the_roof():
     for column in itertools.zip_longest(*below, fillvalue=" "):
         roof = [i for i, mark in enumerate(column) if mark in "/-"]
         assert all(i > roof[0] for i, mark in enumerate(column) if mark in "TPG")
+
+
+def words_in(picture):
+    """Lines of text in an SVG."""
+    return [html.unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", picture)]
+
+
+@pytest.mark.parametrize("name", bench.SKETCHES)
+def test_a_picture_in_docs_says_what_the_functions_give_today(name):
+    found = words_in((DOCS / f"{name}.svg").read_text())
+    sketch = bench.SKETCHES[name]()
+    told = [line for *_, text in sketch.notes for line in text.split("\n")] + [
+        line for *_, text, _, _ in sketch.boxes for line in text.split("\n")]
+    assert len(told) > 5 and any(re.search(r"\d", line) for line in told)
+    for line in filter(None, map(str.strip, told)):
+        assert line in found, line
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason='pip install ".[plot]"')
+def test_pictures_are_drawn_into_files_that_read_alike_each_time(tmp_path):
+    files = [tmp_path / f"{i}.svg" for i in range(2)]
+    for file in files:
+        bench.render(bench.sketch_layer(), file)
+    assert files[0].read_text() == files[1].read_text()
+    assert sorted(words_in(files[0].read_text())) == sorted(words_in(
+        (DOCS / "layer.svg").read_text()))
+
+
+@given(st.sampled_from(sorted(bench.MODELS)), st.sampled_from([2, 4, 8]), st.integers(1, 64),
+       st.sampled_from(["prefill", "generate"]))
+def test_the_steps_of_a_layer_send_together_what_the_formula_says(name, n, B, phase):
+    cfg = replace(bench.MODELS[name], dtype="bfloat16")
+    if bench.degree(cfg, n) < n:
+        return
+    T = 128 if phase == "prefill" else 1
+    steps = bench.layer_steps(bench.Job(phase, name, cfg, B, T, 0), T, n, 9e10)
+    layout = "heads" if cfg.K % n == 0 else "sequence" if B % n else "batch"
+    if phase == "prefill" and layout == "batch":
+        B *= 1
+    formula = shard.comm_bytes(cfg, phase, B, T, tensor=n, layout=layout)
+    assert sum(step["times"] * step["bytes"] for step in steps) == sum(
+        size for _, size in formula.values())
+    assert sum(step["times"] * number for step in steps
+               for number in step["collectives"].values()) == sum(
+                   number for number, _ in formula.values())
 
 
 def test_a_picture_needs_its_extra(monkeypatch, capsys, tmp_path):
@@ -3440,13 +3488,22 @@ def test_gemma_7b_generates_110_sequences_on_four_v4_chips_and_128_are_refused(c
     assert "exceeds available HBM" in refused["message"] and "cache.k" in refused["largest"][0]
 
 
+def test_the_picture_of_a_chips_memory_says_what_its_compiler_says(compiled):
+    row = bench.chip_row(bench.lecture(), compiled)
+    found = words_in((DOCS / "memory.svg").read_text())
+    told = [line for *_, text, _, _ in bench.sketch_memory(row).boxes for line in text.split("\n")]
+    assert all(line in found for line in told) and any("cache" in line for line in told)
+
+
 def test_the_readmes_row_of_four_v4_chips_is_what_their_compiler_says(compiled, capsys):
-    shown = re.search(r"```\n(generate over heads: gemma-7b.*?)```", README, re.S)[1].splitlines()
+    def unwrapped(text):
+        return re.sub(r"\n {12}", " ", text.strip()).splitlines()
+
+    shown = unwrapped(re.search(r"```\n(generate over heads: gemma-7b.*?)```", README, re.S)[1])
     job = on_chip("generate", "gemma-7b", "tpu-v4", 4, B=110, prompt=2032)
     row = bench.chip_row(job, compiled) | {"form": bench.form_name(job)}
     bench.print_chip_row(row)
-    said = capsys.readouterr().out.strip().splitlines()
-    for ours, theirs in zip(said, shown, strict=True):  # versions differ, and so may their cycles
+    for ours, theirs in zip(unwrapped(capsys.readouterr().out), shown, strict=True):  # versions differ, and so may their cycles
         assert ours == theirs or ours.split()[0] in ("program", "time")
     told = float(re.search(r"time +([\d.]+) ms", shown[-1])[1])
     assert row["compiler_seconds"] * 1e3 == pytest.approx(told, rel=0.05)
@@ -3734,23 +3791,24 @@ print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert kept == (bench.platform.libc_ver()[0] == "glibc") and (faults < 8 or not kept)
 
 
-def test_the_readmes_table_is_predicted_from_its_ceilings():
-    told = re.search(r"^ceilings: (.*), reading (.*) GB/s$", README, re.M)
+def test_the_default_runs_table_is_predicted_from_its_ceilings(capsys):
+    told = re.search(r"^ceilings: (.*), reading (.*) GB/s$", RUN, re.M)
     limits = {"flops_per_second": {
         part.split()[0]: float(part.split()[1]) * 1e9 for part in told[1].split(", ")},
         "read_bytes_per_second": float(told[2]) * 1e9}
-    shown = [line.split() for line in README.splitlines()
-             if line.count("|") == 3 and line.split()[0] in bench.PHASES]
+    table = RUN[RUN.index("\nphase "):].split("\n\n")[0].splitlines()[2:]
+    shown = [line for line in table if line.split()[0] in bench.PHASES]
     jobs = bench.jobs_of(bench.parse([]))
     assert len(jobs) == len(shown) > 20
-    for job, cells in zip(jobs, shown):
-        row = bench.predicted_row(job, limits)
-        assert cells[:2] == [row["phase"], row["dtype"]] and cells[3:6] == [
-            str(row[letter]) for letter in "BTS"]
-        assert cells[8:10] == [f"{row[key] / 1e6:.1f}" for key in ("weight_bytes", "cache_bytes")]
-        # ceilings are printed with three digits
-        assert float(cells[10]) == pytest.approx(row["predicted_seconds"] * 1e3, rel=0.01, abs=0.06)
-        assert cells[13] in ("-", cells[7])  # the program multiplies what was predicted
+    given = [column for column in bench.RUN if not column.wide]
+    given = given[:[column.head for column in given].index("predict")]
+    capsys.readouterr()
+    bench.print_table(given, [bench.predicted_row(job, limits) for job in jobs], heads=False)
+    for job, ours, line in zip(jobs, capsys.readouterr().out.splitlines(), shown, strict=True):
+        assert line.startswith(ours)
+        took, unit = line[len(ours):].split()[:2]  # ceilings are printed with three digits
+        assert float(took) * {"s": 1, "ms": 1e-3, "us": 1e-6}[unit] == pytest.approx(
+            bench.predicted_row(job, limits)["predicted_seconds"], rel=0.011)
 
 
 def needed_by(name, defined, found):
@@ -3795,6 +3853,43 @@ def test_what_the_readme_names_is_there():
         assert name == "py" or hasattr(sys.modules[module], name), name
     tests = re.findall(r"`(test_\w+)`", README)
     assert len(tests) > 5 and set(tests) <= set(globals())
-    assert all(name in README for name in bench.MODELS)
     for line in re.findall(r"^python bench\.py (.*?)(?: *#.*)?$", README, re.M):
         bench.parse(shlex.split(line))
+    for picture in re.findall(r"\]\((docs/[^)]*)\)", README):
+        assert (DOCS.parent / picture).exists(), picture
+
+
+def test_every_commands_help_shows_an_example_that_it_takes_and_lists_what_it_takes(capsys):
+    for name, (does, shown, options, _) in bench.COMMANDS.items():
+        assert bench.parse([name, *shlex.split(shown)]).phase == name
+        with pytest.raises(SystemExit):
+            bench.parse([name, "--help"])
+        told = " ".join(capsys.readouterr().out.split())
+        assert does in told and shown in told
+        assert all(f"--{option}" in told for option in options
+                   if bench.OPTIONS[option]["help"] != bench.argparse.SUPPRESS)
+
+
+def test_the_readme_is_a_course_of_2000_words_with_tables_that_fit():
+    text = re.sub(r"```.*?```", "", README, flags=re.S)
+    prose = [line for line in text.splitlines() if not line.startswith("|")]
+    assert len(" ".join(prose).split()) <= 2000
+    rows = [line for line in README.splitlines() if len(line) > 70 and line in RUN.splitlines()
+            and line.split()[0] in bench.PHASES]
+    assert 5 <= len(rows) <= 10 and all(len(line) <= 100 for line in rows)
+
+
+def test_the_lectures_figures_are_printed_by_the_commands_beside_them(capsys):
+    """Those of a plan; a chip's compiler's stand in tests of their own."""
+    commands = re.findall(r"^python bench\.py (plan .*?) +# (\d)$", README, re.M)
+    printed = {number: result_of(capsys, *shlex.split(command))[1] for command, number in commands}
+    table = README[README.index("| the lecture says |"):].split("\n\n")[0].splitlines()[2:]
+    assert len(table) > 15 and len(printed) == 2
+    checked = 0
+    for line in table:
+        *_, figure, number = (cell.strip() for cell in line.strip("|").split("|"))
+        if number[0] in printed:
+            for found in re.findall(r"[\d.,]*\d(?: [kMGTP]?(?:B|FLOP)| [mu]?s)?\b", figure):
+                assert found in printed[number[0]], (line, found)
+                checked += 1
+    assert checked > 15
