@@ -2413,21 +2413,25 @@ SKETCHES = {"product": sketch_product, "phases": sketch_phases, "roofline": sket
             "layer": sketch_layer, "layouts": sketch_layouts, "causal": sketch_causal}
 
 
+def timelines():
+    """-> dict of list of Job: (h) a generate step with references and with rings; training as FSDP
+    without the lecture's flags and with them."""
+    train = on_chips(lecture("train", 256)._replace(mesh=(), prompt=2048), "tpu-v4", 64)
+    return {"timeline_ring": [lecture()._replace(ring=ring) for ring in (0, 1)],
+            "timeline_fsdp": [train, train._replace(flags=True)]}
+
+
 def draw(args):
-    """Draws the README's pictures into a folder: those that a compiler has a part in where it is
-    installed."""
+    """Draws the README's pictures into a folder; the last three are made by a compiler."""
     folder = pathlib.Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, sketch in SKETCHES.items():
         render(sketch(), folder / f"{name}.svg")
     check_compiler("tpu-v4")
-    train = on_chips(lecture("train", 256)._replace(mesh=(), prompt=2048), "tpu-v4", 64)
     with compilers() as ask:
         render(sketch_memory(chip_row(lecture(), ask)), folder / "memory.svg")
-        for name, jobs in (("timeline_ring", [lecture()._replace(ring=ring) for ring in (0, 1)]),
-                           ("timeline_fsdp", [train, train._replace(flags=True)])):
-            draw_timeline([chip_row(job, ask) | {"form": form_name(job)} for job in jobs],
-                          folder / f"{name}.svg")
+        for name, jobs in timelines().items():
+            draw_timeline([chip_row(job, ask) for job in jobs], folder / f"{name}.svg")
     finish(args, pictures=sorted(map(str, folder.glob("*.svg"))))
 
 

@@ -3495,6 +3495,19 @@ def test_the_picture_of_a_chips_memory_says_what_its_compiler_says(compiled):
     assert all(line in found for line in told) and any("cache" in line for line in told)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="drawn with the newest compiler")
+@pytest.mark.parametrize("name", bench.timelines())
+def test_the_pictures_of_timelines_say_what_the_chips_compiler_says(name, compiled):
+    found = " ".join(words_in((DOCS / f"{name}.svg").read_text()))
+    for job in bench.timelines()[name]:
+        row = bench.chip_row(job, compiled)
+        told = re.search(re.escape(row["form"]) + r", .*?a step takes ([\d.]+) (m?s), of it "
+                         r"([\d.]+) ([mu]s) waits", found)
+        took = [float(told[i]) * {"s": 1, "ms": 1e-3, "us": 1e-6}[told[i + 1]] for i in (1, 3)]
+        assert took == pytest.approx([row["compiler_seconds"], row["regions"]["transfers"]],
+                                     rel=0.05)
+
+
 def test_the_readmes_row_of_four_v4_chips_is_what_their_compiler_says(compiled, capsys):
     def unwrapped(text):
         return re.sub(r"\n {12}", " ", text.strip()).splitlines()
@@ -3503,7 +3516,8 @@ def test_the_readmes_row_of_four_v4_chips_is_what_their_compiler_says(compiled, 
     job = on_chip("generate", "gemma-7b", "tpu-v4", 4, B=110, prompt=2032)
     row = bench.chip_row(job, compiled) | {"form": bench.form_name(job)}
     bench.print_chip_row(row)
-    for ours, theirs in zip(unwrapped(capsys.readouterr().out), shown, strict=True):  # versions differ, and so may their cycles
+    said = unwrapped(capsys.readouterr().out)
+    for ours, theirs in zip(said, shown, strict=True):  # versions differ, and so may their cycles
         assert ours == theirs or ours.split()[0] in ("program", "time")
     told = float(re.search(r"time +([\d.]+) ms", shown[-1])[1])
     assert row["compiler_seconds"] * 1e3 == pytest.approx(told, rel=0.05)
