@@ -1633,7 +1633,7 @@ RUN = (  # the table of a run
            if "collectives" in r else "-", "d", True),
     Column("compile", 7, "compile_seconds", "s", True), Column("took", 7, "measured_seconds", "s"),
     Column("p10", 7, "p10_seconds", "s", True), Column("p90", 7, "p90_seconds", "s", True),
-    Column("MFU", 5, "mfu", ".0%"), Column("MBU", 5, "mbu", ".0%"),
+    Column("MFU", 4, "mfu", ".0%"), Column("MBU", 4, "mbu", ".0%"),
     Column("tok/s/row", 9, "tokens_per_second_per_sequence", " ", True),
     Column("tok/s", 6, "tokens_per_second", " "), Column("ratio", 5, "ratio", ".2f"))
 
@@ -3111,7 +3111,7 @@ COMMANDS = {  # what it does, an example of it, its options, and what differs in
               "chip": dict(default="tpu-v4", help=f"one of {', '.join(CHIPS)}, or flops/s,bytes/s,"
                            "bytes,link bytes/s (tpu-v4)"), "kv-heads": dict(type=NUMBER),
               "batch": dict(type=NUMBER, help="sequences (as many as fit with "
-                            f"{HELD_BACK:.0%} of memory held back; --train: 4 a chip)")}),
+                            f"{HELD_BACK:.0%}% of memory held back; --train: 4 a chip)")}),
     "scale": ("measure how time grows with each size", "--dtype bfloat16",
               ["model", "dtype", "int8"], {"dtype": ONE_DTYPE}),
     "complete": ("write on from a prompt with a real model",
