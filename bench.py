@@ -154,23 +154,17 @@ def on_cpu():
     return jax.default_backend() == "cpu"
 
 
-def default_cache(dtype, chip=None):
-    """dtype of the weights -> of the cache: on a CPU bf16 slots are copied and int8 ones widened at
-    every step, so f32 is the fastest; elsewhere, as on a chip that is not here, fewer bytes are."""
-    return "float32" if dtype == "float32" or not chip and on_cpu() else "bfloat16"
-
-
-def computing_in(cfg, dtype, chip=None):
-    """Config, dtype of the weights -> Config: around int8 weights, activations are wide."""
-    wide = "float32" if not chip and on_cpu() else "bfloat16"
-    return replace(cfg, dtype=wide if dtype == "int8" else dtype)
-
-
-def default_int8(chip=None):
-    """-> str, of INT8: on a CPU Q8A8, whose products are four times as fast; elsewhere Q8: a step
-    waits for bytes, a TPU's spends more on quantising rows than on widening weights (cycles), and a
-    GPU's takes as long either way."""
-    return "Q8" if chip or not on_cpu() else "Q8A8"
+def in_kind(job, dtype, cache=None, int8=None):
+    """Job, dtypes, str -> Job: its weights in that dtype. What is left out is what is fastest: a
+    CPU copies bf16 slots and widens int8 ones at every step, computes in f32 around int8 weights,
+    and multiplies int8 (Q8A8) four times as fast; elsewhere fewer bytes are faster, and quantising
+    rows takes a TPU longer than widening weights."""
+    cpu = not job.chip and on_cpu()
+    wide = "float32" if cpu else "bfloat16"
+    return job._replace(
+        cfg=replace(job.cfg, dtype=wide if dtype == "int8" else dtype), dtype=dtype,
+        cache_dtype=cache or ("float32" if dtype == "float32" else wide),
+        int8=int8 or ("Q8A8" if cpu else "Q8"))
 
 
 def products_in(job):
@@ -178,11 +172,16 @@ def products_in(job):
     return job.cfg.dtype if (job.dtype, job.int8) == ("int8", "Q8") else job.dtype
 
 
-def in_dtype(params, cfg, dtype, int8=None):
-    """Params, cfg, dtype, str -> Params: cast, or quantised to int8 weights of that kind."""
-    if dtype == "int8":
-        return quantize_params(params, cfg, INT8[int8 or default_int8()])
-    return params if params.embed.dtype == dtype else cast(params, dtype)
+def held_in(job, params):
+    """Job, Params -> Params: cast to its dtype, or quantised to its kind of int8 weights."""
+    if job.dtype == "int8":
+        return quantize_params(params, job.cfg, INT8[job.int8])
+    return params if params.embed.dtype == job.dtype else cast(params, job.dtype)
+
+
+def drawn(job, key):
+    """Job, key -> Params: random ones."""
+    return held_in(job, init(key, job.cfg, job.cfg.dtype))
 
 
 def say(*words, end="\n"):
@@ -739,11 +738,10 @@ def plan(args):
     (name, chip), (model_name, cfg), B = args.chip, args.model, args.batch
     if args.compile:
         check_compiler(name)
-    cfg = replace(cfg, K=args.kv_heads or cfg.K,
-                  dtype="float32" if args.weights == "float32" else "bfloat16")
-    job = Job("generate", model_name, cfg, B or 1, args.context, 0, args.weights, args.cache,
-              int8=args.int8 or default_int8(chip))
-    trained = training(job._replace(B=B or 4 * args.chips, dtype=cfg.dtype), chip, args.chips,
+    cfg = replace(cfg, K=args.kv_heads or cfg.K)
+    job = in_kind(Job("generate", model_name, cfg, B or 1, args.context, 0, chip=name),
+                  args.weights, args.cache, args.int8)._replace(chip="")
+    trained = training(job._replace(B=B or 4 * args.chips, dtype=job.cfg.dtype), chip, args.chips,
                        args.tokens, args.mfu, args.parameters) if args.train else None
     counts = {f"{args.parameters:g} parameters": args.parameters} if args.parameters else {}
     numbers = {heading: napkin(job, chip, args.chips, count, B, args.hop)
@@ -1024,8 +1022,7 @@ def on_links(job, link):
 
 def abstract(job):
     """Job -> Params: shapes of its parameters."""
-    return jax.eval_shape(lambda: in_dtype(init(jax.random.key(0), job.cfg, job.cfg.dtype), job.cfg,
-                                           job.dtype, job.int8))
+    return jax.eval_shape(partial(drawn, job), jax.random.key(0))
 
 
 def mesh_of(job, devices=None):
@@ -1079,11 +1076,11 @@ def prepare(job, params, seed, traced=False):
     device, or on its mesh, where parameters are made as they are split; `row` is what the program
     says, `ops` its operations, None where it runs on the host. Traced, a GPU starts each kernel
     alone: of those that start together a trace does not say which is which."""
-    mesh, cfg, key = mesh_of(job), job.cfg, jax.random.key(seed)
+    mesh, key = mesh_of(job), jax.random.key(seed)
     step, make, donated, returned = PHASES[job.phase].build(job, mesh)
     if mesh:
         def born(key):
-            return make(in_dtype(init(key, cfg, cfg.dtype), cfg, job.dtype, job.int8), key)
+            return make(drawn(job, key), key)
         args = jax.jit(born, out_shardings=placed(job, mesh, jax.eval_shape(born, key)))(key)
     else:
         args = make(params, key)
@@ -2280,8 +2277,8 @@ def render(sketch, path):
 
 def lecture(phase="generate", B=110):
     """str, int -> Job: the lecture's own, Gemma 7B on four v4 chips, 2,048 tokens a row."""
-    return on_chips(Job(phase, "gemma-7b", replace(MODELS["gemma-7b"], dtype="bfloat16"), B,
-                        2032, 16, "bfloat16", "bfloat16"), "tpu-v4", 4)
+    return on_chips(in_kind(Job(phase, "gemma-7b", MODELS["gemma-7b"], B, 2032, 16, chip="tpu-v4"),
+                            "bfloat16"), "tpu-v4", 4)
 
 
 def sketch_product():
@@ -2465,17 +2462,15 @@ def scale(args):
     """Prints how time grows with each size, beside how it should."""
     name, cfg = args.model or (GROWTH, parse_model(GROWTH))
     dtype, rows = args.dtype, []
-    base = Job("generate", name, computing_in(cfg, dtype), 1, 240, 16, dtype, default_cache(dtype),
-               int8=args.int8 or default_int8())
+    base = in_kind(Job("generate", name, cfg, 1, 240, 16), dtype, int8=args.int8)
     grown = [(what, size, job) for what, jobs in sweeps(base).items() for size, job in jobs]
     for _, _, job in grown:
         check_memory(job)
     limits = ceilings([base])
     with interruptible("measured"):
         for what, size, job in grown:
-            wide = init(jax.random.key(args.seed), job.cfg, job.cfg.dtype)
             rows.append({"grows": what, "size": size} | measure(
-                job, in_dtype(wide, job.cfg, dtype, job.int8), limits, args.seed))
+                job, drawn(job, jax.random.key(args.seed)), limits, args.seed))
     found = []
     for (what, phase), own in itertools.groupby(rows, lambda row: (row["grows"], row["phase"])):
         own = list(own)
@@ -2619,15 +2614,13 @@ def train_on_text(args, jobs):
         except OSError as error:
             raise ValueError(f"--save {args.save}: {error.strerror}") from None
     limits, rows, more = ceilings(jobs), [], {}
-    try:
+    with interruptible("trained"):
         for job in jobs:
             if not args.resume:
                 params = init(jax.random.key(args.seed), job.cfg)
                 adam = adam_init(params)
             row, params, adam = train_text(args, job, params, adam, limits, text, held)
             rows.append(row)
-    except KeyboardInterrupt:
-        say("\ninterrupted: what was trained so far")
     for row in rows:
         print(f"K={row['K']}: held-out loss: {row['loss_before']:.3f} nats a byte before, "
               f"{row['loss_after']:.3f} after {row['steps']} steps of "
@@ -2711,10 +2704,8 @@ def load_in(args, path, devices=1):
         return by(*params, job.cfg, mesh, shard.layout_rules(mesh, job.layout)) if mesh else None
 
     cfg, params = load(path, shardings=lambda cfg: apart(shard.shardings, split(cfg)))
-    dtype = args.dtype or cfg.dtype
-    job = split(computing_in(cfg, dtype))._replace(dtype=dtype, int8=args.int8 or default_int8(),
-                                                   cache_dtype=args.cache or default_cache(dtype))
-    params = in_dtype(params, job.cfg, dtype, job.int8)
+    job = in_kind(split(cfg), args.dtype or cfg.dtype, args.cache, args.int8)
+    params = held_in(job, params)
     return job, apart(shard.place, job, params) or params
 
 
@@ -3239,9 +3230,8 @@ def grown_batches(job, free, critical):
 def default_jobs(quick):
     """bool -> list of Job: of the default run, or of the quick one. Batches of generating are fixed
     on a CPU, so that its time is; elsewhere as many as memory and sheet suggest."""
-    name, cached = QUICK if quick else DEFAULT if on_cpu() else WIDER, default_cache("bfloat16")
-    job = Job("generate", name, computing_in(parse_model(name), "bfloat16"), 1, 240, 16, "bfloat16",
-              cached, int8=default_int8())
+    name = QUICK if quick else DEFAULT if on_cpu() else WIDER
+    job = in_kind(Job("generate", name, parse_model(name), 1, 240, 16), "bfloat16")
     free, known, many = memory(), recognised(jax.devices()[0].device_kind), [1, 8, 32]
     if free is not None and not on_cpu():
         many = grown_batches(job, free, critical_batch(job, sheet(CHIPS[known])) if known else 256)
@@ -3249,11 +3239,10 @@ def default_jobs(quick):
               *[("prefill", B, 128 if quick else 64, 0) for B in ([1] if quick else [1, 8])],
               *[("generate", B, 240, 16) for B in many],
               ("verify", 1, 240, 16), ("speculate", 1, 96, 32), ("serve", 8, 64, 32)]
-    kinds = [(dtype, default_cache(dtype)) for dtype in DTYPES] + [("int8", "int8")]
-    return [job._replace(phase=phase, cfg=computing_in(job.cfg, dtype), B=B, prompt=prompt, new=new,
-                         dtype=dtype, cache_dtype=cache)
+    kinds = [(dtype, None) for dtype in DTYPES] + [("int8", "int8")]
+    return [in_kind(job._replace(phase=phase, B=B, prompt=prompt, new=new), dtype, cache)
             for dtype, cache in kinds[:1 if quick else 4] for phase, B, prompt, new in shapes
-            if (cache != "int8" or phase == "generate") and (phase, dtype) != ("train", "int8")
+            if (not cache or phase == "generate") and (phase, dtype) != ("train", "int8")
             and not (quick and phase == "serve")]
 
 
@@ -3267,9 +3256,8 @@ def jobs_of(args):
     phases = ["generate"] * (args.phase == "speculate" and not chip) + [args.phase]
     more = {name: getattr(args, name) for name in ("n_draft", "keep")
             if getattr(args, name) is not None}
-    jobs = [Job(phase, name, computing_in(replace(cfg, K=K), dtype, chip), B, args.prompt, args.new,
-                dtype, args.cache or default_cache(dtype, chip),
-                int8=args.int8 or default_int8(chip), **more)
+    jobs = [in_kind(Job(phase, name, replace(cfg, K=K), B, args.prompt, args.new,
+                        chip=chip[0] if chip else "", **more), dtype, args.cache, args.int8)
             for dtype in args.dtype for K in args.kv_heads or [cfg.K] for phase in phases
             for B in args.batch or few]
     return jobs if not chip else [
@@ -3294,12 +3282,13 @@ def run(args):
     limits |= {"sheet": sheet(CHIPS[chip])} if chip else {}
 
     @lru_cache(maxsize=1)
-    def drawn(cfg, dtype, learned):
-        wide = known[cfg.K] if learned else init(jax.random.key(args.seed), cfg, cfg.dtype)
-        return in_dtype(wide, cfg, dtype, jobs[0].int8)
+    def shared(job):
+        return drawn(job, jax.random.key(args.seed))
 
     def params_of(job):
-        return drawn(job.cfg, job.dtype, job.phase == "speculate")
+        if job.phase == "speculate":
+            return held_in(job, known[job.cfg.K])
+        return shared(jobs[0]._replace(cfg=job.cfg, dtype=job.dtype))
 
     with interruptible("measured"):
         if not args.phase or args.phase == "speculate":

@@ -3507,6 +3507,25 @@ def test_the_pictures_of_timelines_say_what_the_chips_compiler_says(name, compil
         took = [float(told[i]) * {"s": 1, "ms": 1e-3, "us": 1e-6}[told[i + 1]] for i in (1, 3)]
         assert took == pytest.approx([row["compiler_seconds"], row["regions"]["transfers"]],
                                      rel=0.05)
+        told = re.search(r"([\d,]+) of ([\d,]+) gathers", README)
+        if job.flags:
+            sent = row["collectives"]["all_gather"]
+            assert [sent["asynchronous"], sent["number"]] == pytest.approx(
+                [int(n.replace(",", "")) for n in told.groups()], rel=0.05)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the newest compiler's")
+def test_what_the_readme_says_of_compilers_in_passing_is_what_they_say(compiled):
+    most = int(re.search(r"asks the v4's own compiler what fits: (\d+) rows", README)[1])
+    job = bench.lecture()
+    assert [compiled(job._replace(B=B))["fits"] for B in (most, most + 1)] == [True, False]
+    row = compiled(on_chip("generate", "llama-3-8b", "tpu-v5e", 8, prompt=2032))
+    step, links, held, of = map(float, re.search(
+        r"compiler: (\S+) ms a step, of which (\S+) us are links, and (\S+) of (\S+) GB",
+        README).groups())
+    assert [row["compiler_seconds"], row["regions"]["transfers"], row["peak_bytes"],
+            row["memory_bytes"]] == pytest.approx(
+                [step / 1e3, links / 1e6, held * 1e9, of * 1e9], rel=0.05)
 
 
 def test_the_readmes_row_of_four_v4_chips_is_what_their_compiler_says(compiled, capsys):
@@ -3903,6 +3922,8 @@ def test_the_lectures_figures_are_printed_by_the_commands_beside_them(capsys):
     checked = 0
     for line in table:
         *_, figure, number = (cell.strip() for cell in line.strip("|").split("|"))
+        if number == "`bench.py`":
+            assert all(found in RUN for found in re.findall(r"\d\.\d+", figure))
         if number[0] in printed:
             for found in re.findall(r"[\d.,]*\d(?: [kMGTP]?(?:B|FLOP)| [mu]?s)?\b", figure):
                 assert found in printed[number[0]], (line, found)
