@@ -60,10 +60,10 @@ WIDER = "L8,E2048,H32,K8,D64,F8192,V32000"  # the default on a GPU or TPU: half 
 QUICK = "L2,E1024,H16,K4,D64,F2816,V256"
 SHARDED = "L2,E512,H8,K8,D64,F1408,V256"
 SMALL = "L4,E256,H8,K2,D32,F704,V256"  # learns a text of some KB in a minute on two cores
-REQUESTS = 3  # that `serve` gets for each row, so that it is refilled twice
-STRIDE = 8  # tokens between two looks at what was made
+REQUESTS = 3  # requests that `serve` gets for each row, so that a row is refilled twice
+STRIDE = 8  # tokens that `complete` makes before it looks at them
 HOP_SECONDS = 1e-6  # from one device to the next
-HELD_BACK = 0.08  # of the memory, for what is neither weights nor cache
+HELD_BACK = 0.08  # share of the memory that a plan leaves for what is neither weights nor cache
 DTYPES = ("float32", "bfloat16", "int8")
 INT8 = {"Q8": Q8, "Q8A8": Q8A8}  # widened in the product; or meeting int8 activations
 
@@ -150,15 +150,15 @@ generate_jit = jax.jit(generate, static_argnames=HOW, donate_argnames=("cache", 
 
 
 def on_cpu():
-    """-> bool: what is fastest there differs."""
+    """-> bool: do programs run on this machine's CPU?"""
     return jax.default_backend() == "cpu"
 
 
 def in_kind(job, dtype, cache=None, int8=None):
     """Job, dtypes, str -> Job: its weights in that dtype. What is left out is what is fastest: a
     CPU copies bf16 slots and widens int8 ones at every step, computes in f32 around int8 weights,
-    and multiplies int8 (Q8A8) four times as fast; elsewhere fewer bytes are faster, and quantising
-    rows takes a TPU longer than widening weights."""
+    and multiplies int8 with int8 (Q8A8) fastest of all; elsewhere fewer bytes are faster, and
+    quantising rows takes a TPU longer than widening weights."""
     cpu = not job.chip and on_cpu()
     wide = "float32" if cpu else "bfloat16"
     return job._replace(
@@ -256,17 +256,21 @@ class Column(NamedTuple):
     wide: bool = False  # shown with --wide alone
 
 
+UNITS = (" ", "B", "s", "FLOP")
+
+
 def shown(figure, form):
     """figure, str -> str: with three digits and a prefix where the form is a unit."""
-    unit = form.strip() in ("", "B", "s", "FLOP") and not isinstance(figure, str)
-    return si(figure, form.strip()) if unit and form else format(figure, form)
+    if isinstance(figure, str):
+        return figure
+    return si(figure, form.strip()) if form in UNITS else format(figure, form)
 
 
 def print_table(columns, rows, heads=True):
     """list of Column, list of dict -> lines. What a row lacks is "-"; None, what cannot be."""
     def text(column, row):
         found = column.figure(row) if callable(column.figure) else row.get(column.figure, "-")
-        return "error" if found is None else found if found == "-" else shown(found, column.form)
+        return "error" if found is None else shown(found, column.form)
 
     lines = [[column.head for column in columns]] * heads + [
         [text(column, row) for column in columns] for row in rows]
@@ -641,7 +645,7 @@ def napkin(job, chip, chips, parameters=None, batch=None, hop=HOP_SECONDS):
         "tensor_parallel_degree": useful_degree(job._replace(B=B), chip, parameters, hop)}
 
 
-WAYS = {  # out of a large cache: its model and dtype, instead of these
+WAYS = {  # to have a smaller cache: Config, dtype of the cache -> those to take in their place
     "as it is": lambda cfg, dtype: (cfg, dtype),
     "grouped queries, K=1": lambda cfg, dtype: (replace(cfg, K=1), dtype),
     "int8": lambda cfg, dtype: (cfg, "int8"),
@@ -690,22 +694,22 @@ PLAN = (  # a line of the napkin: what it says, of what, and its unit or form
     ("sequences that fit, in theory", "max_batch", "d"),
     (f"with {HELD_BACK:.0%} of memory held back", "batch_with_room", "d"),
     ("critical batch", "critical_batch", ".0f"), ("batch taken", "batch", "d"),
-    ("its cache", "cache_bytes", "B"), ("a generate step reads", "step_bytes", "B"),
-    ("and takes", "generate_seconds", "s"),
-    ("or, with links behind products (rings)", "generate_hidden_seconds", "s"),
-    ("tokens/s that it makes", "tokens_per_second", ",.0f"),
+    ("cache of the batch", "cache_bytes", "B"), ("a generate step reads", "step_bytes", "B"),
+    ("a generate step takes", "generate_seconds", "s"),
+    ("if products hid its links", "generate_hidden_seconds", "s"),
+    ("tokens/s", "tokens_per_second", ",.0f"),
     ("a token at batch 1 takes", "seconds_per_token_alone", "s"),
     ("prefill of one sequence", "first_token_seconds", "s"),
     ("prefill of the batch", "prefill_seconds", "s"),
-    ("or, with links behind products", "prefill_hidden_seconds", "s"),
+    ("if products hid its links", "prefill_hidden_seconds", "s"),
     ("useful tensor-parallel degree", "tensor_parallel_degree", "d"),
     ("weights over memory, a part each", "weights_over_memory_seconds", "s"),
     ("weights over links (FSDP), all each", "weights_over_links_seconds", "s"))
 TRAINING = (
     ("tokens in a step", "tokens_per_step", ",d"), ("a step multiplies", "step_flops", "FLOP"),
     ("of it 6BP", "weight_flops", "FLOP"), ("and attention", "attention_flops", "FLOP"),
-    ("at full speed", "compute_seconds", "s"), ("at that MFU", "mfu", ".0%"),
-    ("a step takes", "step_seconds", "s"), ("days for all tokens", "days", ",.1f"),
+    ("a step at full speed", "compute_seconds", "s"), ("MFU that is assumed", "mfu", ".0%"),
+    ("a step at that MFU", "step_seconds", "s"), ("days for all tokens", "days", ",.1f"),
     ("f32 masters and Adam's two means", "optimizer_bytes", "B"),
     ("f32 gradients", "gradient_bytes", "B"),
     ("both, a chip, beside activations", "bytes_per_chip", "B"),
@@ -715,7 +719,7 @@ PART = (Column("", -8, "phase"), Column("", -13, "name"), Column("", 11, "flops"
         Column("", -14, lambda part: f" bound by {part['bound']}"),
         Column("", 9, lambda part: f"{part['hops']} hops" if "hops" in part else ""))
 STEP = (Column("step", -9, "step"), Column("times", 5, "times", "d"),
-        Column("a device holds before -> after", -43, "shapes"),
+        Column("a device holds before -> after", -47, "shapes"),
         Column("collectives", -19, lambda step: ", ".join(
             f"{n} {kind}" if n > 1 else kind for kind, n in step["collectives"].items())
             or "none: purely local"),
@@ -774,8 +778,8 @@ def plan(args):
         print(f"\ntraining on {args.tokens:.3g} tokens, {trained['batch']} sequences a step"
               + ("" if trained["fits"] else ", WHICH DOES NOT FIT: more --chips"))
         print_facts(TRAINING, {"by AdamW": trained})
-        print("FSDP's links are " + ("what a step waits for" if trained["communication_bound"] else
-                                     "hidden behind the products"))
+        print("FSDP's links take " + ("longer than the products: a step waits for them"
+              if trained["communication_bound"] else "less than the products, which can hide them"))
     more = {"exact": numbers["exact"]} if args.parameters else {}
     if args.compile:
         more["compiled"] = compiled_plan(job._replace(new=min(16, args.context - 1)), args, numbers,
@@ -843,8 +847,8 @@ class Program(NamedTuple):
     returned: tuple = ()  # which results take their places in the next run
 
 
-ROWS = jax.P(None, None, "tensor")  # of a product, before it and behind it
-WEIGHTS = {"gather_matmul": jax.P("tensor"), "matmul_scatter": jax.P(None, "tensor")}  # of one
+ROWS = jax.P(None, None, "tensor")  # how activations are split, before a product and after it
+WEIGHTS = {"gather_matmul": jax.P("tensor"), "matmul_scatter": jax.P(None, "tensor")}  # and weights
 PRODUCTS = tuple(WEIGHTS)
 PARTIAL = (*PRODUCTS, "attention", "refill")  # no commands of their own
 RINGS = {0: (shard.gather_matmul, shard.matmul_scatter),
@@ -884,8 +888,8 @@ def slots(job, S):
 
 
 def build(job, mesh):
-    """Job, Mesh or None -> Program: of its phase, greedily, with random tokens and logits. In the
-    slots of a prompt that stands before them are zeros; or, to speculate, one sentence."""
+    """Job, Mesh or None -> Program: of its phase, greedily, with random tokens and logits. The
+    prompt's slots of the cache hold zeros; speculation alone reads a prompt first, SENTENCE."""
     cfg, B, T, new, S = job.cfg, job.B, job.prompt, job.new, job.prompt + job.new
     fns = functions(job, mesh)
 
@@ -1153,9 +1157,10 @@ def named_region(path):
 
 class Instruction(SimpleNamespace):
     """A line of compiled text. `made` are the Arrays of its result, of `size` bytes, `far` of them
-    in main memory; `body` is the computation that it `calls`, `again` and again, `inner` that one's
-    parameters, by operand; `users` pairs of who takes it, and the parameter that it is there, or
-    None; `contents` itself, or what a fusion holds; `kind` a collective's, of shard.SENT."""
+    in main memory. It `calls` a computation, whose instructions are `body`, `again` times; `inner`
+    are that computation's parameters, an operand each. `users` are pairs: an instruction that takes
+    it, and the parameter that it is there, or None. `contents` is itself, or what a fusion holds;
+    `kind` that of a collective, of shard.SENT."""
 
     def origin(self):
         """-> its region and source. The compiler drops the name of some operations that it makes,
@@ -1360,10 +1365,10 @@ def link_seconds(kind, size, n, target):
 
 
 def operations(text, job=None, target=None):
-    """str, Job, Target -> list of Op: a compiled program's, in the order of its schedule, of which
-    all that is said of it are sums. `target` is given where its compiler's cycles can be used. A
-    transfer delays only what waits for it. For generating, a step is a trip of the outermost loop.
-    """
+    """str, Job, Target -> list of Op: a compiled program's, in the order of its schedule. Whatever
+    the bench says of a compiled program is a sum over them. `target` is given where its compiler's
+    cycles can be used. A transfer delays only what waits for it. A generate step is a trip of the
+    outermost loop."""
     computations, ops, free = parse_program(text), [], {}  # until when a route is taken
     entry, told = list(computations)[-1], re.match(r".*num_partitions=(\d+)", text)
     loops = [op for op in computations[entry] if op.opcode == "while"]
@@ -1598,13 +1603,12 @@ def measured_row(row, times, ceilings):
 def measure(job, params, ceilings, seed, folder=None):
     """Job, Params, dict, int -> dict: one row, predicted first, then compiled, then measured."""
     row = predicted_row(job, ceilings)
-    say(f"{job.phase} {job.dtype} B={job.B}: predicted {row['predicted_seconds'] * 1e3:.1f} ms",
-        end="")
+    say(f"{job.phase} {job.dtype} B={job.B}: predicted {si(row['predicted_seconds'], 's')}", end="")
     prepared = prepare(job, params, seed, traced=bool(folder))
     told = PHASES[job.phase].tell(job, prepared.call())
     times = [seconds / told["steps"] for seconds in seconds_of(prepared.call)]
     row = measured_row(row | prepared.row | told, times, ceilings)
-    say(f", measured {row['measured_seconds'] * 1e3:.1f} ms")
+    say(f", measured {si(row['measured_seconds'], 's')}")
     if folder:
         folder = pathlib.Path(folder) / f"{job.phase}-{job.dtype}-{job.cache_dtype}-{job.B}"
         if prepared.ops:
@@ -1619,7 +1623,7 @@ RUN = (  # the table of a run
     Column("cache", -8, lambda r: "-" if r["phase"] == "train" else r["cache_dtype"]),
     Column("B", 3, "B", "d"), Column("T/S", 7, lambda r: f"{r['T']}/{r['S']}"),
     Column("FLOP", 6, "flops", " "), Column("weights", 7, "weight_bytes", "B", True),
-    Column("slots", 7, "cache_bytes", "B", True),
+    Column("cached", 7, "cache_bytes", "B", True),
     Column("bytes", 7, lambda r: r["weight_bytes"] + r["cache_bytes"], "B"),
     Column("predict", 7, "predicted_seconds", "s"), Column("bound", 5, "bound"),
     Column("program", 7, lambda r: r["program_flops"] / r["steps"] if r.get("program_flops")
@@ -2282,7 +2286,7 @@ def lecture(phase="generate", B=110):
 
 
 def sketch_product():
-    """(a) One product forwards and its two backwards, with flops as counted in the program."""
+    """One product forwards and its two backwards, with flops as counted in the program."""
     B, E, F = 2048, 3072, 24576
     x, w = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((B, E), (F, E)))
     forward = traced_flops(matmul, x, w)
@@ -2306,7 +2310,7 @@ def sketch_product():
 
 
 def sketch_phases():
-    """(b) A prefill and three generate steps over the cache of one sequence."""
+    """A prefill and three generate steps over the cache of one sequence."""
     cfg, S = MODELS["gemma-7b"], 2048
     slot, full, weights = (*(kv_bytes(cfg, 1, n, "bfloat16") for n in (1, S)),
                            weight_bytes(cfg, "bfloat16"))
@@ -2324,7 +2328,7 @@ def sketch_phases():
 
 
 def sketch_memory(row):
-    """row of `chip_row` -> (c) where the memory of one of four chips goes, by its compiler."""
+    """row of `chip_row` -> where the memory of one of four chips goes, by its compiler."""
     parts = {"weights": row["formula"]["weights"], "cache": row["formula"]["cache"],
              "temporaries and inputs": row["peak_bytes"] - row["formula_bytes"],
              "free": row["memory_bytes"] - row["peak_bytes"]}
@@ -2338,7 +2342,7 @@ def sketch_memory(row):
 
 
 def sketch_roofline():
-    """(d) A generate step's two parts under the roof of four chips, at three batches."""
+    """A generate step's two parts under the roof of four chips, at three batches."""
     limits, notes = sheet(CHIPS["tpu-v4"], 4), []
     peak, read = limits["flops_per_second"]["bfloat16"], limits["read_bytes_per_second"]
     xs = np.logspace(-1, 3.5, 100)
@@ -2356,7 +2360,7 @@ def sketch_roofline():
 
 
 def sketch_layer():
-    """(e) A tensor-parallel layer: what two of four devices hold, and what each step sends."""
+    """A tensor-parallel layer: what two of four devices hold, and what each step sends."""
     job = lecture()
     steps = layer_steps(job, 1, 4, CHIPS["tpu-v4"].link)[1:6]
     boxes, notes = [], [(0, 0.4, "device 0"), (10, 0.4, "device 1, and so devices 2 and 3")]
@@ -2374,7 +2378,7 @@ def sketch_layer():
 
 
 def sketch_layouts():
-    """(f) The three ways to split a cache over four devices, and what attention then sends."""
+    """The three ways to split a cache over four devices, and what attention then sends."""
     job, boxes, notes = lecture(), [], []
     for place, (name, letter, held) in enumerate((("heads", "K", "[B,K/4,S,D]"),
                                                   ("batch", "B", "[B/4,K,S,D]"),
@@ -2391,7 +2395,7 @@ def sketch_layouts():
 
 
 def sketch_causal():
-    """(g) The pairs of blocks that causal attention multiplies, and those that it skips."""
+    """The pairs of blocks that causal attention multiplies, and those that it skips."""
     T = 2048
     n, size = causal_blocks(T)
     boxes = [(j, -i, 1, 1, "skipped" if j > i else "all" if j < i else "half",
@@ -2411,7 +2415,7 @@ SKETCHES = {"product": sketch_product, "phases": sketch_phases, "roofline": sket
 
 
 def timelines():
-    """-> dict of list of Job: (h) a generate step with references and with rings; training as FSDP
+    """-> dict of list of Job: a generate step with references and with rings; training as FSDP
     without the lecture's flags and with them."""
     train = on_chips(lecture("train", 256)._replace(mesh=(), prompt=2048), "tpu-v4", 64)
     return {"timeline_ring": [lecture()._replace(ring=ring) for ring in (0, 1)],
@@ -2419,7 +2423,7 @@ def timelines():
 
 
 def draw(args):
-    """Draws the README's pictures into a folder; the last three are made by a compiler."""
+    """Draws the README's pictures into a folder: `SKETCHES`, and what a v4's compiler says."""
     folder = pathlib.Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, sketch in SKETCHES.items():
@@ -2469,6 +2473,7 @@ def scale(args):
     limits = ceilings([base])
     with interruptible("measured"):
         for what, size, job in grown:
+            say(f"{what} {size}:", end=" ")
             rows.append({"grows": what, "size": size} | measure(
                 job, drawn(job, jax.random.key(args.seed)), limits, args.seed))
     found = []
@@ -2831,7 +2836,11 @@ def form_jobs(args, name, cfg, n):
     if args.chip:
         jobs = [job._replace(flags=flags) for job in jobs for flags in (False, True)
                 if not flags or job.phase == "train" and TARGETS[args.chip[0]].extra == "tpu"]
-    return [job for job in jobs if any(word in form_name(job) for word in args.form or [""])]
+    found = [job for job in jobs if any(word in form_name(job) for word in args.form or [""])]
+    if not found:
+        raise ValueError(f"--form {' --form '.join(args.form)}: a word of "
+                         + "; ".join(dict.fromkeys(map(form_name, jobs))))
+    return found
 
 
 def measure_form(job, link, seed):
@@ -2857,11 +2866,13 @@ def measure_form(job, link, seed):
         "link_seconds": links["link_seconds"], "hops": links["hops"]}
 
 
-FORMS = (Column("form", -32, "form"),
-         Column("mesh", 8, lambda row: "x".join(map(str, row["mesh"].values()))),
-         Column("predicted", 10, "predicted_bytes"), Column("counted", 10, "counted_bytes"),
-         Column("link", 7, "link_seconds", "s"), Column("measured", 8, "measured_seconds", "s"),
-         Column("collectives", -12, lambda row: ", ".join(
+FORMS = (Column("form and mesh", -29, lambda row: row["form"] + " " + "x".join(
+             map(str, row["mesh"].values()))),
+         Column("sends", 7, "predicted_bytes", "B"),
+         Column("counted", 8, lambda row: "the same" if row.get("as_predicted") else
+                row.get("counted_bytes", "-"), "B"),
+         Column("links", 7, "link_seconds", "s"), Column("took", 7, "measured_seconds", "s"),
+         Column("collectives of the compiled program", -57, lambda row: ", ".join(
              f"{c['number']} {kind}" for kind, c in row["collectives"].items())))
 
 
@@ -2877,7 +2888,7 @@ def run_shard(args):
             except ValueError as error:
                 say(f"{form_name(job)} cannot: {error}")
         if not jobs:
-            raise ValueError(f"nothing to compile: --form {' --form '.join(args.form or ['any'])}")
+            raise ValueError(f"no such form can be split over --chips {args.chips}")
         return run_chips(args, jobs)
     if args.processes > 1 and args.process is None:
         return start_processes(args)
@@ -2899,12 +2910,12 @@ def run_shard(args):
             if first:
                 say(f"{form_name(job)}: {told}")
     if not rows:
-        raise ValueError("nothing to measure: " + (f"--form {' --form '.join(args.form)}" if
-                         args.form else f"no form can be split over --devices {n}"))
+        raise ValueError(f"no such form can be split over --devices {n}")
     if first:
-        print(f"{name}, B={args.batch}, {n} device(s) in {jax.process_count()} process(es): bytes "
-              f"that a device sends a step;\nlink: at {args.link / GB:g} GB/s. CPU devices share "
-              "this machine's cores: bytes and steps carry over, time does not")
+        print(f"{name}, B={args.batch}, {n} device(s) in {jax.process_count()} process(es): what a "
+              f"device sends in a step,\nby formula and counted in the program; links: at "
+              f"{args.link / GB:g} GB/s one way. CPU devices share this\nmachine's cores: bytes "
+              "and steps carry over, what it took does not")
         print_table(FORMS, rows)
         finish(args, machine=machine(), ceilings={}, rows=rows)
 
@@ -3070,7 +3081,7 @@ OPTIONS = {  # each declared once; a command may change a part
     "draft": option("speculate with a smaller model, or with what the text said before",
                     metavar="DIR|ngram"),
     "devices": option("so many; on a CPU they are made", None, NUMBER),
-    "form": option("only forms whose name holds the word, such as loss or ring; more than once for "
+    "form": option("only forms whose name holds the word, as train or ring; more than once for "
                    "more (all)", metavar="WORD", action="append"),
     "link": option("bytes/s that a device sends one way (4.5e10: a TPU v4 link)", 4.5e10, ABOVE),
     "processes": option("start so many here (1)", 1, NUMBER),
@@ -3149,7 +3160,9 @@ def parse(argv):
             command.add_argument(positional, **own[positional])
         declare(command, options, own)
         declare(command, EVERYWHERE, default=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    refuse(unknown, f"{args.phase or 'the default run'} takes no {' '.join(unknown)}: --help says "
+           "what it takes")
     args.argv = sys.argv[1:] if argv is None else argv
     name, elsewhere = args.chip[0] if args.chip else "", args.chip and args.phase != "plan"
     refuse(args.quick and args.phase,
@@ -3306,8 +3319,8 @@ def run(args):
             for job, row in list(gaps.values())[:1 if args.quick else 3]:
                 say(f"profiling {job.phase} {job.dtype} B={job.B}")
                 row["profile"] = profile(prepare(job, params_of(job), args.seed, traced=True))
-    print_attention(jobs[-1])
     if not args.phase:
+        print_attention(jobs[-1])
         split = print_split(max((job for job in jobs if job.phase == "generate" and job.B < 10),
                                 key=lambda job: job.B))
     report(args, rows, limits, tensor_parallel=split)
