@@ -1,4 +1,5 @@
-"""bench: the napkin, the program, the profile, and why they differ.
+"""bench: the napkin (a prediction from shapes and a sheet), the program, the profile, and why they
+differ.
 
     python bench.py [--quick]                                every phase of the default model
     python bench.py plan --model gemma-7b --chip tpu-v4      predict, on chips that are not here
@@ -239,7 +240,7 @@ def parse_chip(text):
 
 def si(x, unit):
     """number, unit -> str: three digits and a prefix."""
-    for power, prefix in zip(range(18, -10, -3), "EPTGMk munp"):
+    for power, prefix in zip(range(18, -10, -3), "EPTGMk mun"):
         size = 10.0 ** power
         if abs(x) >= 0.9995 * size:
             return f"{x / size:.{max(0, 2 - int(math.log10(max(1, x / size * 1.0005))))}f} " \
@@ -248,7 +249,7 @@ def si(x, unit):
 
 
 class Column(NamedTuple):
-    """Of a table."""
+    """A column of a table."""
     head: str
     width: int          # negative: to the left
     figure: object      # a key of each row, or what makes the figure of a row
