@@ -468,18 +468,16 @@ def attention_cost(job):
     return cost(job, job.prompt, job.prompt, job.B * job.prompt, flops, 0, 0, job.cfg.dtype)
 
 
-def timed(part, ceilings):
-    """Part, dict -> dict: its flops' time or its bytes' time, whichever is longer."""
-    times = {"flops": part.flops / ceilings["flops_per_second"][part.dtype],
-             "bytes": part.bytes / ceilings["read_bytes_per_second"]}
-    bound = "flops" if times["flops"] > times["bytes"] else "bytes"
-    return {"name": part.name, "flops": part.flops, "bytes": part.bytes, "seconds": times[bound],
-            "bound": bound}
-
-
 def predict(cost, ceilings):
-    """Cost, dict -> dict: seconds of a step: its parts follow one another."""
-    parts = [timed(part, ceilings) for part in cost.parts]
+    """Cost, dict -> dict: seconds of a step: its parts follow one another, and each takes its
+    flops' time or its bytes' time, whichever is longer."""
+    parts = []
+    for part in cost.parts:
+        times = {"flops": part.flops / ceilings["flops_per_second"][part.dtype],
+                 "bytes": part.bytes / ceilings["read_bytes_per_second"]}
+        bound = "flops" if times["flops"] > times["bytes"] else "bytes"
+        parts.append({"name": part.name, "flops": part.flops, "bytes": part.bytes,
+                      "seconds": times[bound], "bound": bound})
     by = {bound: sum(part["seconds"] for part in parts if part["bound"] == bound)
           for bound in ("flops", "bytes")}
     return {"predicted_seconds": sum(by.values()), "bound": max(by, key=by.get), "parts": parts}
@@ -524,6 +522,12 @@ def over_heads(cfg, n):
     return n if heads in (1, n) else (heads, n // heads)
 
 
+def cache_split(layout, n):
+    """str, n -> str: what a device holds of a layer's k, or v, in that layout."""
+    letter = shard.LAYOUTS[layout].letter
+    return "[" + ",".join(name + f"/{n}" * (name == letter) for name in "BKSD") + "]"
+
+
 def layer_steps(job, T, n, link, hop=HOP_SECONDS):
     """Job, int, int, bytes/s, seconds -> list of dict: what each step of T tokens a row sends among
     n devices, with the cache over heads where it can be, else over rows, else over slots: how often
@@ -531,20 +535,18 @@ def layer_steps(job, T, n, link, hop=HOP_SECONDS):
 
     Together they are `shard.comm_events`. Bytes go both ways over a link; a latency for each hop.
     """
-    cfg, rows, (letter, layout) = job.cfg, job.B * T, next(
-        (letter, layout) for letter, layout, size in (
-            ("K", "heads", job.cfg.K), ("B", "batch", job.B), ("S", "sequence", n))
-        if size % n == 0)
+    cfg, rows = job.cfg, job.B * T
+    layout = next(name for name, size in (("heads", cfg.K), ("batch", job.B), ("sequence", n))
+                  if size % n == 0)
     reads, norm = job.phase == "prefill", shard.norm_comm(rows, (n,), job.ring)
     gather, scatter = shard.trips(cfg, rows, n, job.ring)
     wide = jnp.dtype(cfg.dtype).itemsize
-    x, heads, keys = "[B,T,E/n]", "[B,T,H/n,D]", "[B,T,K/n,D]" if letter == "K" else "[B,T,K,D]"
-    cache = ",".join(name + "/n" * (name == letter) for name in "BKSD")
-    last = "[B,1,V/n]"
+    x, heads, last = "[B,T,E/n]", "[B,T,H/n,D]", "[B,1,V/n]"
+    keys = "[B,T,K/n,D]" if layout == "heads" else "[B,T,K,D]"
     steps = [
         ("embed", 1, "[B,T]", x, shard.scatters(rows * cfg.E * wide, (n,))),
         ("q, k, v", cfg.L, x, f"{heads}, 2 x {keys}", norm + gather),
-        ("attention", cfg.L, f"{heads}, 2 x [{cache}]", heads,
+        ("attention", cfg.L, f"{heads}, 2 x {cache_split(layout, 'n')}", heads,
          [] if reads else shard.attend_comm(cfg, rows, (n,), layout)),
         ("out", cfg.L, heads, x, scatter),
         ("gate, up", cfg.L, x, "2 x [B,T,F/n]", norm + gather),
@@ -570,12 +572,12 @@ def layer_steps(job, T, n, link, hop=HOP_SECONDS):
 def step_parts(job, chip, chips, parameters=None, hop=HOP_SECONDS):
     """Job, Chip, int -> list of dict: weights, attention and communication of one step, all chips'
     flops and bytes together. `parameters` replaces the exact count of what is multiplied."""
-    cost, limits = PHASES[job.phase].cost(job), sheet(chip, chips)
+    cost = PHASES[job.phase].cost(job)
     weights, attention = cost.parts
     if parameters:
         weights = weights._replace(flops=2 * job.B * cost.T * parameters,
                                    bytes=parameters * jnp.dtype(job.dtype).itemsize)
-    found = [timed(part, limits) for part in (weights, attention)]
+    found = predict(cost._replace(parts=(weights, attention)), sheet(chip, chips))["parts"]
     if chips == 1:
         return found
     sent = layer_steps(job, cost.T, chips, chip.link, hop)
@@ -745,7 +747,7 @@ def plan(args):
         check_compiler(name)
     cfg = replace(cfg, K=args.kv_heads or cfg.K)
     job = in_kind(Job("generate", model_name, cfg, B or 1, args.context, 0, chip=name),
-                  args.weights, args.cache, args.int8)._replace(chip="")
+                  args.weights, args.cache, args.int8)
     trained = training(job._replace(B=B or 4 * args.chips, dtype=job.cfg.dtype), chip, args.chips,
                        args.tokens, args.mfu, args.parameters) if args.train else None
     counts = {f"{args.parameters:g} parameters": args.parameters} if args.parameters else {}
@@ -1281,6 +1283,7 @@ class Instruction(SimpleNamespace):
             route=tuple(re.findall(r"(?:groups|pairs)=\S+", inner.line)))
 
 
+@lru_cache(maxsize=1)
 def parse_program(text):
     """str -> dict: Instructions by computation, as scheduled; what runs first is the last one."""
     known, computations, parameters, sources, computation = {}, {}, {}, {}, ""
@@ -2192,14 +2195,12 @@ def pyplot():
 
 
 @contextlib.contextmanager
-def figure(path, width=9.0, height=3.0, columns=1, lines=1, bare=False):
-    """path, inches -> an array of axes; what is drawn on them is written at the end."""
+def figure(path, height, lines=1):
+    """path, inches, int -> so many axes, as wide as a page; what is drawn on them is written at the
+    end."""
     plt = pyplot()
-    drawn, axes = plt.subplots(lines, columns, figsize=(width, height), layout="constrained",
-                               squeeze=False)
-    for axis in axes.flat if bare else ():
-        axis.set_axis_off()
-    yield axes
+    drawn, axes = plt.subplots(lines, figsize=(9, height), layout="constrained", squeeze=False)
+    yield axes[:, 0]
     drawn.savefig(path, metadata={"Date": None} if str(path).endswith("svg") else None)
     plt.close(drawn)
 
@@ -2207,7 +2208,7 @@ def figure(path, width=9.0, height=3.0, columns=1, lines=1, bare=False):
 def plot(rows, limits, path):
     """list of rows, dict, path -> None: the roofline as a PNG or SVG. Needs the extra `plot`."""
     read, (xs, _) = limits["read_bytes_per_second"], frame(rows, limits)
-    with figure(path, height=5.5) as ((axes,),):
+    with figure(path, height=5.5) as (axes,):
         for color, (dtype, peak) in zip(("C0", "C1", "C2"), limits["flops_per_second"].items()):
             x = np.logspace(*xs, 200)
             axes.loglog(x, np.minimum(peak, read * x), color=color, label=f"{dtype} limit")
@@ -2233,7 +2234,7 @@ def draw_timeline(rows, path):
     if not bands:
         return say("--timeline has nothing to draw: no program fits")
     with figure(path, height=0.6 + 1.3 * len(bands), lines=len(bands)) as axes:
-        for (row, heading, ops), axis in zip(bands, axes[:, 0]):
+        for (row, heading, ops), axis in zip(bands, axes):
             zero, spans = min(op.start for op in ops), {}
             for op in ops:
                 name, track = (op.kind, 0) if op.number else (op.region or "other", 1)
@@ -2268,7 +2269,7 @@ class Sketch(NamedTuple):
 
 def render(sketch, path):
     """Sketch, path -> None."""
-    with figure(path, height=sketch.height, bare=not sketch.axes) as ((axis,),):
+    with figure(path, sketch.height) as (axis,):
         for x, y, width, height, text, color, strength in sketch.boxes:
             axis.add_patch(pyplot().Rectangle((x, y), width, height, facecolor=color,
                                               edgecolor="white", alpha=strength))
@@ -2278,12 +2279,14 @@ def render(sketch, path):
         for xs, ys, style in sketch.lines:
             axis.plot(xs, ys, style)
         axis.set(xlim=sketch.x, ylim=sketch.y, **sketch.axes)
+        if not sketch.axes:
+            axis.set_axis_off()
 
 
-def lecture(phase="generate", B=110):
-    """str, int -> Job: the lecture's own, Gemma 7B on four v4 chips, 2,048 tokens a row."""
+def lecture(phase="generate", B=110, chips=4):
+    """str, int, int -> Job: the lecture's own, Gemma 7B on v4 chips, 2,048 tokens a row."""
     return on_chips(in_kind(Job(phase, "gemma-7b", MODELS["gemma-7b"], B, 2032, 16, chip="tpu-v4"),
-                            "bfloat16"), "tpu-v4", 4)
+                            "bfloat16"), "tpu-v4", chips)
 
 
 def sketch_product():
@@ -2320,10 +2323,12 @@ def sketch_phases():
         f"generate, token {i + 1}: reads {si(weights, 'B')} of weights and\n"
         f"{si(full, 'B')} of cache, writes a slot, {si(slot, 'B')}" if i == 0 else
         f"generate, token {i + 1}: the same, and one slot more" for i in range(3)]
-    boxes = [(i, -step, 1, 0.8, "" if i > 7 + step else
-              "write" if (i < 8 if step == 0 else i == 7 + step) else "read",
-              "C1" if (i < 8 if step == 0 else i == 7 + step) else "C0",
-              0.4 if i <= 7 + step else 0.1) for step in range(4) for i in range(12)]
+    boxes = []
+    for step, place in itertools.product(range(4), range(12)):
+        first, last = 7 + step if step else 0, 7 + step  # of the slots that are written
+        word, color = ("write", "C1") if first <= place <= last else ("read", "C0")
+        filled = place <= last
+        boxes.append((place, -step, 1, 0.8, word * filled, color, 0.4 if filled else 0.1))
     return Sketch(2.8, (0, 21), (-3.2, 1), boxes,
                   [(12.4, 0.4 - step, text) for step, text in enumerate(told)])
 
@@ -2366,8 +2371,8 @@ def sketch_layer():
     steps = layer_steps(job, 1, 4, CHIPS["tpu-v4"].link)[1:6]
     boxes, notes = [], [(0, 0.4, "device 0"), (10, 0.4, "device 1, and so devices 2 and 3")]
     for i, step in enumerate([{"step": "x", "after": steps[0]["before"]}, *steps]):
-        boxes += [(x, -2 * i - 1, 8, 1, step["after"], color, 0.35) for x in (0, 10)
-                  for color in ("C1" if step["step"] in ("x", "out", "down") else "C0",)]
+        color = "C1" if step["step"] in ("x", "out", "down") else "C0"
+        boxes += [(x, -2 * i - 1, 8, 1, step["after"], color, 0.35) for x in (0, 10)]
         notes.append((19, -2 * i - 0.5, step["step"]))
         if step.get("bytes"):
             kind, = step["collectives"]
@@ -2381,16 +2386,16 @@ def sketch_layer():
 def sketch_layouts():
     """The three ways to split a cache over four devices, and what attention then sends."""
     job, boxes, notes = lecture(), [], []
-    for place, (name, letter, held) in enumerate((("heads", "K", "[B,K/4,S,D]"),
-                                                  ("batch", "B", "[B/4,K,S,D]"),
-                                                  ("sequence", "S", "[B,K,S/4,D]"))):
+    for place, name in enumerate(("heads", "batch", "sequence")):
         at, sent = 9.0 * place, shard.tally(shard.attend_comm(job.cfg, 112, (4,), name))
+        letter = shard.LAYOUTS[name].letter
         for k, b, s in itertools.product(reversed(range(4)), range(4), range(4)):
             boxes.append((at + s + 0.7 * k, -b + 0.7 * k, 1, 1, "", (
                 "#9ecae1", "#fdae6b", "#a1d99b", "#bcbddc")[dict(K=k, B=b, S=s)[letter]], 1))
         size = sum(size for _, size in sent.values())
-        notes += [(at, 3.9, f"{name}: each holds {held}"), (at, -3.9, "attention sends " + (
-            f"{si(size, 'B')} a layer:\n{', '.join(sent)}" if size else "nothing"))]
+        told = f"{si(size, 'B')} a layer:\n{', '.join(sent)}" if size else "nothing"
+        notes += [(at, 3.9, f"{name}: each holds {cache_split(name, 4)}"),
+                  (at, -3.9, f"attention sends {told}")]
     notes.append((24.2, -2.5, "across: slots\ndown: rows\nbehind: heads"))
     return Sketch(3.4, (-0.2, 27.5), (-4.7, 4.4), boxes, notes)
 
@@ -2418,7 +2423,7 @@ SKETCHES = {"product": sketch_product, "phases": sketch_phases, "roofline": sket
 def timelines():
     """-> dict of list of Job: a generate step with references and with rings; training as FSDP
     without the lecture's flags and with them."""
-    train = on_chips(lecture("train", 256)._replace(mesh=(), prompt=2048), "tpu-v4", 64)
+    train = lecture("train", 256, 64)._replace(prompt=2048)
     return {"timeline_ring": [lecture()._replace(ring=ring) for ring in (0, 1)],
             "timeline_fsdp": [train, train._replace(flags=True)]}
 
@@ -2905,7 +2910,7 @@ def run_shard(args):
         for job in form_jobs(args, name, cfg, n):
             try:
                 rows.append(measure_form(job, args.link, args.seed))
-                told = f"{rows[-1]['measured_seconds'] * 1e3:.1f} ms"
+                told = si(rows[-1]["measured_seconds"], "s")
             except ValueError as error:  # the same in every process
                 told = f"cannot: {error}"
             if first:
@@ -3157,7 +3162,7 @@ def parse(argv):
     for name, (text, example, options, own) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text,
                                       epilog=f"for example: python bench.py {name} {example}")
-        for positional in own.keys() & {"prompt", "folder"} - {*options}:
+        for positional in own.keys() - {*options}:
             command.add_argument(positional, **own[positional])
         declare(command, options, own)
         declare(command, EVERYWHERE, default=argparse.SUPPRESS)
@@ -3313,10 +3318,9 @@ def run(args):
         for job in jobs:
             rows.append(measure(job, params_of(job), limits, args.seed, args.profile))
         if not args.phase and not args.profile:  # of each phase that is compiled the largest gap
-            gaps = {}
-            for job, row in sorted(zip(jobs, rows), key=lambda pair: -pair[1]["ratio"]):
-                gaps.setdefault(job.phase if "temp_bytes" in row else "", (job, row))
-            gaps.pop("", None)
+            gaps, pairs = {}, [pair for pair in zip(jobs, rows) if "temp_bytes" in pair[1]]
+            for job, row in sorted(pairs, key=lambda pair: -pair[1]["ratio"]):
+                gaps.setdefault(job.phase, (job, row))
             for job, row in list(gaps.values())[:1 if args.quick else 3]:
                 say(f"profiling {job.phase} {job.dtype} B={job.B}")
                 row["profile"] = profile(prepare(job, params_of(job), args.seed, traced=True))
