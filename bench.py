@@ -34,6 +34,7 @@ import tempfile
 import textwrap
 import time
 import warnings
+from collections import Counter
 from dataclasses import replace
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -45,13 +46,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import shard
-from infer import (Q8, Q8A8, Cache, array_bytes, decode_bytes, decode_flops, empty, extend,
-                   generate, init_cache, kv_bytes, library, load, load_adam, model_draft,
-                   ngram_draft, prefill, prefill_flops, quantize_params, read_arrays, read_json,
-                   refill, save, serve, slots_of, speculate, weight_bytes, wide_bytes)
+from infer import (HERE, Q8, Q8A8, Cache, array_bytes, decode_bytes, decode_flops, extend,
+                   float_bytes, generate, init_cache, kv_bytes, library, load, load_state,
+                   model_draft, ngram_draft, prefill, prefill_flops, quantize_params, read_arrays,
+                   read_json, refill, save, save_state, serve, slots_of, speculate, weight_bytes)
 from minillm import (KEEPABLE, Adam, Config, Layer, Params, adam_init, cast, causal_attention,
                      causal_blocks, causal_pairs, check_tokens, init, loss, matmul, param_count,
-                     size_of, traced_flops, train_flops, train_step, unembed)
+                     size_of, traced_flops, train_flops, train_step)
 
 MB, GB = 1e6, 1e9
 SENTENCE = "So long and thanks for all the fish; "
@@ -528,45 +529,59 @@ def cache_split(layout, n):
     return "[" + ",".join(name + f"/{n}" * (name == letter) for name in "BKSD") + "]"
 
 
+HOPS = {  # to the farthest of n devices around a ring, both ways
+    "all_gather": lambda n: n // 2, "reduce_scatter": lambda n: n // 2,
+    "all_reduce": lambda n: 2 * (n // 2), "all_to_all": lambda n: n // 2, "permute": lambda n: 1}
+
+
+def hops_of(events, ways=1):
+    """Counter of shard.traced_events, int -> int: how many hops from device to device follow one
+    another; rings in two directions run side by side."""
+    return sum(number * HOPS[kind](n) // (ways if kind == "permute" else 1)
+               for (kind, _, n), number in events.items())
+
+
+def comm_seconds(sent, link, ways, hops, hop=HOP_SECONDS):
+    """dict, bytes/s, int, int, seconds -> seconds: of what shard.tally gives, over links of so many
+    bytes a second each way, and of so many `hops_of`, each of `hop` seconds. Permutes go `ways`
+    ways around a ring, all others both."""
+    return hops * hop + sum(size / link / (ways if kind == "permute" else 2)
+                              for kind, (_, size) in sent.items())
+
+
 def layer_steps(job, T, n, link, hop=HOP_SECONDS):
     """Job, int, int, bytes/s, seconds -> list of dict: what each step of T tokens a row sends among
     n devices, with the cache over heads where it can be, else over rows, else over slots: how often
     it does, what a device holds before and after, its collectives, bytes and seconds.
 
-    Together they are `shard.comm_events`. Bytes go both ways over a link; a latency for each hop.
+    They are `shard.step_comm`. Bytes go both ways over a link; a latency for each hop.
     """
-    cfg, rows = job.cfg, job.B * T
+    cfg = job.cfg
     layout = next(name for name, size in (("heads", cfg.K), ("batch", job.B), ("sequence", n))
                   if size % n == 0)
-    reads, norm = job.phase == "prefill", shard.norm_comm(rows, (n,), job.ring)
-    gather, scatter = shard.trips(cfg, rows, n, job.ring)
-    wide = jnp.dtype(cfg.dtype).itemsize
     x, heads, last = "[B,T,E/n]", "[B,T,H/n,D]", "[B,1,V/n]"
     keys = "[B,T,K/n,D]" if layout == "heads" else "[B,T,K,D]"
-    steps = [
-        ("embed", 1, "[B,T]", x, shard.scatters(rows * cfg.E * wide, (n,))),
-        ("q, k, v", cfg.L, x, f"{heads}, 2 x {keys}", norm + gather),
-        ("attention", cfg.L, f"{heads}, 2 x {cache_split(layout, 'n')}", heads,
-         [] if reads else shard.attend_comm(cfg, rows, (n,), layout)),
-        ("out", cfg.L, heads, x, scatter),
-        ("gate, up", cfg.L, x, "2 x [B,T,F/n]", norm + gather),
-        ("down", cfg.L, "[B,T,F/n]", x, scatter),
-        ("logits", 1, "[B,1,E/n]", last, shard.unembed_comm(cfg, job.B, (n,), job.ring)),
-        ("draw", 1, last, "[B]", [] if reads else shard.draw_comm(cfg, job.B, (n,)))]
-    found, sizes = [], dict(cfg.__dict__, B=job.B, T=T, S=job.prompt + job.new)
+    shapes = {
+        "embed": ("[B,T]", x), "q, k, v": (x, f"{heads}, 2 x {keys}"),
+        "attention": (f"{heads}, 2 x {cache_split(layout, 'n')}", heads), "out": (heads, x),
+        "gate, up": (x, "2 x [B,T,F/n]"), "down": ("[B,T,F/n]", x), "logits": ("[B,1,E/n]", last),
+        "draw": (last, "[B]")}
+    rows, sizes = [], dict(cfg.__dict__, B=job.B, T=T, S=job.prompt + job.new)
 
     def sized(shapes):
         return re.sub(r"([A-Z])(/n)?", lambda m: f"{sizes[m[1]] // (n if m[2] else 1)}", shapes)
 
-    for name, times, before, after, events in steps:
-        sent, hops = shard.tally(events), shard.hops(events, max(1, job.ring))
-        found.append({
+    for name, (times, events) in shard.step_comm(
+            cfg, job.B, T, (n,), layout, job.ring, job.phase == "prefill").items():
+        (before, after), sent = shapes[name], shard.tally(events)
+        hops = hops_of(events, max(1, job.ring))
+        rows.append({
             "step": name, "times": times, "shapes": f"{before} -> {after}".replace("/n", f"/{n}"),
             "before": sized(before), "after": sized(after),
             "collectives": {kind: number for kind, (number, _) in sent.items()},
             "bytes": sum(size for _, size in sent.values()), "hops": hops,
-            "seconds": shard.comm_seconds(sent, link / 2, max(1, job.ring), hops, hop)})
-    return found
+            "seconds": comm_seconds(sent, link / 2, max(1, job.ring), hops, hop)})
+    return rows
 
 
 def step_parts(job, chip, chips, parameters=None, hop=HOP_SECONDS):
@@ -612,7 +627,7 @@ def napkin(job, chip, chips, parameters=None, batch=None, hop=HOP_SECONDS):
     rounded count in place of the exact one; job.prompt is the context, job.new is 0. Copies of the
     model that share no chips share the batch."""
     cfg, dtype, count = job.cfg, job.dtype, parameters or param_count(job.cfg)
-    table = (not cfg.tied) * cfg.V * cfg.E * wide_bytes(cfg, dtype)
+    table = (not cfg.tied) * cfg.V * cfg.E * float_bytes(cfg, dtype)
     weights = count * jnp.dtype(dtype).itemsize if parameters else weight_bytes(cfg, dtype) + table
     n = degree(cfg, chips)
     copies, memory = chips // n, n * chip.memory
@@ -854,26 +869,21 @@ ROWS = jax.P(None, None, "tensor")  # how activations are split, before a produc
 WEIGHTS = {"gather_matmul": jax.P("tensor"), "matmul_scatter": jax.P(None, "tensor")}  # and weights
 PRODUCTS = tuple(WEIGHTS)
 PARTIAL = (*PRODUCTS, "attention", "refill")  # no commands of their own
-RINGS = {0: (shard.gather_matmul, shard.matmul_scatter),
-         1: (shard.gather_matmul_ring, shard.matmul_scatter_ring),
-         2: (partial(shard.gather_matmul_ring, both=True),
-             partial(shard.matmul_scatter_ring, both=True))}
+
+
+def where_of(job, mesh):
+    """Job, Mesh or None -> where its functions run: here, or split as the job says."""
+    return HERE if mesh is None or job.phase == "train" else shard.Where(
+        mesh, job.layout, job.ring)
 
 
 def functions(job, mesh):
     """Job, Mesh or None -> namespace of the model's functions, on one device or split."""
-    cfg, (enter, leave) = job.cfg, RINGS[job.ring]
-    if mesh is None:
-        fns = dict(prefill=partial(prefill, rows=rows_at_a_time(job)), extend=extend,
-                   generate=generate, speculate=speculate, unembed=unembed)
-        return SimpleNamespace(loss=loss, **{name: partial(fns[name], cfg=cfg) for name in fns})
-    split = dict(cfg=cfg, mesh=mesh, layout=job.layout, enter=enter)
-    by_hand = partial(shard.sharded_loss, mesh=mesh, enter=enter, leave=leave, keep=job.keep)
-    return SimpleNamespace(
-        loss=by_hand if job.by == "hand" else partial(shard.fsdp_loss, mesh=mesh),
-        unembed=partial(shard.tp_unembed, **split),
-        **{name: partial(getattr(shard, f"tp_{name}"), leave=leave, **split)
-           for name in ("prefill", "extend", "generate", "speculate")})
+    where = where_of(job, mesh)
+    fns = dict(prefill=partial(prefill, rows=None if mesh else rows_at_a_time(job)), extend=extend,
+               generate=generate, speculate=partial(speculate, n_draft=job.n_draft))
+    return SimpleNamespace(unembed=partial(where.unembed, cfg=job.cfg), **{
+        name: partial(fn, cfg=job.cfg, where=where) for name, fn in fns.items()})
 
 
 def rows_at_a_time(job):
@@ -909,7 +919,7 @@ def build(job, mesh):
             drawn = [draw(key) for draw in draws]
             if job.phase == "speculate":
                 _, cache = prefill_jit(params, cache, drawn[0][:, :T], jnp.full(B, T), cfg)
-            return params, shard.as_laid_out(cache, mesh, job.layout) if mesh else cache, *drawn
+            return params, where_of(job, mesh).move(cache) if mesh else cache, *drawn
         return make
 
     def behind(cache, length=T):  # every run starts there
@@ -922,8 +932,10 @@ def build(job, mesh):
                 params = shard.stack(params) if mesh and job.by == "hand" else params
                 drawn = tokens(B, T + 1)(key)
                 return params, adam_init(params), drawn
-            return Program(partial(train_step, cfg=cfg, lr=1e-4, loss=fns.loss), masters,
-                           (0, 1), (0, 1))
+            split = {} if mesh is None else {"loss": partial(
+                shard.fsdp_loss, mesh=mesh) if job.by == "compiler" else partial(
+                shard.sharded_loss, mesh=mesh, ring=job.ring, keep=job.keep)}
+            return Program(partial(train_step, cfg=cfg, lr=1e-4, **split), masters, (0, 1), (0, 1))
         case "prefill":  # into a cache that is full then
             return Program(lambda params, cache, tokens: fns.prefill(
                 params, cache, tokens, jnp.full((B,), T)), begin(T, tokens(B, T)), (1,), (1,))
@@ -942,7 +954,7 @@ def build(job, mesh):
                 return jnp.zeros((B, verify_slots(job)), jnp.int32).at[:, :T].set(known)
             return Program(lambda params, cache, text: fns.speculate(  # the last is not read yet
                 params, behind(cache, T - 1), text, jax.random.key(0), new,
-                draft=ngram_draft(cfg, job.n_draft), state=None),
+                draft=ngram_draft, state=None),
                 begin(verify_slots(job), text), (1,), (1,))
         case "serve":  # REQUESTS for each of B rows
             return Program(lambda params, prompts: dict(serve(
@@ -962,7 +974,7 @@ def build(job, mesh):
                 jnp.ones((B, T, cfg.H, cfg.D), cfg.dtype),
                 *(jnp.ones((B, cfg.K, T, cfg.D), cfg.dtype),) * 2))
         case _:  # a collective matmul of B rows of ones
-            enter, leave = RINGS[job.ring]
+            enter, leave = shard.RINGS[job.ring]
             multiply, width, weight = {
                 "gather_matmul": (lambda x, w: enter(x, (w,))[0], cfg.E, "w_gate"),
                 "matmul_scatter": (lambda x, w: leave(x, w), cfg.F, "w_down")}[job.phase]
@@ -1002,29 +1014,42 @@ PHASES = {"train": Phase("T", train_cost, lambda job, out: {"steps": 1, "loss": 
           **dict.fromkeys(PRODUCTS, Phase("M", product_cost))}
 
 
+def counted(job, L):
+    """Job, int -> Counter: the collectives of its program with L layers, counted on a mesh without
+    devices."""
+    job = job._replace(cfg=replace(job.cfg, L=L))
+    step, make, *_ = PHASES[job.phase].build(job, shard.abstract_mesh(**dict(job.mesh)))
+    return shard.traced_events(step, *jax.eval_shape(make, abstract(job), jax.random.key(0)))
+
+
 def sent(job):
-    """Job -> list of events or None: what each device sends in a step, by formula; None where that
-    is the compiler's choice."""
+    """Job -> Counter or None: the collectives of a step: by the formula of tensor parallelism; of
+    other programs counted with one layer and with two. None where the compiler chooses them."""
     if job.by == "compiler":
         return None
-    over = dict(job.mesh)
-    if job.phase in PRODUCTS:
-        return dict(zip(PRODUCTS, shard.trips(job.cfg, job.B, over["tensor"], job.ring)))[job.phase]
-    more = {"keep": job.keep} if job.phase == "train" else {}
-    return shard.comm_events(
-        job.cfg, job.phase, job.B, PHASES[job.phase].cost(job).T, ring=job.ring, layout=job.layout,
-        dtype=job.dtype, cache_dtype=job.cache_dtype, **over, **more)
+    if job.phase in ("train", *PRODUCTS) or job.phase == "prefill" \
+            and shard.LAYOUTS[job.layout].by_token:
+        one, two = counted(job, 1), counted(job, 2)
+        return one + shard.repeat(job.cfg.L - 1, two - one)
+    axes, data = (shard.as_axes(dict(job.mesh).get(name, 1)) for name in ("tensor", "data"))
+    B, T = job.B // math.prod(data), PHASES[job.phase].cost(job).T
+    logits = B * T * job.cfg.V // math.prod(axes) * 4
+    events = shard.gather_comm(logits, axes if job.phase == "speculate" else ())
+    for times, step in shard.step_comm(job.cfg, B, T, axes, job.layout, job.ring,
+                                       job.phase == "prefill").values():
+        events += shard.repeat(times, step)
+    return events
 
 
 def on_links(job, link):
     """Job, bytes/s one way -> dict: what each device sends in a step, collective by collective, and
     the seconds that it takes; None where that is the compiler's choice, and nothing alone."""
-    events, ways = sent(job) if job.mesh else [], max(1, job.ring)
+    events, ways = sent(job) if job.mesh else Counter(), max(1, job.ring)
     if events is None:
         return dict.fromkeys(("predicted_collectives", "link_seconds", "hops"))
-    formula, hops = shard.tally(events), shard.hops(events, ways)
+    formula, hops = shard.tally(events), hops_of(events, ways)
     return {"predicted_collectives": formula, "hops": hops,
-            "link_seconds": shard.comm_seconds(formula, link, ways, hops)}
+            "link_seconds": comm_seconds(formula, link, ways, hops)}
 
 
 def abstract(job):
@@ -1039,13 +1064,12 @@ def mesh_of(job, devices=None):
 
 def placed(job, mesh, args):
     """Job, Mesh, arguments -> their shardings on the real machine, one for what is alike."""
-    cfg, rows, rules = job.cfg, shard.axes_of(mesh, "data"), shard.layout_rules(mesh, job.layout)
+    cfg, rows, where = job.cfg, shard.axes_of(mesh, "data"), where_of(job, mesh)
     if job.phase == "train":
         rules = shard.FSDP if job.by == "compiler" else {**shard.TENSOR, **shard.FSDP}
-    elif job.phase in PRODUCTS:
-        rules = dict(F="tensor")
-        shard.check_rules(cfg, mesh, dict(E="tensor"))
-    shard.check_rules(cfg, mesh, rules)
+    else:
+        rules = where.rules
+        shard.check_divides("E", cfg.E, mesh, where.axes)
 
     def spec(a):
         match a:
@@ -1056,8 +1080,8 @@ def placed(job, mesh, args):
             case Adam():
                 return Adam(jax.P(), spec(a.m), spec(a.v))
             case Cache():
-                shard.check_layout(a, mesh, job.layout)
-                return shard.cache_specs(mesh, job.layout)
+                where.check(cfg, a)
+                return where.cache_specs()
         logits = a.shape == (job.B, cfg.V) and a.dtype == jnp.float32
         return jax.P(rows or None, *[shard.axes_of(mesh, "tensor")] * logits)
 
@@ -1550,16 +1574,15 @@ def print_profile(row, found, most=8):
 def read_by_all(job, cost):
     """Job, Cost -> Cost: what all devices of a mesh read together: weights as often as devices hold
     them, and in training all that each gathers. As such they count once a copy of the model."""
-    shape = shard.mesh_axes(**dict(job.mesh))
-    if not shape or job.phase in PRODUCTS:
+    if not job.mesh or job.phase in PRODUCTS:
         return cost
-    mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
+    mesh = shard.abstract_mesh(**dict(job.mesh))
     axes = shard.axes_of(mesh, "tensor")
     copies = mesh.size // shard.size_over(mesh, axes)
     moved, held = cost.weight_bytes * copies, cost.weight_bytes
     if job.phase != "train":
         held *= copies
-        rules, cfg = shard.layout_rules(mesh, job.layout), job.cfg
+        rules, cfg = where_of(job, mesh).rules, job.cfg
         if job.phase == "prefill" and shard.LAYOUTS[job.layout].by_token:  # gathered over the last
             rules = {letter: axes[:-1] for letter in rules}
         moved = sum(array_bytes(name, cfg, job.dtype) * mesh.size // math.prod(
@@ -1712,19 +1735,17 @@ def print_attention(job):
 def print_split(job, ways=4):
     """Job, int -> list of dict: prints what tensor parallelism over so many devices would send, by
     formula and counted in the jaxpr, which needs no device; nothing where it cannot be split so."""
-    mesh, found = jax.sharding.AbstractMesh(
-        (ways,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,)), []
+    found = []
     for phase, T in (("prefill", job.prompt), ("generate", 1)):
         own = job._replace(phase=phase, new=1, mesh=(("tensor", ways),))
         try:
-            formula, (step, make, *_) = shard.tally(sent(own)), PHASES[phase].build(own, mesh)
+            formula, program = shard.tally(sent(own)), shard.tally(counted(own, own.cfg.L))
         except ValueError as error:
             print(f"tensor parallel over {ways}: {error}")
             return []
-        counted = shard.traced_comm(step, *jax.eval_shape(make, abstract(own), jax.random.key(0)))
         found.append({"form": phase, "devices": ways, "B": job.B, "T": T, **{
             f"{name}_{what}": sum(pair[i] for pair in told.values())
-            for name, told in (("predicted", formula), ("counted", counted))
+            for name, told in (("predicted", formula), ("counted", program))
             for i, what in enumerate(("collectives", "bytes"))}})
         f = found[-1]
         print(f"tensor parallel over {ways} devices, {phase} of B={f['B']} T={T}: each sends "
@@ -2610,12 +2631,11 @@ def train_on_text(args, jobs):
     """Trains on args.text, once for each job, and prints held-out loss before and after."""
     text, held = read_text(args.text, jobs[0].prompt)
     if args.resume:
-        job, (cfg, params) = jobs[0], load(args.resume, "float32")
+        job, (cfg, params, adam) = jobs[0], load_state(args.resume)
         if args.model and replace(job.cfg, dtype=cfg.dtype) != cfg:
             raise ValueError(f"--model {job.model} is not the model in --resume {args.resume}: "
                              "leave it out")
         jobs = [job._replace(model=args.resume, cfg=replace(cfg, dtype=job.cfg.dtype))]
-        params, adam = load_adam(args.resume, cfg, params)
     if jobs[0].cfg.V != 256:
         raise ValueError(f"V={jobs[0].cfg.V}: a model of bytes has V=256")
     if args.save:
@@ -2639,7 +2659,8 @@ def train_on_text(args, jobs):
               f"{row['cache_bytes_per_token']} bytes a token")
     if rows:
         if args.save:
-            save(args.save, job.cfg, params, adam=adam)
+            save_state(args.save, job.cfg, params, adam)
+            save(args.save, job.cfg, params)
             say(f"saved to {args.save}")
         prompt, params = held[None, :min(job.prompt, 64)], cast(params, job.cfg.dtype)
         said = recite(params, job.cfg, prompt, args.new, jax.random.key(args.seed), 0.5)
@@ -2712,7 +2733,7 @@ def load_in(args, path, devices=1):
     def apart(by, job, *params):
         """-> by(*params, cfg, mesh, rules), None where all is on one device."""
         mesh = mesh_of(job)
-        return by(*params, job.cfg, mesh, shard.layout_rules(mesh, job.layout)) if mesh else None
+        return by(*params, job.cfg, mesh, where_of(job, mesh).rules) if mesh else None
 
     cfg, params = load(path, shardings=lambda cfg: apart(shard.shardings, split(cfg)))
     job = in_kind(split(cfg), args.dtype or cfg.dtype, args.cache, args.int8)
@@ -2724,14 +2745,14 @@ def load_draft(args, cfg, prompt, S, how):
     """-> draft and its state for `speculate`: n-grams, or a smaller model from a folder, of which
     every device has all."""
     if args.draft == "ngram":
-        return ngram_draft(cfg, args.n_draft), None
+        return ngram_draft, None
     job, params = load_in(args, args.draft)
     if job.cfg.V != cfg.V:
         raise ValueError(f"draft {args.draft} has V={job.cfg.V}, and the model V={cfg.V}: "
                          "they must share a tokenizer")
     _, cache = prefill_jit(params, init_cache(job.cfg, 1, S, args.cache), prompt,
                            np.array([prompt.shape[1]]), job.cfg)
-    return model_draft(params, job.cfg, args.n_draft, **how), cache
+    return model_draft(job.cfg, **how), (params, cache)
 
 
 def generating(fns, mesh, params, cache, logits, prompt, key, how, draft=None, state=None):
@@ -2742,7 +2763,7 @@ def generating(fns, mesh, params, cache, logits, prompt, key, how, draft=None, s
     if draft:
         cache, step = cache._replace(length=cache.length - 1), fns.speculate
         known = jnp.zeros((1, slots_of(cache)), jnp.int32).at[:, :T].set(prompt)
-        more = {"draft": draft, "state": state}
+        step, more = partial(step, draft=draft), {"state": state}
         if mesh:
             known, more = jax.device_put((known, more), jax.NamedSharding(mesh, jax.P()))
     step = jax.jit(partial(step, n=STRIDE, **how), donate_argnums=(1, 2)).lower(
@@ -2779,7 +2800,7 @@ def stream(args):
     draft = load_draft(args, cfg, prompt, S, how) if args.draft else ()
     how["end"] = words.ends[0] if words.ends and prompt[0, -1] not in words.ends else None
     fns, S = functions(job._replace(prompt=T), mesh), slots(job, S)
-    fresh = partial(shard.tp_empty, mesh=mesh, layout=job.layout) if mesh else empty
+    fresh = where_of(job, mesh).empty
     read = jax.jit(fns.prefill, donate_argnums=1)
     for _ in range(3):  # compiled; then weights are fetched from wherever they were
         cache, _ = fresh(cfg, 1, S, args.cache)
@@ -2830,7 +2851,7 @@ def form_jobs(args, name, cfg, n):
     base = Job("train", name, cfg, args.batch, args.prompt, args.new, cfg.dtype, cfg.dtype,
                mesh=(("tensor", n),))
     meshes = [dict(data=n, tensor=1), dict(data=1, tensor=n), dict(data=n // 2, tensor=2)]
-    jobs = [base._replace(phase=phase, ring=ring) for ring in RINGS for phase in PRODUCTS]
+    jobs = [base._replace(phase=phase, ring=ring) for ring in shard.RINGS for phase in PRODUCTS]
     jobs += [base._replace(by="compiler", mesh=(("data", n),))]
     jobs += [base._replace(ring=ring, mesh=tuple(mesh.items()))
              for mesh in meshes[:3 if n % 2 == 0 and n > 2 else 2]
@@ -3350,7 +3371,7 @@ def main(argv=None):
     keep_freed_memory()  # before XLA starts its threads
     try:
         run(parse(argv))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"bench.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nbench.py: interrupted before there was anything to print")

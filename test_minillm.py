@@ -3,10 +3,8 @@
 Everything is f32. f32 rounds at 6e-8 of a value; a logit of order 1 passes some hundred roundings,
 in an order that differs between two ways to the same number, so TOLERANCE is 2e-5.
 """
-import ast
 import concurrent.futures
 import contextlib
-import html
 import importlib.util
 import inspect
 import itertools
@@ -18,36 +16,39 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import bench
 import infer
 import minillm
 import shard
-from infer import (Q8, Q8A8, Cache, accept, acceptance, decode_bytes, decode_flops, dequantize,
-                   extend, generate, generate_reference, init_cache, kv_bytes, load, log_probs,
-                   model_draft, ngram_draft, prefill, prefill_flops, quantize, quantize_params,
-                   resize, sample, save, serve, speculate, weight_bytes)
-from minillm import (Config, adam_init, adamw, attention, block, cast, causal_attention, dims, dot,
-                     forward, forward_flops, init, lookup, loss, matmul, param_count, rope, rotary,
-                     traced_flops, train_flops, train_step, unembed)
+from infer import (HERE, Q8, Q8A8, Cache, accept, acceptance, decode_bytes, decode_flops,
+                   dequantize, extend, generate, generate_reference, init_cache, kv_bytes, load,
+                   load_state, log_probs, model_draft, ngram_draft, prefill, prefill_flops,
+                   quantize, quantize_params, resize, sample, save, save_state, serve, speculate,
+                   weight_bytes)
+from minillm import (Adam, Config, adam_init, adamw, attention, block, cast, causal_attention, dims,
+                     dot, forward, forward_flops, init, lookup, loss, matmul, param_count, rope,
+                     rotary, traced_flops, train_flops, train_step, unembed)
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiles faster, computes the same
 jax.config.update("jax_num_cpu_devices", 8)  # for shard.py; the others use the first
 if jax.__version_info__ < (0, 11):  # compiles faster still; later ones do not know it
     os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")
                                + " --xla_cpu_use_fusion_emitters=false")
-settings.register_profile("minillm", deadline=None, derandomize=True, max_examples=3)
-settings.load_profile("minillm")
+settings.register_profile("minillm", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("thorough", deadline=None, max_examples=200)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "minillm"))
 TOLERANCE = 2e-5
 SLOTS = 24
 
@@ -58,16 +59,14 @@ CONFIGS = [
     Config(L=2, E=15, H=6, K=2, D=2, F=7, V=11, eps=1e-5),
     Config(L=1, E=8, H=2, K=1, D=6, F=12, V=19, act="gelu", embed_scale=True),
 ]
-configs = st.sampled_from(CONFIGS)
 grouped = CONFIGS[0]
 
 forward_jit = jax.jit(forward, static_argnames="cfg")
 extend_jit = jax.jit(extend, static_argnames="cfg")
 prefill_jit = jax.jit(prefill, static_argnames="cfg")
-unembed_jit = jax.jit(unembed, static_argnames="cfg")
-GENERATE_STATIC = ("n", "cfg", "temperature", "top_k", "top_p", "end")
-generate_jit = jax.jit(generate, static_argnames=GENERATE_STATIC)
-speculate_jit = jax.jit(speculate, static_argnames=GENERATE_STATIC)
+STATIC = ("n", "cfg", "temperature", "top_k", "top_p", "end", "where")
+generate_jit = jax.jit(generate, static_argnames=STATIC)
+speculate_jit = jax.jit(speculate, static_argnames=(*STATIC, "draft", "n_draft"))
 accept_jit, acceptance_jit = jax.jit(accept), jax.jit(acceptance)
 reference_jit = jax.jit(generate_reference, static_argnames=("n", "cfg"))
 loss_jit = jax.jit(loss, static_argnames="cfg")
@@ -83,26 +82,25 @@ TWO_PROCESSES = ("shard --devices 4 --processes 2 --model L1,E32,H4,K4,D8,F48,V6
 
 TWO_SAVES = """
 import multiprocessing, socket, sys
-from dataclasses import replace
 from functools import partial
 
-def one(address, i, n, folder):
+def train(address, i, n, folder):
     import jax
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(address, n, i)
     import infer, shard
     from minillm import Config, adam_init, init
     cfg = Config(L=1, E=16, H=4, K=4, D=4, F=24, V=32, act="gelu", embed_scale=True)
-    held = partial(shard.shardings, mesh=shard.make_mesh(tensor=2 * n), rules=shard.TENSOR)
-    params = jax.jit(init, static_argnums=1, out_shardings=held(cfg))(jax.random.key(0), cfg)
-    for _ in range(2):  # once where nothing is, once over what is there
-        infer.save(folder, cfg, params, adam=adam_init(params))
-    found, again = infer.load(folder, shardings=held)
-    again, adam = infer.load_adam(folder, found, again)
-    assert found == cfg and adam.m.embed.sharding == params.embed.sharding
-    for a, b in zip(*map(jax.tree.leaves, (again, params))):
-        assert all((x.data == y.data).all() for x, y in zip(a.addressable_shards,
-                                                            b.addressable_shards))
+    shardings = partial(shard.shardings, mesh=shard.make_mesh(tensor=2 * n), rules=shard.TENSOR)
+    params = jax.jit(init, static_argnums=1, out_shardings=shardings(cfg))(jax.random.key(0), cfg)
+    for _ in range(2):  # once into an empty folder, once over an earlier model
+        infer.save(folder, cfg, params)
+        infer.save_state(folder, cfg, params, adam_init(params))
+    for loaded in (infer.load(folder, shardings=shardings), infer.load_state(folder, shardings)):
+        assert loaded[0] == cfg
+        for a, b in zip(*map(jax.tree.leaves, (loaded[1], params))):
+            assert a.sharding == b.sharding and all(
+                (x.data == y.data).all() for x, y in zip(a.addressable_shards, b.addressable_shards))
 
 if __name__ == "__main__":
     from concurrent.futures import ProcessPoolExecutor
@@ -111,7 +109,7 @@ if __name__ == "__main__":
         address = f"localhost:{free.getsockname()[1]}"
     n, folder = int(sys.argv[1]), sys.argv[2]
     with ProcessPoolExecutor(n, multiprocessing.get_context("fork")) as pool:
-        list(pool.map(one, [address] * n, range(n), [n] * n, [folder] * n))
+        list(pool.map(train, [address] * n, range(n), [n] * n, [folder] * n))
 """
 
 
@@ -198,331 +196,334 @@ def shaped(*shape, dtype="int32"):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def check(call, *words):
+    """One ValueError of one line, naming each of the words."""
+    with pytest.raises(ValueError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and all(str(word) in message for word in words), message
+
+
+def same(a, b):
+    """Are two trees equal, bit for bit?"""
+    return all(x.dtype == y.dtype and np.array_equal(x, y)
+               for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
 # ----------------------------------------------------------------------------------- minillm: flops
 
+partial_jit, merge_jit = jax.jit(minillm.partial_attention), jax.jit(minillm.merge)
+quantize_jit, adamw_jit = jax.jit(quantize, static_argnums=1), jax.jit(adamw)
 
-@given(configs, st.integers(1, 3), st.sampled_from([1, 7, 130]),
-       st.sampled_from(["float32", "bfloat16"]))
-def test_forward_and_its_gradient_multiply_what_the_formulas_say(cfg, B, T, dtype):
-    cfg = replace(cfg, dtype=dtype)
+
+def doubles(*arrays):
+    return [np.asarray(a, float) for a in arrays]
+
+
+@partial(jax.jit, static_argnums=0)
+def output_and_gradient(fn, dy, *args):
+    out, back = jax.vjp(fn, *args)
+    return out, *back(dy)
+
+
+def temporary_bytes(fn, *args):
+    """Of the compiled program, which does not run."""
+    return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("cfg, B, T", [
+    *[(cfg, 2, 131) for cfg in CONFIGS], (replace(CONFIGS[1], dtype="bfloat16"), 3, 1)], ids=repr)
+def test_forward_and_its_gradient_multiply_what_the_formulas_say(cfg, B, T):
+    """131 tokens are two blocks, of which the second is padded."""
     params, tokens = abstract(cfg), shaped(B, T + 1)
+    masters = abstract(replace(cfg, dtype="float32"))
     assert traced_flops(partial(forward, cfg=cfg), params, shaped(B, T)) \
         == sum(forward_flops(cfg, B, T).values())
-    expected = sum(train_flops(cfg, B, T).values())
-    assert traced_flops(jax.grad(partial(loss, cfg=cfg)), params, tokens) == expected
-    masters = abstract(replace(cfg, dtype="float32"))
     assert traced_flops(partial(train_step, cfg=cfg, lr=1e-3), masters,
-                        jax.eval_shape(adam_init, masters), tokens) == expected
-    again = partial(loss, cfg=cfg, block=jax.checkpoint(block, static_argnums=(3, 4)))
-    assert traced_flops(jax.grad(again), params, tokens) \
+                        jax.eval_shape(adam_init, masters), tokens) \
+        == sum(train_flops(cfg, B, T).values())
+    remat = partial(loss, cfg=cfg, block=jax.checkpoint(block, static_argnums=(3, 4)))
+    assert traced_flops(jax.grad(remat), params, tokens) \
         == sum(train_flops(cfg, B, T, remat=True).values())
 
 
-@given(st.booleans(), st.integers(1, 13), st.sampled_from([1.0, -2.5]))
-def test_a_loss_by_blocks_of_tokens_is_the_loss_and_so_is_its_gradient(tied, blocks, times):
-    """Beside logits that are all there, and the compiler's gradient of them."""
-    cfg = replace(WIDE, L=1, tied=tied)
-    params, tokens = weights(cfg), draw_tokens(cfg, 2, 7)
+@partial(jax.jit, static_argnames=("fn", "cfg", "chunks"))
+def scaled_gradient(fn, params, tokens, scale, **static):
+    return jax.value_and_grad(lambda params: scale * fn(params, tokens, **static))(params)
 
-    def plain(params):
-        logits = jax.nn.log_softmax(forward(params, tokens[:, :-1], cfg))
-        return -times * jnp.mean(jnp.take_along_axis(logits, tokens[:, 1:, None], 2))
 
-    expected = jax.value_and_grad(plain)(params)
-    ours = jax.value_and_grad(lambda params: times * loss(params, tokens, cfg, blocks=blocks))(
-        params)
-    jax.tree.map(close, ours, expected)
+def plain_loss(params, tokens, cfg):
+    """From all logits at once, with the compiler's gradient of them."""
+    logp = jax.nn.log_softmax(forward(params, tokens[:, :-1], cfg))
+    return -jnp.mean(jnp.take_along_axis(logp, tokens[:, 1:, None], 2))
+
+
+@pytest.mark.parametrize("cfg, chunks", [(CONFIGS[4], 1), (CONFIGS[4], 20), (CONFIGS[1], 4)])
+@given(st.floats(-3, 3, width=32), st.integers(0, 99))
+def test_a_loss_in_chunks_is_the_loss_and_so_is_its_gradient(cfg, chunks, scale, seed):
+    """Of 14 tokens: the last of 4 chunks is padded, and of 20 chunks six have no token."""
+    args = weights(cfg, seed % 5), draw_tokens(cfg, 2, 8, seed=seed), scale
+    jax.tree.map(close, scaled_gradient(loss, *args, cfg=cfg, chunks=chunks),
+                 scaled_gradient(plain_loss, *args, cfg=cfg))
 
 
 @pytest.mark.parametrize("M, V, n", [(2048, 256000, 1), (8192, 256000, 4), (7, 3, 1),
                                      (3, 2 ** 31, 3), (30, 2 ** 27, 8), (5003, 128256, 2)])
-def test_logits_of_a_block_of_tokens_take_two_GiB_at_most(M, V, n):
-    assert minillm.token_blocks(M, V) == n
+def test_the_logits_of_a_chunk_take_at_most_two_GiB_unless_one_token_takes_more(M, V, n):
+    """A chunk is never less than a token: with V = 2**31 its logits take 8 GiB."""
+    assert minillm.loss_chunks(M, V) == n
 
 
-def test_a_loss_by_blocks_of_tokens_holds_one_blocks_logits():
-    """Compiled, not run: of 8,192 tokens and a vocabulary of 32,768 they take 1.07 GB in f32."""
+def test_a_loss_in_chunks_stores_the_logits_of_one_chunk():
+    """The logits of 8,192 tokens over a vocabulary of 32,768 take 2**30 bytes in float32, and so
+    does their gradient. 16 chunks take a 16th of both; the rest is the same within 1%."""
     cfg = Config(L=1, E=32, H=2, K=1, D=16, F=32, V=2 ** 15)
-
-    def temporaries(blocks):
-        run = jax.jit(jax.value_and_grad(partial(loss, cfg=cfg, blocks=blocks)))
-        return run.lower(abstract(cfg), shaped(64, 129)).compile().memory_analysis() \
-            .temp_size_in_bytes
-
-    whole, parts = temporaries(1), temporaries(16)
-    assert whole > 2 ** 30 and parts < whole / 8
+    whole, chunked = (temporary_bytes(
+        jax.value_and_grad(partial(loss, cfg=cfg, chunks=chunks)), abstract(cfg), shaped(64, 129))
+        for chunks in (1, 16))
+    assert abs(whole - chunked - 2 ** 31 * 15 / 16) < 2 ** 31 / 100
 
 
-@given(configs, st.integers(1, 4), st.integers(1, 100))
+@pytest.mark.parametrize("cfg", CONFIGS, ids=repr)
+@given(st.integers(1, 4), st.integers(1, 5000))
 def test_training_costs_6BP_of_the_weights_and_forward_2BP(cfg, B, T):
-    multiplied = sum(minillm.size_of(name, cfg) for name in jax.tree.leaves(dims(cfg))
-                     if " " in name) - (0 if cfg.tied else cfg.V * cfg.E)
-    for flops, each in ((forward_flops, 2), (train_flops, 6)):
+    """And attention two matmuls per pair of query and key forwards, seven in training: the forward
+    pass has two, the backward pass five."""
+    names = jax.tree.leaves(infer.read_arrays(cfg))  # without a table that is only looked up
+    P = sum(minillm.size_of(name, cfg) for name in names if " " in name)
+    for flops, per_weight, per_pair in ((forward_flops, 2, 2), (train_flops, 6, 7)):
         items = flops(cfg, B, T)
-        attended = items.pop("scores") + items.pop("values")
-        assert sum(items.values()) == each * B * T * multiplied
-        assert attended >= each * 2 * B * T * (T + 1) // 2 * cfg.L * cfg.H * cfg.D
+        pairs = B * minillm.causal_pairs(T) * cfg.L * cfg.H
+        assert items.pop("scores") + items.pop("values") == per_pair * 2 * pairs * cfg.D
+        assert sum(items.values()) == per_weight * B * T * P
 
 
 def test_one_weight_is_multiplied_once_forwards_and_twice_backwards():
-    x, w = shaped(5, 7, dtype="float32"), shaped(3, 7, dtype="float32")
-    assert traced_flops(matmul, x, w) == 2 * 5 * 7 * 3
-    spine = jax.grad(lambda x, w: matmul(x, w).sum(), argnums=0)
-    both = jax.grad(lambda x, w: matmul(x, w).sum(), argnums=(0, 1))
-    products = [str(eqn) for eqn in jax.make_jaxpr(both)(x, w).eqns if "dot_general" in str(eqn)]
-    assert traced_flops(both, x, w) == 3 * 2 * 5 * 7 * 3 and len(products) == 3
-    assert traced_flops(spine, x, w) <= traced_flops(both, x, w)
+    """The gradient of a sum needs no product y, that of a sum of squares does. The spine alone, or
+    the weight gradient alone, is one matmul more; a jaxpr lists all three, the compiler gets those
+    that are needed."""
+    x, w = shaped(17, 7, dtype="float32"), shaped(3, 7, dtype="float32")
+    assert traced_flops(matmul, x, w) == 2 * 17 * 7 * 3
+    for power, forwards in ((1, 0), (2, 1)):
+        for arguments in ((0,), (1,), (0, 1)):  # the spine, the weight gradient, both
+            gradient = jax.grad(lambda x, w: jnp.sum(matmul(x, w) ** power), arguments)
+            program = jax.jit(gradient).lower(x, w).as_text()
+            assert program.count("dot_general") == forwards + len(arguments)
+            assert traced_flops(gradient, x, w) == 3 * 2 * 17 * 7 * 3
 
 
 def test_a_scan_counts_its_length_and_a_loop_of_unknown_length_is_refused():
+    """A choice by platform counts as its default, a `cond` as one of its equal branches."""
+    def square(x):
+        return x @ x
+
+    def repeat(n, fn, x):
+        return jax.lax.scan(lambda x, _: (fn(x), None), x, length=n)[0]
+
+    def branch(other, x):
+        return jax.lax.cond(x.sum() < 1, square, other, x)
+
     x = shaped(4, 4, dtype="float32")
-    assert traced_flops(lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=5)[0], x) \
-        == 5 * 2 * 4 ** 3
-    assert traced_flops(lambda x: jax.jit(jax.checkpoint(lambda x: x @ x))(x), x) == 2 * 4 ** 3
-    assert traced_flops(lambda x: jax.lax.cond(x.sum() < 1, lambda c: c @ c, lambda c: c.T @ c, x),
-                        x) == 2 * 4 ** 3
-    with pytest.raises(ValueError, match="while"):
-        traced_flops(lambda x: jax.lax.while_loop(lambda c: c.sum() < 1, lambda c: c @ c, x), x)
+    for times, fn in ((15, partial(repeat, 3, partial(repeat, 5, jax.jit(square)))),
+                      (1, partial(branch, lambda x: x.T @ x)), (1, partial(
+                          jax.lax.platform_dependent, cpu=lambda x: x @ x @ x, default=square))):
+        assert traced_flops(fn, x) == times * 2 * 4 ** 3
     with pytest.raises(ValueError, match="cond"):
-        traced_flops(lambda x: jax.lax.cond(x.sum() < 1, lambda c: c @ c, lambda c: c, x), x)
+        traced_flops(partial(branch, lambda x: x), x)
+    with pytest.raises(ValueError, match="while"):
+        traced_flops(lambda x: jax.lax.while_loop(lambda x: x.sum() < 1, square, x), x)
 
 
 # ---------------------------------------------------------------------------------- minillm: values
 
 
 def attention_by_hand(q, k, v, pos):
-    """The definition, in f64: for each row, head and query, a softmax over what it sees."""
-    B, T, H, D = q.shape
-    out = np.zeros(q.shape)
-    for b in range(B):
-        for h in range(H):
-            for t in range(T):
-                kv = h // (H // k.shape[1])
-                seen = slice(0, pos[b, t] + 1)
-                scores = k[b, kv, seen].astype(float) @ q[b, t, h] / np.sqrt(D)
-                share = np.exp(scores - scores.max())
-                out[b, t, h] = share / share.sum() @ v[b, kv, seen]
-    return out
+    """The definition, in float64: a softmax over the visible slots of each row, head and query."""
+    q, k, v = doubles(q, k, v)
+    k, v = (np.repeat(a, q.shape[2] // a.shape[1], axis=1) for a in (k, v))
+    p = np.exp(np.einsum("bthd,bhsd->bhts", q, k) / np.sqrt(q.shape[3]))
+    p = p * (np.arange(k.shape[2]) <= pos[:, None, :, None])
+    return np.einsum("bhts,bhsd->bthd", p / p.sum(-1, keepdims=True), v)
 
 
-@given(st.sampled_from([(6, 1), (6, 2), (6, 3), (6, 6), (1, 1)]), st.integers(1, 4),
-       st.lists(st.integers(0, 8), min_size=2, max_size=2), st.integers(0, 99))
-def test_attention_is_the_definition_for_every_K_that_divides_H(heads, T, starts, seed):
-    (H, K), S, D = heads, 12, 4
-    q, k, v = normals((2, T, H, D), (2, K, S, D), (2, K, S, D), seed=seed)
-    pos = np.array(starts)[:, None] + np.arange(T)
+@pytest.mark.parametrize("H, K", [(6, 1), (6, 2), (6, 3), (6, 6), (1, 1)])
+@given(st.sampled_from([1, 3]), st.integers(0, 9), st.integers(0, 9), st.integers(0, 99))
+def test_attention_is_the_definition_for_every_K_that_divides_H(H, K, T, a, b, seed):
+    q, k, v = normals((2, T, H, 4), (2, K, 12, 4), (2, K, 12, 4), seed=seed)
+    pos = np.array([[a], [b]]) + np.arange(T)
     close(attention_jit(q, k, v, pos), attention_by_hand(q, k, v, pos))
 
 
-@pytest.mark.parametrize("T", [1, 2, 64, 65, 130, 257, 521, 1025])
-def test_causal_attention_is_attention_at_positions_0_to_T(T):
-    q, k, v = normals((2, T, 4, 8), (2, 2, T, 8), (2, 2, T, 8))
-    pos = np.broadcast_to(np.arange(T), (2, T))
-    close(causal_jit(q, k, v), attention_jit(q, k, v, pos))
+def attention_from_0(q, k, v):
+    return attention(q, k, v, jnp.arange(q.shape[1])[None])
 
 
-def gradient_by_hand(q, k, v, dy):
-    """Of attention_by_hand at positions 0 to T - 1, in f64: for each row, head and query."""
-    q, k, v, dy = (np.asarray(a, float) for a in (q, k, v, dy))
-    dq, dk, dv = (np.zeros(a.shape) for a in (q, k, v))
-    B, T, H, D = q.shape
-    for b, h, t in itertools.product(range(B), range(H), range(T)):
-        at = b, h // (H // k.shape[1]), slice(0, t + 1)
-        p = np.exp(k[at] @ q[b, t, h] / np.sqrt(D))
-        p /= p.sum()
-        dp = v[at] @ dy[b, t, h]
-        ds = p * (dp - p @ dp) / np.sqrt(D)
-        dq[b, t, h] = ds @ k[at]
-        dk[at] += np.outer(ds, q[b, t, h])
-        dv[at] += np.outer(p, dy[b, t, h])
-    return dq, dk, dv
+@pytest.mark.parametrize("dtype, rounding", [("float32", TOLERANCE), ("bfloat16", 2 ** -7)])
+@pytest.mark.parametrize("T, H, K", [(1, 4, 2), (9, 3, 3), (129, 4, 1), (257, 6, 2), (1025, 2, 2)])
+def test_causal_attention_and_its_gradient_are_those_of_attention(T, H, K, dtype, rounding):
+    """Of the reference, in float32 with JAX's gradient. T = 129, 257 and 1025 are 2, 3 and 4
+    blocks, of which the last is padded.
+
+    In bfloat16 the weights or their gradient, the output of attention, and the result are each
+    rounded by 2**-8 of their value at most. Three independent errors add up to sqrt(3) * 2**-8 <
+    2**-7 of the root mean square. No element is off by more than eight times that, relative to the
+    root mean square or to itself: of 10**4 normal errors the largest is four standard deviations,
+    and tokens that see few keys have larger ones. At T = 1, q and k have a gradient of 0.
+    """
+    arrays = [jnp.asarray(a, dtype) for a in normals(  # dy, q, k, v
+        (2, T, H, 8), (2, T, H, 8), (2, K, T, 8), (2, K, T, 8))]
+    results = output_and_gradient(causal_attention, *arrays)
+    exact_results = output_and_gradient(attention_from_0, *map(np.float32, arrays))
+    for result, exact in zip(doubles(*results), doubles(*exact_results)):
+        error, size = result - exact, np.sqrt(np.mean(exact ** 2))
+        assert np.sqrt(np.mean(error ** 2)) <= rounding * size + 1e-6
+        assert np.all(np.abs(error) <= 8 * rounding * (np.abs(exact) + size) + 1e-6)
+    assert {a.dtype for a in results} == {jnp.dtype(dtype)}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("T, H, K", [(1, 4, 2), (9, 3, 3), (130, 4, 1), (257, 6, 2)])
-def test_causal_attention_and_its_gradient_are_the_definition(T, H, K, dtype):
-    """T = 130 and 257 are 2 and 3 blocks, of which the last may be padded. In bf16 p, ds, the
-    result and its gradient are each rounded at 2**-8, of values of order 1, and summed."""
-    q, k, v, dy = (jnp.asarray(a, dtype) for a in normals(
-        (2, T, H, 8), (2, K, T, 8), (2, K, T, 8), (2, T, H, 8)))
-    pos = np.broadcast_to(np.arange(T), (2, T))
-    out, back = jax.jit(lambda *qkv: jax.vjp(causal_attention, *qkv))(q, k, v)
-    exact = attention_by_hand(*(np.asarray(a, float) for a in (q, k, v)), pos)
-    limit = TOLERANCE if dtype == "float32" else 2 ** -6 * (1 + np.abs(exact).max())
-    assert out.dtype == dtype and np.abs(out - exact).max() <= limit
-    for ours, exact in zip(back(dy), gradient_by_hand(q, k, v, dy)):
-        limit = TOLERANCE if dtype == "float32" else 2 ** -5 * np.sqrt(T * H / K) + 0.05
-        assert ours.dtype == dtype and np.abs(ours - exact).max() <= limit
-
-
-@given(st.integers(0, 99), st.sampled_from([(2, 3, 7), (1, 11), (5, 1, 1, 5)]),
-       st.sampled_from(["float32", "int8"]))
-def test_parts_are_merged_in_any_order_and_an_empty_one_changes_nothing(seed, widths, dtype):
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@given(st.integers(0, 9999))
+def test_parts_are_merged_in_any_order_and_an_empty_one_changes_nothing(dtype, seed):
+    """Of five parts. One without a slot is empty, one without a visible slot is empty for a row."""
     q, k, v = normals((2, 3, 4, 8), (2, 3, 12, 8), (2, 3, 12, 8), seed=seed)
-    k, v = (quantize(a, -1) for a in (k, v)) if dtype == "int8" else (k, v)
-    seen = np.random.default_rng(seed).random((2, 1, 4, 12)) < 0.5  # a row may miss a whole part
-    seen[..., 0] = True
-    ends = np.cumsum(widths)
-    look = jax.jit(minillm.partial_attention)
-
-    def part(start, stop, seen):
-        return look(q, *(jax.tree.map(lambda a: a[:, :, start:stop], a) for a in (k, v)), seen)
-
-    parts = [part(end - n, end, seen[..., end - n:end]) for n, end in zip(widths, ends)]
-    empty = part(0, 2, np.zeros((4, 2), bool))
-    assert np.all(empty.largest == -np.inf) and not np.any(empty.total) and not np.any(empty.values)
-    whole = minillm.normalised(minillm.partial_attention(q, k, v, seen))
-    for order in (parts, parts[::-1], [empty, empty, *parts, empty]):
-        left, right = reduce(minillm.merge, order), reduce(
-            lambda a, b: minillm.merge(b, a), order[::-1])
-        close(minillm.normalised(left), whole)
-        close(minillm.normalised(right), whole)
+    k, v = (quantize_jit(a, -1) for a in (k, v)) if dtype == "int8" else (k, v)
+    draw = np.random.default_rng(seed)
+    visible = draw.random((2, 1, 4, 12)) < 0.5
+    visible[..., 0] = True
+    whole, empty = partial_jit(q, k, v, visible), partial_jit(q, k, v, visible & False)
+    jax.tree.map(np.testing.assert_array_equal, empty, minillm.Partial(0, 0, -np.inf))
     garbage = empty._replace(values=empty.values + 1e30, total=empty.total - 3)
-    for merged in (minillm.merge(parts[0], garbage), minillm.merge(garbage, parts[0])):
-        jax.tree.map(np.testing.assert_array_equal, merged, parts[0])
+    for merged in (merge_jit(whole, garbage), merge_jit(garbage, whole)):
+        jax.tree.map(np.testing.assert_array_equal, merged, whole)
+    part_of_slot = draw.integers(0, 5, 12)
+    parts = [partial_jit(q, k, v, visible & (part_of_slot == i)) for i in range(5)]
+    while len(parts) > 1:
+        draw.shuffle(parts)
+        parts.append(merge_jit(parts.pop(), parts.pop()))
+    close(minillm.normalize(parts[0]), minillm.normalize(whole))
 
 
 @pytest.mark.parametrize("T, t, garbage", [(9, 4, 3.0), (300, 150, 1e30), (300, 1, -1e30)])
-def test_what_a_query_does_not_see_changes_neither_it_nor_its_gradient(T, t, garbage):
-    q, k, v = normals((1, T, 2, 4), (1, 1, T, 4), (1, 1, T, 4))
-    dy = np.where(np.arange(T)[:, None, None] < t, *normals((1, T, 2, 4), seed=1), 0)
-
-    def run(q, k, v):
-        out, back = jax.vjp(causal_attention, q, k, v)
-        return out[:, :t], [d[:, :t] if i == 0 else d[:, :, :t] for i, d in enumerate(back(dy))]
-
-    later = np.arange(T)[:, None] >= t
-    clean, dirty = map(jax.tree.leaves, (jax.jit(run)(q, k, v), jax.jit(run)(
-        q, *(np.where(later, np.float32(garbage), a) for a in (k, v)))))
-    assert len(clean) == 4 and all(map(np.array_equal, clean, dirty))
+def test_tokens_that_a_query_does_not_see_change_neither_it_nor_its_gradient(T, t, garbage):
+    dy, q, k, v = normals((1, T, 2, 4), (1, T, 2, 4), (1, 1, T, 4), (1, 1, T, 4))
+    dy[:, t:], earlier = 0, np.arange(T)[:, None] < t
+    changed = (np.where(earlier, a, np.float32(garbage)) for a in (k, v))
+    clean, dirty = (output_and_gradient(causal_attention, dy, q, *kv) for kv in ((k, v), changed))
+    for axis, *pair in zip((1, 1, 2, 2), clean, dirty):  # out and dq are BTHD, dk and dv BKTD
+        assert np.array_equal(*(np.moveaxis(a, axis, 0)[:t] for a in pair))
 
 
-@settings(max_examples=4)
-@given(st.sampled_from([1, 3]), st.sampled_from([5, 24, 37]), st.sampled_from([1, 7, 64]),
-       st.sampled_from(["float32", "int8"]))
-def test_slots_looked_at_some_at_a_time_are_slots_looked_at_together(T, S, width, dtype):
-    q, k, v = normals((2, T, 4, 8), (2, 2, S, 8), (2, 2, S, 8))
-    pos = np.array([[0], [S - T]]) + np.arange(T)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("S", [100, 256, 300])
+def test_attention_to_slots_in_pieces_is_attention_to_all_at_once(S, dtype):
+    """8,192 queries, each at a position of its own, attend to 128 slots at a time: one piece, two,
+    and two and a rest."""
+    q, k, v = normals((1, 8192, 2, 4), (1, 1, S, 4), (1, 1, S, 4))
+    pos = np.random.default_rng(0).integers(0, S, (1, 8192))
     k, v = (quantize(a, -1) for a in (k, v)) if dtype == "int8" else (k, v)
-    look = jax.jit(attention, static_argnames="width")
-    close(look(q, k, v, pos, width=width), look(q, k, v, pos))
-    assert traced_flops(partial(attention, width=width), q, k, v, pos) \
-        == 2 * 2 * 2 * T * S * 4 * 8
+    close(jax.jit(infer.cached_attention)(q, k, v, pos), attention_jit(q, k, v, pos))
+    assert traced_flops(infer.cached_attention, q, k, v, pos) == 2 * 2 * 8192 * S * 2 * 4
 
 
-@pytest.mark.parametrize("what", ["forward", "gradient", "chunk"])
-def test_attentions_memory_grows_as_its_tokens_do(what, optimised):
-    """Twice T tokens take less than 2.2 times the temporaries: what is squared would take four.
-    A chunk of 1,024 tokens behind S slots takes no more for twice the slots."""
-    def backward(*qkv):
-        out, back = jax.vjp(causal_attention, *qkv)
-        return back(out)
-
+@pytest.mark.parametrize("what, growth", [("gradient", 2), ("chunk", 1)])
+def test_the_memory_of_attention_grows_as_its_tokens_do(what, growth, optimised):
+    """Twice the tokens take twice the temporaries, not four times; a chunk of 1,024 tokens behind S
+    slots takes the same for twice the slots. A tenth more is left for what depends on neither."""
     def temporaries(T):
         q, k = shaped(1, T, 4, 16, dtype="float32"), shaped(1, 2, T, 16, dtype="float32")
-        run = {"forward": causal_attention, "gradient": backward, "chunk": partial(
-            infer.cached_attention, pos=jnp.arange(T - 1024, T)[None])}[what]
-        q = q if what != "chunk" else shaped(1, 1024, 4, 16, dtype="float32")
-        return jax.jit(run).lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
+        if what == "chunk":
+            q = shaped(1, 1024, 4, 16, dtype="float32")
+            return temporary_bytes(infer.cached_attention, q, k, k, shaped(1, 1024))
+        return temporary_bytes(partial(output_and_gradient, causal_attention), q, q, k, k)
 
-    once, twice = temporaries(4096), temporaries(8192)  # compiled, not run
-    assert once < 4096 * 4096 * 4 and twice < (1.2 if what == "chunk" else 2.2) * once
-
-
-@pytest.mark.parametrize("platform, own", [("cpu", True), ("tpu", False), ("cuda", False)])
-def test_a_lone_row_is_doubled_or_summed_few_turned_and_cosines_stored_only_where_that_is_faster(
-        platform, own):
-    """Elsewhere the program that is handed to the compiler is the plain form's."""
-    def text(fn, *args):
-        return jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,)).as_text()
-
-    for M, dtype in itertools.product((1, 2, 16, 17), ("float32", "bfloat16", "int8")):
-        sums = jnp.int32 if dtype == "int8" else jnp.float32
-        program = text(partial(minillm.product, sums=sums), shaped(M, 8, dtype=dtype),
-                       shaped(40, 8, dtype=dtype))
-        doubled = own and M == 1 and dtype != "float32"
-        assert ("concatenate" in program) == doubled
-        turned = own and (M in (2, 16) or doubled)
-        assert ("optimization_barrier" in program) == ("transpose" in program) == turned
-        summed = platform == "cuda" and M == 1 and dtype != "int8"
-        assert program.count("dot_general") == 1 - summed and ("reduce" in program) == summed
-        assert (f"-> tensor<40x{2 if doubled else M}x" in program) == turned
-    for M in (1, 3, 16, 17):
-        program = text(lambda q, k, seen: minillm.partial_attention(q, k, k, seen).largest,
-                       shaped(2, 3, M, 8, dtype="float32"), shaped(2, 3, 40, 8, dtype="float32"),
-                       shaped(M, 40, dtype="bool"))
-        assert (f"tensor<2x3x40x{M}xf32>" in program) == (own and 1 < M <= 16)
-        assert ("tensor<2x3x2x40xf32>" in program) == (platform == "tpu" and M == 1)
-    for B, K, T in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)):
-        program = text(infer.write, shaped(B, K, 9, 4, dtype="float32"),
-                       shaped(B, K, T, 4, dtype="float32"), shaped(B, T))
-        assert ("tensor<1x1x1x4xf32>) -> tensor<2x1x1x4xf32>" in program) == (
-            own and B * K * T == 1)
-    backward = jax.grad(lambda w, x: jnp.sum(matmul(x, w)))
-    for dtype in ("bfloat16", "float32"):
-        program = text(backward, shaped(30, 8, dtype=dtype), shaped(50, 8, dtype=dtype))
-        assert ("optimization_barrier" in program) == (own and dtype == "bfloat16")
-    assert ("optimization_barrier" in text(partial(rotary, cfg=grouped), shaped(2, 3))) == own
+    once, twice = temporaries(4096), temporaries(8192)
+    assert once < 4096 * 4096 * 4 and twice < 1.1 * growth * once
 
 
+@pytest.mark.parametrize("name, M, dtype, platforms", [
+    ("product", 1, "float32", {"cuda"}), ("product", 1, "bfloat16", {"cpu", "cuda"}),
+    ("product", 1, "int8", {"cpu"}), ("product", 16, "float32", {"cpu"}),
+    ("partial_attention", 1, "float32", {"tpu"}), ("partial_attention", 2, "float32", set()),
+    ("rotary", 1, "int32", {"cpu"})])
+def test_a_form_for_one_backend_is_in_the_programs_of_that_backend_alone(name, M, dtype, platforms):
+    """Elsewhere the compiler is given the operations of the plain form."""
+    rows, slots, constants = (2, 3, M, 8), (2, 3, 40, 8), [grouped] * (name == "rotary")
+    arrays = [shaped(*shape, dtype=dtype) for shape in dict(
+        product=[(M, 8), (40, 8)], partial_attention=[rows, slots, slots, (M, 40)],
+        rotary=[(2, M)])[name]]
+
+    def operations(fn, platform):
+        traced = jax.jit(lambda *arrays: fn(*arrays, *constants)).trace(*arrays)
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        return [operation for operation in re.findall(r"stablehlo\.(\w+)", program)
+                if operation not in ("case", "return", "constant")]  # the choice of a platform
+
+    fn = getattr(minillm, name)
+    assert platforms == {platform for platform in ("cpu", "cuda", "tpu")
+                         if operations(fn, platform) != operations(fn.__wrapped__, platform)}
+
+
+@pytest.mark.parametrize("M", [1, 2, 15, 16, 17])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_products_are_the_definition_however_many_rows_there_are(dtype):
-    for M in (1, 2, 15, 16, 17):
-        x, w = normals((M, 8), (21, 8), seed=M)
-        x, w = (np.round(30 * a).astype("int8") if dtype == "int8" else jnp.asarray(a, dtype)
-                for a in (x, w))
-        y = jax.jit(partial(minillm.product, sums=jnp.int32 if dtype == "int8" else jnp.float32))(
-            x, w)
-        exact = np.einsum("mc,oc->mo", np.asarray(x, float), np.asarray(w, float))
-        assert y.dtype == ("int32" if dtype == "int8" else "float32")
-        assert np.allclose(y, exact, rtol=1e-5, atol=1e-4)
+def test_a_product_is_summed_in_float32_or_int32_for_any_number_of_rows(M, dtype):
+    """One product of bfloat16 is exact in float32, and 999 sums lose at most 999 * 6e-8 of the
+    total of magnitudes; int32 loses nothing."""
+    x, w = (jnp.asarray(30 * a, dtype) for a in normals((M, 999), (21, 999), seed=M))
+    sums = jnp.dtype("int32" if dtype == "int8" else "float32")
+    y = jax.jit(minillm.product, static_argnums=2)(x, w, sums)
+    x, w = doubles(x, w)
+    limit = 0 if dtype == "int8" else 999 * 6e-8 * np.abs(x) @ np.abs(w).T
+    assert y.dtype == sums and np.all(np.abs(y - x @ w.T) <= limit)
+
+
+def act_by_hand(x, act):
+    inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)
+    return x / (1 + np.exp(-x)) if act == "silu" else x / 2 * (1 + np.tanh(inner))
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_gated_product_rounds_once(act, dtype):
-    gate, up = (jnp.asarray(a, dtype) for a in normals((3, 5, 8), (3, 5, 8)))
-    gate = 4 * gate
-    out = minillm.gated(gate, up, act)
-    x, y = np.asarray(gate, float), np.asarray(up, float)
-    tanh = np.tanh(x / 2 if act == "silu" else np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3))
-    exact = x * (1 + tanh) / 2 * y
-    rounding = {"float32": 1e-6, "bfloat16": 1.01 * 2 ** -8}[dtype]
-    tail = 2e-7 * np.abs(x * y)  # 1 + tanh is known to an f32 rounding or two of 1
+@pytest.mark.parametrize("dtype, rounding", [("float32", 1e-6), ("bfloat16", 1.01 * 2 ** -8)])
+def test_a_gated_linear_unit_rounds_once(act, dtype, rounding):
+    gate, up = (jnp.asarray(3 * a, dtype) for a in normals((3, 5, 8), (3, 5, 8)))
+    out = minillm.glu(gate, up, act)
+    gate, up = doubles(gate, up)
+    exact = act_by_hand(gate, act) * up
+    tail = 2e-7 * np.abs(gate * up)  # 1 + tanh is known to one or two float32 roundings of 1
     assert np.all(np.abs(out - exact) <= rounding * np.abs(exact) + tail + 1e-6)
 
 
-def test_a_position_is_turned_into_cosines_once_for_all_layers():
-    for cfg in CONFIGS:
-        program = str(jax.make_jaxpr(partial(forward, cfg=cfg))(abstract(cfg), shaped(2, 9)))
-        assert len(re.findall(r"= cos ", program)) == len(re.findall(r"= sin ", program)) == 1
+def test_cosines_of_positions_are_computed_once_for_all_layers():
+    counts = minillm.traced_counts(partial(forward, cfg=grouped), (abstract(grouped), shaped(2, 9)),
+                                   lambda eqn, axes: {eqn.primitive.name: 1})
+    assert counts["cos"] == counts["sin"] == 1
+
+
+def norm_by_hand(x, scale, eps):
+    return x / np.sqrt(np.mean(x ** 2, -1, keepdims=True) + eps) * scale
+
+
+def rope_by_hand(x, pos, cfg):
+    """BTHD as complex numbers, d with d + D/2."""
+    a, b = np.split(x, 2, axis=-1)
+    angle = pos[:, :, None, None] * cfg.rope_base ** (-2 * np.arange(cfg.D // 2) / cfg.D)
+    z = (a + 1j * b) * np.exp(1j * angle)
+    return np.concatenate([z.real, z.imag], -1)
 
 
 def forward_by_hand(params, tokens, cfg):
-    """The model, in NumPy and f64, with no line in common."""
-    def norm(x, scale):
-        return x / np.sqrt(np.mean(x ** 2, -1, keepdims=True) + cfg.eps) * scale
-
-    def turn(x):  # BTHD as complex numbers, d with d + D/2
-        z = x[..., :cfg.D // 2] + 1j * x[..., cfg.D // 2:]
-        speed = cfg.rope_base ** (-2 * np.arange(cfg.D // 2) / cfg.D)
-        z = z * np.exp(1j * np.arange(x.shape[1])[:, None, None] * speed)
-        return np.concatenate([z.real, z.imag], -1)
-
+    """The model, in NumPy and float64, with no line in common."""
     params = jax.tree.map(lambda w: np.asarray(w, float), params)
-    pos = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    norm, pos = partial(norm_by_hand, eps=cfg.eps), np.arange(tokens.shape[1])[None]
     x = params.embed[tokens] * (cfg.E ** 0.5 if cfg.embed_scale else 1)
     for w in params.layers:
         q, k, v = (np.einsum("bte,hde->bthd", norm(x, w.attn_norm), m) for m in (w.wq, w.wk, w.wv))
         if cfg.qk_norm:
             q, k = norm(q, w.q_norm), norm(k, w.k_norm)
-        out = attention_by_hand(turn(q), turn(k).swapaxes(1, 2), v.swapaxes(1, 2), pos)
+        q, k = (rope_by_hand(a, pos, cfg) for a in (q, k))
+        out = attention_by_hand(q, k.swapaxes(1, 2), v.swapaxes(1, 2), pos)
         x = x + np.einsum("bthd,ehd->bte", out, w.wo)
         gate, up = (norm(x, w.mlp_norm) @ m.T for m in (w.w_gate, w.w_up))
-        inner = gate + 0.044715 * gate ** 3
-        act = gate / (1 + np.exp(-gate)) if cfg.act == "silu" else \
-            gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * inner))
-        x = x + (act * up) @ w.w_down.T
+        x = x + (act_by_hand(gate, cfg.act) * up) @ w.w_down.T
     return norm(x, params.out_norm) @ (params.embed if cfg.tied else params.unembed).T
 
 
@@ -532,187 +533,155 @@ def test_forward_is_the_model_as_written_in_numpy(cfg):
     close(forward_jit(params, tokens, cfg=cfg), forward_by_hand(params, tokens, cfg))
 
 
-@given(configs, st.integers(1, SLOTS - 1), st.integers(0, 99))
-def test_a_later_token_does_not_touch_an_earlier_logit(cfg, t, seed):
-    params, before = weights(cfg), draw_tokens(cfg, 3, SLOTS, seed=seed)
-    after = before.copy()
-    after[:, t] = (after[:, t] + 1 + seed % (cfg.V - 1)) % cfg.V
-    a, b = forward_jit(params, before, cfg=cfg), forward_jit(params, after, cfg=cfg)
-    assert np.array_equal(a[:, :t], b[:, :t])
-    assert not np.array_equal(a[:, t], b[:, t])
+@pytest.mark.parametrize("cfg", CONFIGS, ids=repr)
+@given(st.integers(1, SLOTS - 1), st.integers(0, 9999))
+def test_a_later_token_does_not_change_an_earlier_logit(cfg, t, seed):
+    params, tokens = weights(cfg), draw_tokens(cfg, 3, SLOTS, seed=seed)
+    changed = np.where(np.arange(SLOTS) == t, (tokens + 1) % cfg.V, tokens)
+    a, b = doubles(*(forward_jit(params, x, cfg=cfg) for x in (tokens, changed)))
+    assert np.array_equal(a[:, :t], b[:, :t]) and not np.array_equal(a[:, t], b[:, t])
 
 
-@given(configs, st.integers(0, 500))
-def test_rotary_turns_keep_lengths_and_see_only_distance(cfg, shift):
-    x, y = normals((1, 1, 1, cfg.D), (1, 1, 1, cfg.D))
-
-    def product(p, s):
-        a, b = (rope(z, rotary(jnp.array([[at]]), cfg)) for z, at in ((x, p), (y, s)))
-        return jnp.sum(a * b)
-
-    close(rope(x, rotary(jnp.array([[0]]), cfg)), x, 0)
-    close(jnp.sum(rope(x, rotary(jnp.array([[shift]]), cfg)) ** 2), jnp.sum(x ** 2))
-    # an angle of 500 radians is known to 500 * 6e-8
-    close(product(shift + 5, shift + 2), product(5, 2), 500 * 6e-8 * 10)
+rope_jit = jax.jit(lambda x, pos, cfg: rope(x, rotary(pos, cfg)), static_argnums=2)
 
 
-def test_shared_key_heads_are_separate_heads_with_equal_weights():
-    params, wide = weights(grouped), replace(grouped, K=grouped.H)
-    copies = grouped.H // grouped.K
-    layers = tuple(w._replace(wk=jnp.repeat(w.wk, copies, 0), wv=jnp.repeat(w.wv, copies, 0))
-                   for w in params.layers)
-    tokens = draw_tokens(grouped, 2, 9)
-    close(forward_jit(params, tokens, cfg=grouped),
-          forward_jit(params._replace(layers=layers), tokens, cfg=wide))
+@pytest.mark.parametrize("cfg", CONFIGS, ids=repr)
+@given(st.integers(0, 500), st.integers(0, 9999))
+def test_rotations_keep_lengths_and_products_depend_on_distance_alone(cfg, shift, seed):
+    """An angle of 505 radians is known to 505 * 6e-8, and a product has two of them."""
+    x, pos = *normals((1, 2, 1, cfg.D), seed=seed), np.array([[5, 2]])
+    assert np.array_equal(rope_jit(x, 0 * pos, cfg), x)
+    (a, b), (c, d) = (rope_jit(x, pos + n, cfg)[0, :, 0] for n in (0, shift))
+    lengths = np.linalg.norm(x[0, :, 0], axis=-1)
+    close(np.linalg.norm([c, d], axis=-1), lengths)
+    assert abs(a @ b - c @ d) <= (2 * 505 * 6e-8 + TOLERANCE) * lengths.prod()
 
 
-@pytest.mark.parametrize("cfg", CONFIGS[:2], ids=repr)
-def test_a_model_that_knows_nothing_loses_log_V(cfg):
+@pytest.mark.parametrize("cfg", [CONFIGS[1], CONFIGS[4]], ids=["untied", "tied"])
+def test_the_loss_of_equal_logits_is_log_V(cfg):
     params = weights(cfg)
-    blank = params._replace(out_norm=jnp.zeros_like(params.out_norm))
+    blank = params._replace(out_norm=0 * params.out_norm)
     close(loss_jit(blank, draw_tokens(cfg, 2, 9), cfg=cfg), math.log(cfg.V))
 
 
-def test_gradients_by_hand_go_backwards_alone():
-    x, table = normals((1, 4, 2, 8), (5, 8))
-    for fn, *at in ((lambda x: matmul(x[0, 0], x[0, 1]), x),
-                    (lambda x: causal_attention(x, *2 * [x.swapaxes(1, 2)]), x),
-                    (lambda x: lookup(x, np.arange(3)[None]), table)):
-        jax.vjp(fn, *at)
+def test_gradients_by_hand_refuse_jvp():
+    x, q = normals((5, 8), (1, 4, 2, 8))
+    for fn, *args in ((matmul, x, x), (causal_attention, q, *[q.swapaxes(1, 2)] * 2),
+                      (lambda table: lookup(table, np.arange(3)[None]), x)):
         with pytest.raises(TypeError, match="forward-mode"):
-            jax.jvp(fn, at, at)
+            jax.jvp(fn, args, args)
 
 
-def test_dot_and_its_gradient_are_the_plain_product_and_its_own():
-    x, w, dy = normals((2, 3, 4, 6), (5, 4, 6), (2, 3, 5))
-
-    def plain(x, w):
-        return jnp.einsum("btcd,ncd->btn", x, w)
-
-    y, back = jax.vjp(partial(dot, n=2), x, w)
-    expected, plain_back = jax.vjp(plain, x, w)
-    close(y, expected)
-    for ours, theirs in zip(back(dy), plain_back(dy)):
-        close(ours, theirs)
+def test_dot_and_its_gradient_are_those_of_einsum():
+    args = normals((2, 3, 5), (2, 3, 4, 6), (5, 4, 6))  # dy, x, w
+    jax.tree.map(close, *(output_and_gradient(fn, *args) for fn in (
+        partial(dot, n=2), partial(jnp.einsum, "btcd,ncd->btn"))))
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_a_narrow_product_sums_in_f32_and_a_single_row_is_no_exception(rows):
-    x, w = (jnp.asarray(a, jnp.bfloat16) for a in normals((rows, 999), (3, 999)))
-    exact = np.asarray(x, float) @ np.asarray(w, float).T
-    # products of bf16 are exact in f32, and 999 sums of them lose at most 999 * 6e-8 of the total
-    limit = 999 * 6e-8 * (np.abs(np.asarray(x, float)) @ np.abs(np.asarray(w, float)).T)
-    assert np.all(np.abs(dot(x, w, dtype=jnp.float32) - exact) <= limit)
-
-
-def test_narrow_values_are_rounded_once_and_never_inside():
-    """bf16 rounds at 2**-8 of a value. Norm, rotation and attention work in f32."""
-    def exact(*arrays):
-        return [np.asarray(a, float) for a in arrays]
-
+def test_bf16_values_are_rounded_at_the_end_and_not_inside():
+    """bfloat16 rounds at 2**-8 of a value. Norm, rotation and attention compute in float32;
+    attention rounds its weights too, hence twice."""
     x, scale = (jnp.asarray(a, jnp.bfloat16) for a in normals((1, 9, 2, 64), (64,)))
-    mean_square = np.mean(exact(x)[0] ** 2, -1, keepdims=True)
-    unit = exact(x)[0] / np.sqrt(mean_square) * exact(scale)[0]
-    assert np.all(np.abs(minillm.rms_norm(x, scale, 0.0) - unit) <= 1.01 * 2 ** -8 * np.abs(unit))
-    pos, half = 257 + np.arange(9)[None], exact(x)[0][..., :32] + 1j * exact(x)[0][..., 32:]
-    cfg = replace(grouped, D=64)
-    half = half * np.exp(1j * pos[..., None, None] * 1e4 ** (-np.arange(32) / 32))
-    turned = np.concatenate([half.real, half.imag], -1)
-    limit = 1.01 * 2 ** -8 * np.abs(turned) + 1e-4  # 265 radians are known to 265 * 6e-8
-    assert np.all(np.abs(rope(x, rotary(jnp.asarray(pos), cfg)) - turned) <= limit)
-    k, seen = x.swapaxes(1, 2), np.arange(9)[None]
-    q = 8 * x[:, ::-1]  # scores of order 10: rounded to bf16 they would move a weight by 4%
-    out, hand = attention(q, k, k, jnp.asarray(seen)), attention_by_hand(*exact(q, k, k), seen)
-    assert np.all(np.abs(out - hand) <= 2 ** -7 * np.abs(exact(k)[0]).max())
+    cfg, pos, rounding = replace(grouped, D=64), np.arange(9)[None], 1.01 * 2 ** -8
+    unit = norm_by_hand(*doubles(x, scale), 0.0)
+    error = jax.jit(minillm.rms_norm)(x, scale, 0.0) - unit
+    assert np.all(np.abs(error) <= rounding * np.abs(unit))
+    rotated = rope_by_hand(*doubles(x, 257 + pos), cfg)
+    limit = rounding * np.abs(rotated) + 1e-4  # 265 radians are known to 265 * 6e-8
+    assert np.all(np.abs(rope_jit(x, 257 + pos, cfg) - rotated) <= limit)
+    # scores of order 10: rounded to bfloat16 they would move a weight by 4%
+    q, k = 8 * x[:, ::-1], x.swapaxes(1, 2)
+    error = attention_jit(q, k, k, pos) - attention_by_hand(q, k, k, pos)
+    assert np.all(np.abs(error) <= 2 * 2 ** -8 * np.abs(k).max())
 
 
-def test_no_product_of_a_bf16_program_rounds_its_sums():
+def test_no_matmul_of_a_bf16_program_rounds_its_sums():
+    """A layer has seven weights, each multiplied three times in training, and attention, whose two
+    matmuls need five for the gradient. Unembedding is one weight more in training."""
+    def sums(eqn, axes):
+        return {eqn.outvars[0].aval.dtype.name: 1} if eqn.primitive.name == "dot_general" else {}
+
     cfg = replace(grouped, dtype="bfloat16")
     cache = jax.eval_shape(lambda: init_cache(cfg, 2, 9))
-    for program in (jax.make_jaxpr(jax.grad(partial(loss, cfg=cfg)))(abstract(cfg), shaped(2, 9)),
-                    jax.make_jaxpr(partial(extend, cfg=cfg))(abstract(cfg), cache, shaped(2, 1))):
-        sums = re.findall(r":(\w+)\[[\d,]*\] = dot_general", str(program))
-        assert len(sums) > 7 * cfg.L and set(sums) == {"f32"}
+    for fn, number, *args in (
+            (jax.grad(partial(loss, cfg=cfg)), cfg.L * (3 * 7 + 2 + 5) + 3, shaped(2, 9)),
+            (partial(extend, cfg=cfg), cfg.L * (7 + 2), cache, shaped(2, 1))):
+        assert minillm.traced_counts(fn, (abstract(cfg), *args), sums) == {"float32": number}
 
 
-def test_the_gradient_of_a_frequent_token_is_summed_in_f32():
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
+    """And rounded to bfloat16 once, after 999 sums."""
     dy = jnp.asarray(*normals((3, 333, 4)), jnp.bfloat16)
-    _, back = jax.vjp(lambda table: lookup(table, jnp.ones((3, 333), jnp.int32)),
-                      jnp.zeros((2, 4), jnp.bfloat16))
-    exact = np.asarray(dy, float).sum((0, 1))
-    # rounded to bf16 once, after 999 sums
-    limit = 2 ** -8 * np.abs(exact) + 999 * 6e-8 * np.abs(np.asarray(dy, float)).sum((0, 1))
-    gradient = np.asarray(back(dy)[0], float)
-    assert np.all(np.abs(gradient[1] - exact) <= limit) and np.all(gradient[0] == 0)
+    table, tokens = jnp.zeros((2, 4), jnp.bfloat16), jnp.ones((3, 333), jnp.int32)
+    _, gradient = output_and_gradient(lambda table: lookup(table, tokens), dy, table)
+    gradient, dy = doubles(gradient, dy)
+    exact, magnitudes = dy.sum((0, 1)), np.abs(dy).sum((0, 1))
+    assert np.all(np.abs(gradient[1] - exact) <= 2 ** -8 * np.abs(exact) + 999 * 6e-8 * magnitudes)
+    assert np.all(gradient[0] == 0)
 
 
-@pytest.mark.parametrize("cfg", CONFIGS[1::3] + CONFIGS[3:4], ids=repr)
+@pytest.mark.parametrize("cfg", [CONFIGS[1], CONFIGS[3], CONFIGS[4]], ids=repr)
 def test_every_gradient_is_the_slope_of_the_loss(cfg):
     """Along its own direction, a gradient g has slope |g|. Two central differences make one whose
-    error grows with h**4: 0.02 was seen at h = 0.04, 256 times less remains at 0.01. The loss, of
-    order 3, is rounded at 6e-8 and divided by h: 2e-4."""
-    params, tokens = weights(cfg), draw_tokens(cfg, 2, 9)
+    error grows with h**4: 0.02 was measured at h = 0.04, 256 times less remains at 0.01. The loss,
+    of order 3, is rounded at 6e-8 and divided by h: 2e-4."""
+    params, tokens = jax.tree.map(np.asarray, weights(cfg)), draw_tokens(cfg, 2, 9)
     value = partial(loss_jit, cfg=cfg)
     grads, tree = jax.tree.flatten(jax.jit(jax.grad(value))(params, tokens))
     leaves = jax.tree.leaves(params)
-    for i, g in enumerate(grads):
-        norm = float(jnp.linalg.norm(g))
+    for i, g in enumerate(map(np.asarray, grads)):
+        norm = np.linalg.norm(g)
 
         def slope(h):
-            moved = [tree.unflatten(leaves[:i] + [leaves[i] + s * h * g / norm] + leaves[i + 1:])
-                     for s in (1, -1)]
-            return float(value(moved[0], tokens) - value(moved[1], tokens)) / (2 * h)
+            a, b = (value(tree.unflatten([*leaves[:i], leaves[i] + step * g / norm,
+                                          *leaves[i + 1:]]), tokens) for step in (h, -h))
+            return float(a - b) / (2 * h)
 
         assert norm > 0
         assert abs((4 * slope(0.005) - slope(0.01)) / 3 - norm) < 5e-4 + 1e-3 * norm
 
 
 def test_adamw_is_the_textbook_over_several_steps():
-    params = weights(grouped)
-    adam, lr = adam_init(params), 0.01
-    p = [np.asarray(w, float) for w in jax.tree.leaves(params)]
-    m, v = [[np.zeros(w.shape) for w in p] for _ in "mv"]
+    params, lr = weights(grouped), 0.01
+    adam, p = adam_init(params), doubles(*jax.tree.leaves(params))
+    m = v = [0] * len(p)
     for t in range(1, 6):
         grads = weights(grouped, seed=10 + t)
-        params, adam = adamw(params, adam, grads, lr)
-        for i, g in enumerate(np.asarray(g, float) for g in jax.tree.leaves(grads)):
-            m[i] = 0.9 * m[i] + 0.1 * g
-            v[i] = 0.95 * v[i] + 0.05 * g * g
-            decay = 0.1 * p[i] if p[i].ndim > 1 else 0
-            p[i] = p[i] - lr * (m[i] / (1 - 0.9 ** t) / (np.sqrt(v[i] / (1 - 0.95 ** t)) + 1e-8)
-                                + decay)
-    assert int(adam.step) == 5
-    for ours, theirs in zip(jax.tree.leaves((params, adam.m, adam.v)), p + m + v):
-        close(ours, theirs)
+        params, adam = adamw_jit(params, adam, grads, lr)
+        g = doubles(*jax.tree.leaves(grads))
+        m = [0.9 * a + 0.1 * b for a, b in zip(m, g)]
+        v = [0.95 * a + 0.05 * b * b for a, b in zip(v, g)]
+        step = [a / (1 - 0.9 ** t) / (np.sqrt(b / (1 - 0.95 ** t)) + 1e-8) for a, b in zip(m, v)]
+        p = [w - lr * (a + 0.1 * w * (w.ndim > 1)) for w, a in zip(p, step)]  # norms do not decay
+    jax.tree.map(close, jax.tree.leaves((params, adam)), [*p, 5, *m, *v])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_training_step_is_the_gradient_then_adamw_on_f32_masters(dtype):
-    cfg, params = replace(grouped, dtype=dtype), weights(grouped)
-    tokens = draw_tokens(cfg, 2, 9)
-    step = jax.jit(train_step, static_argnames="cfg")
-    new, adam, value = step(params, adam_init(params), tokens, cfg=cfg, lr=1e-2)
+@pytest.mark.parametrize("dtype, limit", [("float32", TOLERANCE), ("bfloat16", 2 ** -6)])
+def test_a_training_step_is_the_gradient_then_adamw_on_float32_masters(dtype, limit):
+    """In bfloat16 some 16 operations, one after another, round logits of order 1 at 2**-8: together
+    2**-6 a token, and a quarter of that in the mean of 16 tokens. Four standard deviations are
+    2**-6 again."""
+    cfg = replace(CONFIGS[4], dtype=dtype)
+    params, tokens = weights(cfg), draw_tokens(cfg, 2, 9)
+    new, adam, value = jax.jit(train_step, static_argnames="cfg")(
+        params, adam_init(params), tokens, cfg=cfg, lr=1e-2)
     grads = jax.jit(jax.grad(lambda p: loss(cast(p, dtype), tokens, cfg)))(params)
-    for ours, theirs in zip(*map(jax.tree.leaves, (
-            new, jax.jit(adamw)(params, adam_init(params), grads, 1e-2)[0]))):
-        close(ours, theirs)
+    jax.tree.map(close, new, adamw_jit(params, adam_init(params), grads, 1e-2)[0])
     assert {w.dtype for w in jax.tree.leaves((new, adam.m, adam.v))} == {jnp.dtype("float32")}
-    exact = loss_jit(params, tokens, cfg=cfg)
-    assert abs(value - exact) <= 2 ** -6 * exact  # bf16 rounds at 2 ** -8
+    assert abs(value - loss_jit(params, tokens, cfg=CONFIGS[4])) <= limit
 
 
-@pytest.mark.parametrize("cfg", CONFIGS[:2], ids=repr)
-def test_init_has_variance_one_over_fan_in_and_norms_of_one(cfg):
-    cfg, drawn = replace(cfg, E=48, F=96, V=160), []
+def test_init_has_variance_one_over_fan_in_and_norms_of_one():
+    cfg, first_numbers = replace(CONFIGS[1], E=48, F=96, V=160), []
     for name, w in zip(jax.tree.leaves(dims(cfg)), jax.tree.leaves(init(jax.random.key(3), cfg))):
         if " " not in name:
             assert np.all(w == 1)
         else:
             fan_in = minillm.size_of(name.split()[1], cfg)
             # the variance of n normals is known to sqrt(2 / n): five times that
-            assert abs(jnp.var(w) * fan_in - 1) < 5 * math.sqrt(2 / w.size)
-            drawn.append(float(w.ravel()[0]) * fan_in ** 0.5)
-    assert len(set(drawn)) == len(drawn)  # no two from the same key
+            assert abs(np.var(w) * fan_in - 1) < 5 * math.sqrt(2 / w.size)
+            first_numbers.append(float(w.ravel()[0]) * fan_in ** 0.5)
+    assert len(set(first_numbers)) == len(first_numbers)  # no two from the same key
 
 
 PUBLISHED = {
@@ -727,330 +696,264 @@ PUBLISHED = {
 
 
 def test_every_published_model_has_its_published_number_of_parameters():
-    assert PUBLISHED.keys() == bench.MODELS.keys()
-    for name, cfg in bench.MODELS.items():
-        leaves = jax.tree.leaves(abstract(cfg))
-        assert param_count(cfg) == sum(math.prod(w.shape) for w in leaves) == PUBLISHED[name], name
-
-
-def test_a_backend_is_named_only_where_it_has_a_form_of_its_own():
-    """In one section at the end of minillm.py, of at most three functions."""
-    source = pathlib.Path(minillm.__file__).read_text()
-    plain, section = re.split(r"# -+ what one backend", source)
-    folklore = r"platform_dependent|optimization_barrier|default_b|\b(cpu|[gt]pu|cuda|xla)s?\b"
-    for text in (plain, *(pathlib.Path(m.__file__).read_text() for m in (infer, shard))):
-        assert not re.findall(folklore, text, re.I)
-    assert section.count("platform_dependent") == section.count("\ndef ") == 3
-    assert not re.search(r"^# -", section, re.M)
+    assert PUBLISHED == {name: param_count(cfg) for name, cfg in bench.MODELS.items()}
+    for cfg in CONFIGS:
+        assert param_count(cfg) == sum(w.size for w in jax.tree.leaves(abstract(cfg)))
 
 
 # ----------------------------------------------------------------------------------- contract lines
 
+# A size for each letter. No two are equal, so that no letter can stand for another.
+SIZE = dict(n=2, B=3, D=4, T=5, G=6, K=7, M=8, S=9, t=10, E=11, width=12, F=13, V=17, C=19, O=23,
+            H=42)
+CONTRACT_CFG = Config(L=2, **{letter: SIZE[letter] for letter in "EHKDFV"})
+INTEGERS = {"BT", "B(T+1)", "B", "Bn", "BS", "1T", "1", "B(n+1)", "M"}  # tokens and lengths
+HOST_WORDS = ("path module tensor slices iterator prompts names shardings Mesh AbstractMesh Where "
+              "P specs axis strs").split()  # of files, of a mesh, or of a loop on the host
+ON_THE_HOST = {"serve", "library", "read_json", "open_tensors", "find_tensors", "part_of", "load",
+               "read_params", "load_state", "host_arrays", "put_in_place", "write_tensors", "save",
+               "save_state"}
+CONTRACTS = [fn for module in (minillm, infer, shard) for name, fn in inspect.getmembers(module)
+             if callable(fn) and not inspect.isclass(fn) and not name.startswith("_")
+             and getattr(fn, "__module__", "") == module.__name__]
+
 
 def split_terms(text):
-    """str -> list: at its commas outside parentheses."""
-    depth, terms = 0, [""]
-    for letter in text:
-        depth += (letter == "(") - (letter == ")")
-        if letter == "," and not depth:
-            terms.append("")
-        else:
-            terms[-1] += letter
-    return [term.strip() for term in terms]
+    """str -> list: the text, split at its commas outside parentheses, which nest twice at most."""
+    terms = re.findall(r"(?:[^,()]|\((?:[^()]|\([^()]*\))*\))+", text)
+    return [term.strip() for term in terms if term.strip()]
 
 
-def term_shape(term, size):
-    """`B(T+1)` -> (size["B"], size["T"] + 1); three dots stand for 2 x 3. None: not a shape."""
-    found = re.findall(r"\.\.\.|\([^)]*\)|[A-Zn1]", term)
-    if "".join(found) != term:
-        return None
-    return sum(((2, 3) if part == "..." else (eval(part, {}, size),) for part in found), ())
+def array_of(term):
+    """`B(T+1)` -> an abstract array of 3 x 6 numbers; three dots stand for 2 x 3."""
+    factor = r"\.\.\.|\([\w+*/]+\)|[A-Z]/\w|[A-Zn1]"
+    assert re.fullmatch(f"({factor})+", term), f"{term!r} is neither a known word nor a shape"
+    shape = sum(((2, 3) if part == "..." else (eval(part.replace("/", "//"), {}, SIZE),)
+                 for part in re.findall(factor, term)), ())
+    return shaped(*shape, dtype="int32" if term in INTEGERS else "float32")
 
 
-def contract_value(term, size, cfg):
-    """One term of a contract as an argument: a shape as a ShapeDtypeStruct, or what it names."""
-    params, half = abstract(cfg), (size["B"], size["T"], cfg.D // 2)
-    cache = jax.eval_shape(lambda: init_cache(cfg, size["B"], size["S"]))
-    named = {
-        "cfg": cfg, "Params": params, "Layer": params.layers[0], "Cache": cache, "k": cache.k,
-        "v": cache.v, "Adam": jax.eval_shape(adam_init, params), "eps": 1e-6, "lr": 1e-3,
-        "key": jax.eval_shape(lambda: jax.random.key(0)), "dtype": "float32", "int": size["n"],
-        "n": size["n"], "str": "HD", "act": "silu", "None": None,
-        "table": (shaped(*half, dtype="float32"),) * 2,
-        **{letter: size[letter] for letter in "HKSTV"}, "Q8": jax.eval_shape(
-            partial(quantize, axes=-1), shaped(*(size[letter] for letter in "BTE"))),
-        "int8 Params": jax.eval_shape(lambda p: quantize_params(p, cfg), params), "axes": -1,
-        "draft": ngram_draft(cfg, 2), "n_draft": 2, "end": 1, "counts": shaped(size["B"], 3),
-        "temperature": 0.5,
-        "keys": jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size["n"])), "top_k": 2,
-        "top_p": 0.9, "scalar": shaped(dtype="float32"), "fn": jnp.sum,
-        "eqn": jax.make_jaxpr(jax.jit(jnp.sin))(1.0).eqns[0],
-        "list": [],
-        "array": np.ones(3), "arrays": np.ones(3), "bool": True, "dict": {}, "tuple": (),
-        "attend": lambda q, k, v, *old: (minillm.causal_attention(q, k, v), old[:2]), "state": None,
-        "step": lambda state, *_: state, "nats": minillm.nats,
-        "plain": partial(jnp.einsum, "BKMD,BKSD->BKMS")}
-    if term in named:
-        return named[term]
-    if term == "Partial":
-        wide, narrow = (shaped(*term_shape(term, size), dtype="float32") for term in (
-            "BKMD", "BKM1"))
-        return minillm.Partial(wide, narrow, narrow)
-    if term == "saved":
-        qkv = (contract_value(term, size, cfg) for term in ("BTHD", "BKTD", "BKTD"))
-        return jax.eval_shape(minillm.causal_forward, *qkv)[1]
-    if term.startswith("(") and "," in term:
-        return tuple(contract_value(part, size, cfg) for part in split_terms(term[1:-1]))
-    whole = ("BT", "B(T+1)", "B", "Bn", "BS", "1T", "1", "B(n+1)", "M")
-    dtype = "int32" if term in whole else "float32"
-    return shaped(*term_shape(term, size), dtype=dtype)
+@lru_cache
+def vocabulary():
+    """-> dict: what the words of contract lines stand for. Arrays are abstract."""
+    params, key = abstract(CONTRACT_CFG), jax.eval_shape(lambda: jax.random.key(0))
+    cache = jax.eval_shape(lambda: init_cache(CONTRACT_CFG, SIZE["B"], SIZE["S"]))
+    total, qkv = array_of("BKM1"), map(array_of, ("BTHD", "BKTD", "BKTD"))
+    return {
+        **dict.fromkeys(HOST_WORDS), **{letter: SIZE[letter] for letter in "nHKSTV"},
+        "cfg": CONTRACT_CFG, "Config": CONTRACT_CFG, "Params": params, "Layer": params.layers[0],
+        "int8 Params": jax.eval_shape(partial(quantize_params, cfg=CONTRACT_CFG), params),
+        "Adam": jax.eval_shape(adam_init, params), "Cache": cache, "k": cache.k, "v": cache.v,
+        "Parts": HERE, "Partial": minillm.Partial(array_of("BKMD"), total, total),
+        "saved": jax.eval_shape(minillm.causal_forward, *qkv)[1], "state": (),
+        "table": (array_of("BT(D/2)"),) * 2, "tokens": np.zeros(SIZE["T"], np.int32),
+        "Q8": jax.eval_shape(partial(quantize, axes=-1), array_of("BTE")), "axes": -1,
+        "key": key, "keys": jax.eval_shape(partial(jax.random.split, num=SIZE["B"]), key),
+        "eps": 1e-6, "lr": 1e-3, "dtype": "float32", "str": "HD", "act": "silu", "None": None,
+        "temperature": 0.5, "top_k": 2, "top_p": 0.9, "end": 1, "scalar": shaped(dtype="float32"),
+        "dict": infer.config_json(CONTRACT_CFG), "list": [], "tuple": (), "bool": True,
+        "Counter": Counter(), "array": np.ones(3), "arrays": (np.ones(3),), "fn": lambda x: x,
+        "draft": ngram_draft, "n_draft": 2, "counts": shaped(SIZE["B"], 3),
+        "losses": minillm.cross_entropy, "measure": lambda eqn, axes: {},
+        "attend": lambda q, k, v, *old: (causal_attention(q, k, v), old[:2]),
+        "step": lambda state, *_: state, "eqn": jax.make_jaxpr(jax.jit(jnp.sin))(1.0).eqns[0]}
 
 
-def is_abstract(value):
-    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value))
+def value_of(term, parameter=""):
+    """What a term stands for. An int has the size of its parameter's letter, if it has one."""
+    if term == "int":
+        return SIZE.get(parameter, SIZE["n"])
+    if term in vocabulary():
+        return vocabulary()[term]
+    tuples = re.fullmatch(r"\((.*,.*)\)", term)  # as in "(FE, FE)"
+    parts = split_terms(tuples[1]) if tuples else re.split(" of | or ", term)  # "Params of specs"
+    return tuple(map(value_of, parts)) if len(parts) > 1 else array_of(term)
 
 
-CONTRACTS = [fn for module in (minillm, infer, shard)
-             for name, fn in inspect.getmembers(module, inspect.isroutine)
-             if getattr(fn, "__module__", "") == module.__name__ and not name.startswith("_")]
-ON_THE_HOST = {"serve", "check_prompt", "load", "save", "parse_config", "understood", "alike",
-               "rotary_settings", "read_json", "library", "open_tensors", "find_tensors", "part_of",
-               "config_of", "write_tensors", "in_shards", "as_files_hold", "model_draft", "in_twos",
-               "adam_file", "load_adam", "adam_arrays", "frequencies", "check_speculation",
-               "rounds", "slots_of", "empty", "commit", "on_host"}  # each has tests of its own
+def arrays_in(tree):
+    return [a for a in jax.tree.leaves(tree) if isinstance(a, (jax.Array, jax.ShapeDtypeStruct))]
 
 
-@pytest.mark.parametrize("fn", CONTRACTS + [matmul, lookup, rope, causal_attention],
-                         ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("fn", CONTRACTS, ids=lambda fn: fn.__name__)
 def test_every_contract_line_holds(fn):
-    """And with 64-bit numbers switched on, every result has the dtype that it has without."""
-    contract = re.match(r"(.*?) ?-> ([^:]*)", inspect.getdoc(fn) or "")
+    """Its terms are known, and the function takes as many arguments. Where no file or mesh is
+    needed, its results have the shapes or types that the line gives, and with 64-bit numbers
+    enabled the same dtypes."""
+    text = " ".join((fn.__doc__ or "").split())
+    contract = re.match(r"(.*?) ?-> (.*?)(: |(?<!\.)\. |[:.]?$)", text)
     assert contract, f"{fn.__name__} has no contract line"
+    terms, signature = split_terms(contract[1]), inspect.signature(fn)
+    signature.bind(*terms)
+    arguments = list(map(value_of, terms, [*signature.parameters, *terms]))
+    expected = list(map(value_of, split_terms(contract[2])))
     if fn.__name__ in ON_THE_HOST or fn.__module__ == "shard":  # a mesh gives shapes their meaning
         return
-    draw = np.random.default_rng(len(fn.__name__))
-    size = {letter: int(draw.integers(1, 5)) for letter in "BTKEFVMCOn"}
-    size |= {"S": size["T"] + size["n"], "D": 2 * int(draw.integers(1, 4))}
-    size["G"] = int(draw.integers(1, 4))
-    size["H"] = size["K"] * size["G"]
-    cfg = Config(L=2, **{letter: size[letter] for letter in "EHKDFV"})
-    arguments = [contract_value(term, size, cfg) for term in split_terms(contract[1])]
-    expected = [contract_value(term, size, cfg) for term in split_terms(contract[2])]
-    if not any(map(is_abstract, arguments)):  # it takes and gives no arrays: call it
-        result = fn(*arguments)
-        for got, want in zip(result if len(expected) > 1 else [result], expected, strict=True):
-            assert isinstance(got, type(want))
-        return
 
-    def call(traced):
-        return fn(*(traced.get(i, argument) for i, argument in enumerate(arguments)))
+    def call(abstract_arguments):
+        result = fn(*(abstract_arguments.get(i, a) for i, a in enumerate(arguments)))
+        for part, value in zip(result if len(expected) > 1 else [result], expected, strict=True):
+            if arrays_in(part):
+                assert [a.shape for a in arrays_in(part)] == [a.shape for a in arrays_in(value)]
+            else:
+                assert isinstance(part, type(value))
+        return arrays_in(result)
 
-    traced = {i: a for i, a in enumerate(arguments) if is_abstract(a)}
-    result = jax.eval_shape(call, traced)
+    abstract_arguments = {i: a for i, a in enumerate(arguments) if arrays_in(a)}
+    dtypes = [a.dtype for a in jax.eval_shape(call, abstract_arguments)]
     with jax.enable_x64(True):
-        wide = jax.eval_shape(call, traced)
-    assert [a.dtype for a in jax.tree.leaves(wide)] == [a.dtype for a in jax.tree.leaves(result)]
-    for got, want in zip(result if len(expected) > 1 else [result], expected, strict=True):
-        got, want = ([a.shape for a in jax.tree.leaves(tree)] for tree in (got, want))
-        assert got == want
+        assert dtypes == [a.dtype for a in jax.eval_shape(call, abstract_arguments)]
 
 
 # --------------------------------------------------------------------------------- infer: the cache
 
-
-@given(configs, st.lists(st.sampled_from([1, 2, 3, 5]), min_size=1, max_size=4),
-       st.lists(st.integers(1, 6), min_size=3, max_size=3), st.integers(0, 2), st.integers(0, 99))
-def test_extending_ragged_rows_in_any_chunks_and_after_rollback_is_forward_on_the_whole(
-        cfg, chunks, lengths, back, seed):
-    params, B = weights(cfg), len(lengths)
-    lengths, text = np.array(lengths), draw_tokens(cfg, B, SLOTS, seed=seed)
-    _, cache = prefill_jit(params, init_cache(cfg, B, SLOTS), text[:, :6], lengths, cfg=cfg)
-    chunks = [*chunks, None, *chunks]  # half way, rows are rolled back and then told something else
-    for T in chunks:
-        at = np.asarray(cache.length)
-        if T is None:
-            keep = np.maximum(1, at - back - np.arange(B))
-            cache = cache._replace(length=jnp.asarray(keep))
-            for b in range(B):
-                text[b, keep[b]:] = (text[b, keep[b]:] + 1) % cfg.V
-            continue
-        if at.max() + T > SLOTS:
-            break
-        new = np.stack([text[b, at[b]:at[b] + T] for b in range(B)])
-        x, cache = extend_jit(params, cache, new, cfg=cfg)
-        logits, whole = unembed_jit(params, x, cfg=cfg), forward_jit(params, text, cfg=cfg)
-        for b in range(B):
-            close(logits[b], whole[b, at[b]:at[b] + T])
+ROWS, PROMPT = 4, 6  # most tests share these shapes, and so their compiled programs
+small = CONFIGS[2]   # of one layer
+seeds = st.integers(0, 2 ** 32 - 1)
+prefill_jit = jax.jit(prefill, static_argnames=("cfg", "rows", "where"))
+refill_jit = jax.jit(infer.refill, static_argnames=("cfg", "where"))
+quantize_params_jit = jax.jit(quantize_params, static_argnames=("cfg", "kind"))
+dot_jit, cached_attention_jit = jax.jit(partial(dot, n=2)), jax.jit(infer.cached_attention)
 
 
-@given(configs, st.lists(st.integers(1, 6), min_size=3, max_size=3), st.integers(0, 99))
-def test_prefill_gives_forwards_last_logits_and_padding_changes_nothing(cfg, lengths, seed):
-    params, text, lengths = weights(cfg), draw_tokens(cfg, 3, 6, seed=seed), np.array(lengths)
-    logits, cache = prefill_jit(params, init_cache(cfg, 3, 8), text, lengths, cfg=cfg)
-    whole = forward_jit(params, text, cfg=cfg)
-    close(logits, whole[np.arange(3), lengths - 1])
-    assert np.array_equal(cache.length, lengths)
-    other = np.where(np.arange(6) < lengths[:, None], text, (text + 1) % cfg.V)
-    padded, _ = prefill_jit(params, init_cache(cfg, 3, 8), other, lengths, cfg=cfg)
-    assert np.array_equal(logits, padded)
+def row_lengths(*lengths):
+    """A strategy: one of these lengths for each row."""
+    return st.tuples(*[st.sampled_from(lengths)] * ROWS).map(np.array)
+
+
+def prompted(cfg, seed=0, lengths=(2, 6, 4, 1), dtype="float32"):
+    """A model that has read prompts, each the start of a row of text: Params, Cache, logits, text.
+    """
+    params, text = weights(cfg), draw_tokens(cfg, ROWS, SLOTS, seed=seed)
+    logits, cache = prefill_jit(params, init_cache(cfg, ROWS, SLOTS, dtype), text[:, :PROMPT],
+                                np.array(lengths), cfg=cfg)
+    return params, cache, logits, text
+
+
+def memory(fn, *args, **options):
+    """fn, shapes -> the compiler's analysis of the memory of `fn(*args)`, which does not run."""
+    return jax.jit(fn, **options).lower(*args).compile().memory_analysis()
+
+
+@pytest.mark.parametrize("rows, dtype", [(1, "float32"), (2, "float32"), (2, "int8")])
+@given(row_lengths(1, 2, 3, 4, 5, 6), seeds)
+def test_prefill_of_some_rows_at_a_time_is_prefill_of_all(rows, dtype, lengths, seed):
+    params, text = weights(small), draw_tokens(small, ROWS, PROMPT, seed=seed)
+    cache = jax.tree.map(jnp.ones_like, init_cache(small, ROWS, SLOTS, dtype))  # later slots stay
+    results = [prefill_jit(params, cache, text, lengths, cfg=small, rows=n) for n in (None, rows)]
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        if a.dtype == jnp.int8:  # a number between two integers may be rounded to either
+            assert b.dtype == jnp.int8 and np.abs(a.astype(int) - b.astype(int)).max() <= 1
+        else:
+            close(a, b)
+
+
+def test_prefill_of_some_rows_costs_what_each_group_costs_and_refuses_a_remainder():
+    """Temporaries are those of one group: less than the keys of all rows comes on top, the smallest
+    array that a layer makes of them."""
+    cfg = Config(L=2, E=64, H=4, K=2, D=16, F=256, V=32)
+
+    def prefill_of(B, rows=None):
+        cache = jax.eval_shape(lambda: init_cache(cfg, B, 64))
+        return partial(prefill, cfg=cfg, rows=rows), abstract(cfg), cache, shaped(B, 64), shaped(B)
+
+    groups, group = (memory(*prefill_of(*size), donate_argnums=1).temp_size_in_bytes
+                     for size in ((16, 2), (2,)))
+    assert groups < group + 16 * 64 * cfg.K * cfg.D * 4
+    assert traced_flops(*prefill_of(16, 2)) == 8 * sum(prefill_flops(cfg, B=2, T=64).values())
+    for rows in (5, 0, 32, 2.0, True):
+        with pytest.raises(ValueError, match=f"rows={rows} at a time of 16"):
+            jax.eval_shape(*prefill_of(16, rows))
+
+
+def decided(logits, lengths):
+    """BSV, B -> B: the first position after each prompt whose greedy token depends on rounding: the
+    two largest logits differ by no more than their errors. Where sums run in another order, logits
+    are not equal bit for bit."""
+    largest = np.sort(logits, axis=-1)[:, :, -2:]
+    close_calls = largest[:, :, 1] - largest[:, :, 0] <= 10 * TOLERANCE
+    close_calls[:, -1] = True
+    return [T + np.argmax(row[T - 1:]) for row, T in zip(close_calls, lengths)]
+
+
+@given(row_lengths(1, 6), seeds)
+def test_generate_is_generate_reference_for_every_row_alone_token_for_token(lengths, seed):
+    (params, cache, logits, text), n = prompted(small, seed, lengths), 8
+    tokens, _, cache = generate_jit(params, cache, logits, jax.random.key(0), n=n, cfg=small)
+    assert tokens.shape == (ROWS, n) and np.array_equal(cache.length, lengths + n)
+    for b, T in enumerate(lengths):
+        text[b, T:T + n] = reference_jit(params, text[b:b + 1, :T], n=n, cfg=small)[0]
+    ends = decided(forward_jit(params, text, cfg=small), lengths)
+    for b, (T, end) in enumerate(zip(lengths, ends)):
+        assert np.array_equal(tokens[b, :end - T], text[b, T:min(end, T + n)])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-@pytest.mark.parametrize("rows", [1, 2, 3])
-def test_prefill_of_some_rows_at_a_time_is_that_of_all(rows, dtype):
-    cfg, lengths = CONFIGS[0], np.array([3, 6, 1, 6, 2, 5])
-    params, text, cache = weights(cfg), draw_tokens(cfg, 6, 6), init_cache(cfg, 6, 8, dtype)
-    cache = jax.tree.map(jnp.ones_like, cache)  # slots 6 and 7 stay as they are
-    some = jax.jit(partial(prefill, cfg=cfg, rows=rows))
-    whole = prefill_jit(params, cache, text, lengths, cfg=cfg)
-    for got, want in zip(*map(jax.tree.leaves, (some(params, cache, text, lengths), whole)),
-                         strict=True):
-        assert got.dtype == want.dtype
-        close(got, want, 1 if got.dtype == jnp.int8 else TOLERANCE)  # next to a rounding's edge
-    for cfg in (cfg, replace(cfg, dtype="bfloat16")):
-        assert (traced_flops(partial(prefill, cfg=cfg, rows=rows), abstract(cfg), cache, text,
-                             lengths)
-                == 6 // rows * sum(prefill_flops(cfg, B=rows, T=6).values()))
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False), seeds)
+def test_unwritten_slots_change_no_bit_whatever_finite_numbers_they_hold(dtype, garbage, seed):
+    params, cache, _, text = prompted(small, seed, dtype=dtype)
+    filled = np.arange(SLOTS)[:, None] < cache.length[:, None, None, None]
+    dirty = jax.tree.map(
+        lambda a: np.where(filled, a, np.array(garbage).astype(a.dtype)), cache[:2])
+    clean, dirty = (extend_jit(params, Cache(*kv, cache.length), text[:, :3], cfg=small)[0]
+                    for kv in (cache[:2], dirty))
+    assert np.array_equal(clean, dirty)
 
 
-def test_prefill_of_some_rows_holds_the_temporaries_of_some_and_refuses_a_remainder():
-    cfg = Config(L=2, E=64, H=4, K=2, D=16, F=256, V=32)
-
-    def temporaries(rows):
-        cache = jax.eval_shape(lambda: init_cache(cfg, 16, 64))
-        return jax.jit(partial(prefill, cfg=cfg, rows=rows), donate_argnums=1).lower(
-            abstract(cfg), cache, shaped(16, 64), shaped(16)).compile().memory_analysis(
-            ).temp_size_in_bytes
-
-    assert temporaries(2) < temporaries(None) / 4
-    for rows in (5, 0, 32, 2.0, True):
-        with pytest.raises(ValueError, match=f"rows={rows} at a time of 16"):
-            prefill(weights(cfg), init_cache(cfg, 16, 4), draw_tokens(cfg, 16, 4), np.full(16, 4),
-                    cfg, rows=rows)
-
-
-@example(B=32, T=256)
-@given(B=st.integers(1, 64), T=st.sampled_from([16, 64, 100, 192, 256, 1000, 3000]))
-def test_bench_prefills_groups_of_one_to_two_thousand_tokens_or_all(B, T):
-    rows = bench.rows_at_a_time(bench.Job("prefill", "", CONFIGS[0], B, T, 0))
-    assert B % rows == 0 and (rows == B or 1024 <= rows * T <= 2048 < B * T)
-
-
-def sure(params, cfg, text, lengths, n):
-    """B -> how many of n tokens after each prompt are decided: the two best logits differ by more
-    than both may be wrong. Rows of different batch sizes are not equal to the bit."""
-    best = np.sort(forward_jit(params, text, cfg=cfg), axis=-1)
-    decided = best[:, :, -1] - best[:, :, -2] > 10 * TOLERANCE
-    return [np.argmin(np.append(decided[b, T - 1:T - 1 + n], False)) for b, T in enumerate(lengths)]
-
-
-@settings(max_examples=5)
-@given(configs, st.lists(st.sampled_from([1, 4, 6]), min_size=3, max_size=3), st.integers(0, 99))
-def test_generate_is_generate_reference_for_every_row_alone_token_for_token(cfg, lengths, seed):
-    params, text, n = weights(cfg), draw_tokens(cfg, 3, SLOTS, seed=seed), 7
-    logits, cache = prefill_jit(params, init_cache(cfg, 3, SLOTS), text[:, :6], np.array(lengths),
-                                cfg=cfg)
-    tokens, logits, cache = generate_jit(params, cache, logits, jax.random.key(0), n=n, cfg=cfg)
-    assert tokens.shape == (3, n) and np.array_equal(cache.length, np.array(lengths) + n)
-    for b, T in enumerate(lengths):
-        text[b, T:T + n] = reference_jit(params, text[b:b + 1, :T], n=n, cfg=cfg)[0]
-    whole = forward_jit(params, text, cfg=cfg)
-    for b, (T, known) in enumerate(zip(lengths, sure(params, cfg, text, lengths, n))):
-        assert np.array_equal(tokens[b, :known], text[b, T:T + known])
-        if known == n:
-            close(logits[b], whole[b, T + n - 1])
-
-
-def prompted(cfg, B, T=5, slots=SLOTS):
-    """A model that has read a prompt: params, cache, logits."""
-    params = weights(cfg)
-    logits, cache = prefill_jit(params, init_cache(cfg, B, slots), draw_tokens(cfg, B, T),
-                                np.arange(B) % T + 1, cfg=cfg)
-    return params, cache, logits
-
-
-@given(configs, st.sampled_from([1e30, -1e30, 3.0]))
-def test_what_stands_in_unwritten_slots_changes_nothing(cfg, garbage):
-    params, cache, logits = prompted(cfg, 3)
-    filled = np.arange(SLOTS)[None, None, :, None] < cache.length[:, None, None, None]
-    dirty = Cache(*([jnp.where(filled, a, garbage) for a in part] for part in cache[:2]),
-                  cache.length)
-    new = draw_tokens(cfg, 3, 2, seed=7)
-    clean_x, _ = extend_jit(params, Cache(*map(list, cache[:2]), cache.length), new, cfg=cfg)
-    dirty_x, _ = extend_jit(params, dirty, new, cfg=cfg)
-    assert np.array_equal(clean_x, dirty_x)
-
-
-@pytest.mark.parametrize("B", [1, 2])
-@pytest.mark.parametrize("K", [1, 2, 4])
-def test_a_generate_step_updates_the_cache_in_place(B, K):
-    """Aliased and still copied is possible: temporaries below one K array are the proof."""
-    cfg, S = Config(L=2, E=64, H=4, K=K, D=32, F=64, V=32), 8192
-    cache = jax.eval_shape(lambda: init_cache(cfg, B, S))
-    step = jax.jit(partial(generate, n=4, cfg=cfg), donate_argnums=1)
-    memory = step.lower(abstract(cfg), cache, shaped(B, cfg.V, dtype="float32"),
-                        jax.random.key(0)).compile().memory_analysis()
-    one = B * K * S * cfg.D * 4
-    assert memory.alias_size_in_bytes >= 2 * cfg.L * one
-    assert memory.temp_size_in_bytes < one
-
-
-def test_an_int8_cache_is_updated_in_place_and_half_as_many_bytes_again_are_scales():
-    """A CPU widens a layer's int8 K and V for their products, 4 bytes for each, one layer at a time
-    (8.3 times one int8 array was seen); a copy of the cache would come on top for every layer."""
-    cfg, S = Config(L=8, E=64, H=4, K=2, D=32, F=64, V=32), 2048
-    cache = jax.eval_shape(lambda: init_cache(cfg, 2, S, "int8"))
-    step = jax.jit(partial(generate, n=4, cfg=cfg), donate_argnums=1)
-    memory = step.lower(abstract(cfg), cache, shaped(2, cfg.V, dtype="float32"),
-                        jax.random.key(0)).compile().memory_analysis()
-    one = 2 * cfg.K * S * cfg.D
-    assert memory.alias_size_in_bytes >= 2 * cfg.L * one * 9 // 8 == kv_bytes(cfg, 2, S, "int8")
-    assert memory.temp_size_in_bytes < 11 * one
+@pytest.mark.parametrize("B, K, dtype", [(1, 2, "float32"), (2, 1, "float32"), (2, 4, "float32"),
+                                         (2, 2, "int8")])
+def test_a_generate_step_updates_the_cache_in_place(B, K, dtype):
+    """An array can be aliased and copied all the same, so temporaries stay below one array of the
+    cache; in int8 beside the K and V of one layer, which a CPU converts to float32 to multiply
+    them, and which take 8 bytes per number. (A CPU copies a cache of one row and one head; the chips'
+    compilers do not: test_a_cache_on_a_chip_is_updated_in_place.)"""
+    cfg, S = Config(L=2, E=64, H=4, K=K, D=32, F=64, V=32), 4096
+    cache = jax.eval_shape(lambda: init_cache(cfg, B, S, dtype))
+    step = memory(partial(generate, n=4, cfg=cfg), abstract(cfg), cache,
+                  shaped(B, cfg.V, dtype="float32"), jax.random.key(0), donate_argnums=1)
+    assert step.alias_size_in_bytes >= kv_bytes(cfg, B, S, dtype)
+    assert step.temp_size_in_bytes < B * K * S * cfg.D * (8 + 1 if dtype == "int8" else 4)
 
 
 @pytest.mark.parametrize("slots", [5, SLOTS, 40])
-def test_resizing_keeps_what_is_held(slots):
-    _, cache, _ = prompted(grouped, 3)
-    other, shared = resize(cache, slots), min(slots, SLOTS)
-    assert np.array_equal(other.length, cache.length)
-    for a, b in zip(jax.tree.leaves(cache[:2]), jax.tree.leaves(other[:2]), strict=True):
-        assert b.shape == (3, grouped.K, slots, grouped.D)
-        assert np.array_equal(a[:, :, :shared], b[:, :, :shared])
+def test_resizing_keeps_the_slots_of_both_sizes(slots):
+    _, cache, _, _ = prompted(small, lengths=(2, 5, 4, 1))
+    resized = resize(cache, slots)
+    assert infer.slots_of(resized) == slots and same(
+        *(jax.tree.map(lambda a: a[:, :, :min(slots, SLOTS)] if a.ndim > 1 else a, tree)
+          for tree in (cache, resized)))
 
 
-# --------------------------------------------------------------------------- infer: what comes next
+# --------------------------------------------------------------------------------- infer: sampling
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 1.5, "top_k": 9, "top_p": 0.9}], ids=repr)
-def test_generating_in_two_calls_is_generating_in_one(how):
-    params, cache, logits = prompted(grouped, 3)
-    go_on = partial(generate_jit, params, key=jax.random.key(5), cfg=grouped, **how)
-    whole, last, _ = go_on(cache, logits, n=8)
-    first, logits, cache = go_on(cache, logits, n=3)
-    second, logits, _ = go_on(cache, logits, n=5)
-    assert np.array_equal(whole, np.concatenate([first, second], axis=1))
+@given(seeds)
+def test_generating_in_two_calls_is_generating_in_one(seed):
+    params, cache, logits, _ = prompted(small, seed)
+    run = partial(generate_jit, params, key=jax.random.key(seed), cfg=small, temperature=1.5,
+                  top_k=9, top_p=0.9)
+    whole, last, _ = run(cache, logits, n=8)
+    start, logits, cache = run(cache, logits, n=3)
+    rest, logits, _ = run(cache, logits, n=5)
+    assert np.array_equal(whole, np.concatenate([start, rest], axis=1))
     close(last, logits)
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 1.2}], ids=repr)
-def test_a_row_that_reaches_the_end_token_stays_there_and_others_go_on(how):
-    params, cache, logits = prompted(grouped, 3)
-    go_on = partial(generate_jit, params, key=jax.random.key(5), n=8, cfg=grouped, **how)
-    free, _, _ = go_on(cache, logits)
-    end = int(free[0, 3])
-    held, last, stopped = go_on(cache, logits, end=end)
-    for b in range(3):
-        hits = np.flatnonzero(free[b] == end)
-        until = hits[0] if len(hits) else 8
-        assert np.array_equal(held[b, :until], free[b, :until]) and np.all(held[b, until:] == end)
-        assert stopped.length[b] == cache.length[b] + until
-    again, _, _ = generate_jit(params, resize(stopped, 40), last, jax.random.key(6), n=4,
-                               cfg=grouped, end=end, temperature=2.0)
-    assert np.all(again[0] == end)  # with any key and temperature
+@given(seeds)
+def test_a_row_that_reaches_the_end_token_stays_there_and_other_rows_go_on(seed):
+    (params, cache, logits, _), end, n = prompted(small, seed), 5, 8
+    run = partial(generate_jit, params, n=n, cfg=small, temperature=1.2)
+    free, _, _ = run(cache, logits, key=jax.random.key(seed))
+    tokens, last, stopped = run(cache, logits, key=jax.random.key(seed), end=end)
+    later, _, _ = run(stopped, last, key=jax.random.key(seed + 1), end=end)
+    for b in range(ROWS):
+        until = [*free[b], end].index(end)
+        assert np.array_equal(tokens[b, :until], free[b, :until])
+        assert np.all(tokens[b, until:] == end) and stopped.length[b] == cache.length[b] + until
+        assert until == n or np.all(later[b] == end)  # with another key
 
 
 @given(st.sampled_from([1, 5, 8]), st.integers(0, 9), st.sampled_from([0.2, 0.5, 0.9, 1.0]),
-       st.sampled_from([0.5, 1.0, 2.0]), st.integers(0, 99))
+       st.sampled_from([0.5, 1.0, 2.0]), seeds)
 def test_log_probs_keep_the_right_tokens_ties_included(V, top_k, top_p, temperature, seed):
     logits = np.random.default_rng(seed).integers(-2, 3, V).astype(np.float32)  # ties abound
     share = np.exp(logits / temperature)
@@ -1065,96 +968,73 @@ def test_log_probs_keep_the_right_tokens_ties_included(V, top_k, top_p, temperat
     close(jnp.exp(logp).sum(), 1)
 
 
-def test_temperature_0_is_all_on_the_best_token():
-    logits = jnp.array([[0.5, 2.0, 2.0, -1.0]])
-    assert np.array_equal(jnp.exp(log_probs(logits, 0.0)), [[0, 1, 0, 0]])
-
-
-def test_old_style_keys_draw_what_new_ones_draw():
-    logits, pos = jnp.asarray(*normals((64, 9))), jnp.arange(64)
-    old, new = (sample(key(3), logits, pos, 1.0, 0, 1.0) for key in (jax.random.PRNGKey,
-                                                                     jax.random.key))
-    assert np.array_equal(old, new) and len(np.unique(new)) > 1
+def chi_square(counts, probability):
+    expected = counts.sum() * np.asarray(probability, float)
+    assert np.all(counts[expected == 0] == 0)
+    return np.sum((counts - expected)[expected > 0] ** 2 / expected[expected > 0])
 
 
 def test_draws_have_the_frequencies_of_log_probs():
     """Chi-square of 20,000 draws over 6 tokens: 5 degrees of freedom exceed 20.5 once in 1,000; a
     probability of 1/6 that is off by 10% would give 40."""
     logits, draws = jnp.array([0.3, -1.0, 0.0, 1.2, 0.7, -0.4]), 20_000
-    tokens = sample(jax.random.key(1), jnp.tile(logits, (draws, 1)), jnp.zeros(draws, jnp.int32),
-                    0.9, 0, 1.0)
-    expected = draws * np.exp(log_probs(logits, 0.9))
-    counts = np.bincount(tokens, minlength=6)
-    assert np.sum((counts - expected) ** 2 / expected) < 20.5
+    rows = jnp.tile(logits, (draws, 1))
+    tokens = sample(jax.random.key(1), rows, jnp.zeros(draws, int), 0.9, 0, 1)
+    assert chi_square(np.bincount(tokens, minlength=6), np.exp(log_probs(logits, 0.9))) < 20.5
 
 
-def test_a_program_that_asks_for_64_bits_elsewhere_is_served_and_speculates_the_same():
-    """Where loops carry what they make; of all other functions the contracts are tested so."""
-    cfg, text, key = CONFIGS[2], draw_tokens(CONFIGS[2], 2, 4), jax.random.key(1)
-    params, known = weights(cfg), np.zeros((2, SLOTS), int)
+def test_64_bit_mode_changes_neither_dtypes_nor_tokens():
+    """Of serving and of loops that carry what they make; contracts are tested the same way for all
+    other functions."""
+    cfg, key = small, jax.random.key(1)
+    params, text = weights(cfg), draw_tokens(cfg, 2, SLOTS)
 
-    def told():
-        cache = init_cache(cfg, 2, SLOTS, "int8")
-        made = jax.eval_shape(lambda: generate(params, cache, jnp.zeros((2, cfg.V)), key, 3, cfg))
-        assert [a.dtype.name for a in made[:2]] == ["int32", "float32"]
-        cache = cache._replace(length=jnp.array([3, 3], jnp.int32))
-        drafts = (ngram_draft(cfg, 2), None), (model_draft(params, cfg, 2), cache)
-        return dict(serve(params, list(text), 2, SLOTS, 5, key, cfg, 0.7, top_k=3, end=0)), [
-            jax.eval_shape(lambda: speculate(params, cache, known, key, 5, cfg, *draft))
-            for draft in drafts]
+    def results():
+        cache = init_cache(cfg, 2, SLOTS, "int8")._replace(length=jnp.array([3, 3], jnp.int32))
+        run = partial(speculate, params, cache, text.astype(int), key, 5, cfg, n_draft=2)
+        return dict(serve(params, list(text[:, :4]), 2, SLOTS, 5, key, cfg, 0.7, top_k=3, end=0)), [
+            jax.tree.map(lambda a: a.dtype, jax.eval_shape(call)) for call in (
+                lambda: generate(params, cache, jnp.zeros((2, cfg.V)), key, 3, cfg),
+                lambda: run(draft=ngram_draft, state=None),
+                lambda: run(draft=model_draft(cfg), state=(params, cache)))]
 
-    narrow = told()
+    tokens, dtypes = results()
     with jax.enable_x64(True):
-        wide = told()
-    assert [a.dtype for a in jax.tree.leaves(narrow)] == [a.dtype for a in jax.tree.leaves(wide)]
-    assert all(np.array_equal(narrow[0][i], wide[0][i]) for i in range(2))
+        tokens64, dtypes64 = results()
+    assert same(tokens, tokens64) and dtypes == dtypes64
 
 
-KINDS = ["threefry2x32", "rbg", "unsafe_rbg"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_row_draws_the_same_whatever_stands_beside_it_with_any_kind_of_key(kind):
-    """And other rows draw something else: 64 rows of 50 tokens hit 36 of them on average, and fewer
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_with_any_kind_of_key_a_row_draws_the_same_beside_any_other_rows(kind):
+    """And other rows draw other tokens: 64 rows of 50 tokens hit 36 of them on average, and fewer
     than 20 once in 10**9."""
     key, pos, logits = jax.random.key(3, impl=kind), jnp.arange(64), jnp.zeros((64, 50))
-    how = (1.0, 0, 1.0)
+    options = 1.0, 0, 1.0
     for keys in (key, jnp.stack([jax.random.fold_in(key, i) for i in range(64)])):
-        drawn = sample(keys, logits, pos, *how)
-        assert len(np.unique(drawn)) >= 20
-        beside = sample(keys, logits.at[1:].set(jnp.arange(50.0)), pos, *how)
-        assert drawn[0] == beside[0] and np.any(drawn != beside)
-    assert np.array_equal(sample(keys[5:6], logits[:1], pos[5:6], *how), drawn[5:6])
+        tokens = sample(keys, logits, pos, *options)
+        assert len(np.unique(tokens)) >= 20
+        others = sample(keys, logits.at[1:].set(jnp.arange(50.0)), pos, *options)
+        assert tokens[0] == others[0] and np.any(tokens != others)
+        old_style = sample(jax.random.key_data(keys), logits, pos, *options)
+        assert np.array_equal(tokens, old_style)
+    assert np.array_equal(sample(keys[5:6], logits[:1], pos[5:6], *options), tokens[5:6])
     proposals, even = jnp.zeros((64, 3), jnp.int32), jnp.log(jnp.full((64, 4, 2), 0.5))
     draft = jnp.log(jnp.tile(jnp.array([0.9, 0.1]), (64, 3, 1)))
     counts, tokens = accept(key, proposals, draft, even)
     assert len(np.unique(counts)) == 4 and len(np.unique(tokens)) == 2
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_a_request_is_told_the_same_with_any_kind_of_key(kind):
-    cfg, text, key = CONFIGS[2], draw_tokens(CONFIGS[2], 1, 4), jax.random.key(3, impl=kind)
-    params = weights(cfg)
-    told = dict(serve(params, [text[0]] * 4, 2, 12, 6, key, cfg, 1.0))
-    assert len({tuple(map(int, told[i])) for i in told}) == 4
-    logits, cache = prefill_jit(params, init_cache(cfg, 1, 12), text, np.array([4]), cfg=cfg)
-    alone, _, _ = generate_jit(params, cache, logits, jax.random.fold_in(key, 2)[None], n=6,
-                               cfg=cfg, temperature=1.0)
-    assert np.array_equal(alone[0], told[2])
-
-
-@pytest.mark.parametrize("temperature", [1e-37, 1e-38, 1e-40, 1e-46, 5e-324])
-def test_a_temperature_near_0_is_greedy(temperature):
-    logits = jnp.asarray(*normals((5, 9)))
-    best = np.argmax(logits, -1)
-    assert np.array_equal(sample(jax.random.key(0), logits, jnp.arange(5), temperature, 0, 1), best)
-    close(jnp.exp(log_probs(logits, temperature)), np.eye(9)[best])
-
-
-@pytest.mark.parametrize("top_p", [1e-38, 1e-40, 1e-46, 5e-324])
-def test_a_top_p_near_0_keeps_the_most_probable_token(top_p):
-    logits = jnp.asarray(*normals((5, 9)))
-    close(jnp.exp(log_probs(logits, 1.0, 0, top_p)), np.eye(9)[np.argmax(logits, -1)])
+@pytest.mark.parametrize("temperature, top_p", [
+    *((temperature, 1) for temperature in (0.0, 1e-37, 1e-38, 1e-40, 1e-46, 5e-324)),
+    *((1, top_p) for top_p in (1e-38, 1e-40, 1e-46, 5e-324))])
+def test_a_temperature_or_a_top_p_near_0_leaves_the_most_probable_token(temperature, top_p):
+    """Of two equal logits both stay, unless the temperature is below float32's."""
+    logits = jnp.array([[0.5, 2.0, 2.0, -1.0], [1.0, 0.9, 0.8, 0.7]])
+    logp, tokens = log_probs(logits, temperature, 0, top_p), sample(
+        jax.random.key(0), jnp.repeat(logits, 20, axis=0), jnp.arange(40), temperature, 0, top_p)
+    tie = 0.5 if temperature >= infer.TINY else 0
+    close(jnp.exp(logp), [[0, 1 - tie, tie, 0], [1, 0, 0, 0]])
+    assert {*np.asarray(tokens[:20])} == ({1, 2} if tie else {1}) and np.all(tokens[20:] == 0)
 
 
 @pytest.mark.parametrize("row, p", [
@@ -1162,192 +1042,196 @@ def test_a_top_p_near_0_keeps_the_most_probable_token(top_p):
     ([math.inf, 1, math.inf, -math.inf], [.5, 0, .5, 0]),
     ([0, math.nan, 0, math.nan], [.5, 0, .5, 0]),
     ([-math.inf] * 4, [.25] * 4), ([math.nan] * 4, [.25] * 4)], ids=repr)
-@pytest.mark.parametrize("how", [(0.7, 0, 1.0), (0.7, 4, 1.0), (1e-40, 0, 1.0), (0.7, 0, 0.999),
-                                 (9e37, 0, 1.0), (1e300, 0, 1.0)])
-def test_logits_that_are_not_finite_are_certain_or_impossible(row, p, how):
-    """+inf is certain, -inf and NaN impossible, and where there is nothing else, all are alike."""
+@pytest.mark.parametrize("options", [(0.7, 0, 1.0), (0.7, 4, 1.0), (1e-40, 0, 1.0), (0.7, 0, 0.999),
+                                     (9e37, 0, 1.0), (1e300, 0, 1.0)])
+def test_logits_that_are_not_finite_are_certain_or_impossible(row, p, options):
+    """+inf is certain, -inf and NaN are impossible, and a row of these alone is uniform."""
     logits, p = jnp.tile(jnp.array(row), (40, 1)), np.array(p)
-    if how[0] < 1e-38:
+    if options[0] < infer.TINY:
         p = np.eye(4)[np.argmax(p)]
-    close(jnp.exp(log_probs(logits, *how))[0], p)
-    assert {*np.unique(sample(jax.random.key(0), logits, jnp.arange(40), *how))} == {
+    close(jnp.exp(log_probs(logits, *options))[0], p)
+    assert {*np.unique(sample(jax.random.key(0), logits, jnp.arange(40), *options))} == {
         *np.flatnonzero(p)}
 
 
-def test_numbers_of_any_library_say_how_to_sample():
+def test_numbers_of_any_library_can_set_the_options_of_sampling():
     logits = jnp.asarray(*normals((5, 9)))
-    wanted = log_probs(logits, 0.5, 3, 0.75)
-    for how in ((np.float32(0.5), np.int64(3), np.float64(0.75)),
-                (jnp.float32(0.5), jnp.int32(3), jnp.float32(0.75)), (jnp.array(0.5), 3, 0.75)):
-        assert np.array_equal(log_probs(logits, *how), wanted)
-        assert np.array_equal(jax.jit(lambda x: log_probs(x, *how))(logits), wanted)
-    for how in ((math.nan, 0, 1), (10 ** 400, 0, 1), ("warm", 0, 1), ([1], 0, 1), (1, 0.5, 1),
-                (1, 0, None)):
-        check(lambda: log_probs(logits, *how), "temperature=")
+    expected = log_probs(logits, 0.5, 3, 0.75)
+    for options in ((np.float32(0.5), np.int64(3), np.float64(0.75)),
+                    (jnp.float32(0.5), jnp.int32(3), jnp.float32(0.75)), (jnp.array(0.5), 3, 0.75)):
+        assert np.array_equal(log_probs(logits, *options), expected)
+        assert np.array_equal(jax.jit(lambda x: log_probs(x, *options))(logits), expected)
+    for options in ((math.nan, 0, 1), (10 ** 400, 0, 1), ("warm", 0, 1), ([1], 0, 1), (1, 0.5, 1),
+                    (1, 0, None)):
+        check(lambda: log_probs(logits, *options), "temperature=")
     check(lambda: jax.jit(log_probs)(logits, 0.5), "static under jit")
 
 
 # -------------------------------------------------------------------------------------- infer: int8
 
 
-@given(st.integers(0, 99), st.sampled_from([1e-30, 1.0, 1e30]), st.sampled_from([-1, 0, (0, 1)]))
-def test_a_quantised_number_is_within_half_a_scale_and_its_extremes_are_127(seed, size, axes):
+@given(seeds, st.sampled_from([1e-30, 1.0, 1e30]), st.sampled_from([-1, 0, (0, 1)]))
+def test_a_quantized_number_is_within_half_a_scale_and_the_largest_is_127(seed, size, axes):
     (x,) = normals((5, 8), seed=seed)
     x[1], x[:, 2] = 0, 0
     x = x * np.float32(size)
-    held = quantize(jnp.asarray(x), axes)
-    q, scale = np.asarray(held.q, float), np.asarray(held.scale, float)
+    quantized = quantize(jnp.asarray(x), axes)
+    q, scale = np.asarray(quantized.q, float), np.asarray(quantized.scale, float)
     assert np.abs(q).max() <= 127 and np.all(q[x == 0] == 0)
     # x / scale is rounded at 6e-8 of up to 127 before it is rounded to an integer
     assert np.all(np.abs(x - q * scale) <= scale * (0.5 + 127 * 6e-8))
     extreme = (np.abs(x) == np.abs(x).max(axes, keepdims=True)) & (x != 0)
     assert np.all(np.abs(q[extreme]) == 127)
-    np.testing.assert_allclose(dequantize(held)[extreme], x[extreme], rtol=2.4e-7)  # two roundings
+    # of x / 127, and of 127 times that
+    np.testing.assert_allclose(dequantize(quantized)[extreme], x[extreme], rtol=2.4e-7)
 
 
-def test_what_is_not_a_number_does_not_become_one():
-    held = quantize(jnp.array([[1.0, jnp.nan, 3.0], [1.0, 2.0, 3.0]]), -1)
-    assert np.all(np.isnan(dequantize(held)[0])) and np.all(np.isfinite(dequantize(held)[1]))
+def test_nan_stays_nan_in_int8_and_other_rows_stay_finite():
+    numbers = dequantize(quantize(jnp.array([[1.0, jnp.nan, 3.0], [1.0, 2.0, 3.0]]), -1))
+    assert np.all(np.isnan(numbers[0])) and np.all(np.isfinite(numbers[1]))
 
 
 @pytest.mark.parametrize("kind", [Q8, Q8A8])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_an_int8_dot_is_off_by_no_more_than_its_roundings(kind, rows):
-    x, w = normals((rows, 2, 30), (7, 2, 30))
-    held = kind(*quantize(jnp.asarray(w), (1, 2)))
-    ours, exact = dot(x, held, 2), np.einsum("mhd,nhd->mn", x.astype(float), w)
+@given(seeds)
+def test_an_int8_dot_is_off_by_no_more_than_its_roundings(kind, rows, seed):
+    """And by 1/1000 of them for the float32 sums: 60 products, each rounded at 6e-8, of 254 times
+    the bound at most."""
+    x, w = normals((rows, 2, 30), (7, 2, 30), seed=seed)
+    weight = kind(*quantize(jnp.asarray(w), (1, 2)))
+    result, exact = dot_jit(x, weight), np.einsum("mhd,nhd->mn", x.astype(float), w)
     x_error = np.abs(x).max((1, 2))[:, None] / 254 if kind is Q8A8 else np.zeros((rows, 1))
-    w_error = np.asarray(held.scale)[:, 0].T / 2
+    w_error = np.asarray(weight.scale)[:, 0].T / 2
     bound = np.abs(x).sum((1, 2))[:, None] * w_error + x_error * (
         np.abs(w).sum((1, 2)) + 60 * w_error)
-    assert np.all(np.abs(ours - exact) <= bound * 1.001) and np.any(ours != exact)
+    assert np.all(np.abs(result - exact) <= bound * 1.001) and np.any(result != exact)
     if kind is Q8:
-        close(ours, dot(x, dequantize(held), 2))
+        close(result, dot_jit(x, dequantize(weight)))
 
 
-@given(st.lists(st.integers(0, 8), min_size=2, max_size=2), st.integers(0, 99))
-def test_attention_to_an_int8_cache_is_attention_to_what_it_stands_for(starts, seed):
-    q, k, v = normals((2, 3, 6, 4), (2, 2, 12, 4), (2, 2, 12, 4), seed=seed)
-    pos = np.array(starts)[:, None] + np.arange(3)
-    held_k, held_v = quantize(jnp.asarray(k), -1), quantize(jnp.asarray(v), -1)
-    ours = infer.cached_attention(q, held_k, held_v, pos)
-    close(ours, attention_jit(q, dequantize(held_k), dequantize(held_v), pos))
-    # a score moves by s = |q|_1 * scale / 2 / sqrt(D) at most, a probability by a factor within
-    # exp(+-2s), and the result by that much of v, and by v's own rounding
-    s = np.abs(q).sum(-1).max() * np.asarray(held_k.scale).max() / 2 / np.sqrt(4)
-    bound = np.expm1(2 * s) * np.abs(v).max() + np.asarray(held_v.scale).max() / 2
-    assert np.all(np.abs(ours - attention_jit(q, k, v, pos)) <= bound)
+@settings(max_examples=10)  # each of a million scores
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@given(seeds)
+def test_attention_to_pieces_of_a_cache_is_attention_to_all_numbers_that_it_represents(dtype, seed):
+    """2,048 tokens attend to pieces of 512 slots: two of them, and 76 more."""
+    T, S = 2048, 1100
+    q, k, v = map(jnp.asarray, normals((1, T, 1, 2), (1, 1, S, 2), (1, 1, S, 2), seed=seed))
+    pos = np.random.default_rng(seed).integers(0, S, (1, T))
+    kv = [infer.to_cache(a, init_cache(small, 1, 1, dtype).k[0]) for a in (k, v)]
+    numbers = (infer.from_cache(a, "float32") for a in kv)
+    close(cached_attention_jit(q, *kv, pos), attention_jit(q, *numbers, pos))
+    assert traced_flops(infer.cached_attention, q, *kv, pos) == 2 * 2 * T * S * 2
 
 
-OVERFLOWS = 9  # a token of `narrow`
+OVERFLOWS = 9  # a token of `overflowing_model`
 
 
 @lru_cache(maxsize=None)
-def narrow():
+def overflowing_model():
     """cfg, Params of float16, all finite, with a token whose values leave its range."""
     cfg = replace(CONFIGS[4], L=2, dtype="float16")
     params = cast(weights(replace(cfg, dtype="float32")), "float16")
     return cfg, params._replace(embed=params.embed.at[OVERFLOWS].set(6e4))
 
 
-def well(cfg, *shape, seed=0):
-    return np.random.default_rng(seed).integers(0, OVERFLOWS, shape).astype(np.int32)
-
-
-@given(st.integers(1, 7), st.integers(0, 1), st.integers(0, 99))
-def test_a_token_that_overflows_touches_nobody_who_does_not_see_it(at, row, seed):
+@given(st.integers(1, 5), st.integers(0, 1), seeds)
+def test_a_token_that_overflows_changes_no_bit_of_what_does_not_see_it(at, row, seed):
     """Later in its row, as padding of a prompt, and in slots that were rolled back: in every kind
-    of cache, bit for bit."""
-    cfg, params = narrow()
-    text, lengths = well(cfg, 2, 8, seed=seed), np.full(2, 8)
-    lengths[row] = at
-    sick = text.copy()
-    sick[row, at:] = OVERFLOWS
-    logits = [forward_jit(params, tokens, cfg=cfg) for tokens in (text, sick)]
-    assert np.array_equal(logits[0][row, :at], logits[1][row, :at])
-    assert np.array_equal(logits[0][1 - row], logits[1][1 - row])
-    assert not np.any(np.isfinite(logits[1][row, at:])) and np.all(np.isfinite(logits[0]))
+    of cache."""
+    cfg, params = overflowing_model()
+    text, visible = draw_tokens(cfg, 2, PROMPT, seed=seed) % OVERFLOWS, np.ones((2, PROMPT), bool)
+    visible[row, at:] = False
+    infected, lengths = np.where(visible, text, OVERFLOWS), visible.sum(1)
+    clean, others = (forward_jit(params, tokens, cfg=cfg) for tokens in (text, infected))
+    assert np.array_equal(clean[visible], others[visible])
+    assert not np.any(np.isfinite(others[~visible])) and np.all(np.isfinite(clean))
     for dtype in ("float16", "int8"):
-        empty, more = init_cache(cfg, 2, SLOTS, dtype), well(cfg, 2, 3, seed=seed + 1)
-        (a, held), (b, padded) = (prefill_jit(params, empty, tokens, lengths, cfg=cfg)
-                                  for tokens in (text, sick))
-        assert np.array_equal(a, b)
-        _, back = extend_jit(params, padded, np.full((2, 3), OVERFLOWS), cfg=cfg)
-        back = back._replace(length=padded.length)
-        for cache in (padded, back):
-            assert np.array_equal(extend_jit(params, cache, more, cfg=cfg)[0],
-                                  extend_jit(params, held, more, cfg=cfg)[0])
-            assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(cache))
+        (logits, cache), (padded_logits, padded) = (prefill_jit(
+            params, init_cache(cfg, 2, SLOTS, dtype), tokens, lengths, cfg=cfg)
+            for tokens in (text, infected))
+        _, longer = extend_jit(params, padded, np.full((2, 3), OVERFLOWS), cfg=cfg)
+        caches = cache, padded, longer._replace(length=padded.length)
+        assert np.array_equal(logits, padded_logits) and np.all(
+            [np.all(np.isfinite(a)) for a in jax.tree.leaves(caches)])
+        x, *others = (extend_jit(params, cache, text[:, :3], cfg=cfg)[0] for cache in caches)
+        assert all(np.array_equal(x, other) for other in others)
 
 
-def refused_draft(key, tokens, length, state):
-    made = jnp.full((len(tokens), 2), OVERFLOWS)
-    return made, infer.one_hot(made, narrow()[0].V), state
+def rejected_draft(key, tokens, length, state, n, V):
+    proposals = jnp.full_like(tokens[:, :n], OVERFLOWS)
+    return proposals, infer.one_hot(proposals, V), state
 
 
-def test_what_a_row_held_before_and_a_draft_that_is_refused_leave_nothing_behind():
-    cfg, params = narrow()
-    text, key = well(cfg, 3, 6), jax.random.key(0)
-    told = dict(serve(params, [text[0], np.array([1, OVERFLOWS]), text[1], text[2]], 2, SLOTS, 5,
-                      key, cfg))
-    alone = dict(serve(params, list(text), 2, SLOTS, 5, key, cfg))
-    assert all(np.array_equal(told[i], alone[j]) for i, j in ((0, 0), (2, 1), (3, 2)))
-    cache, lengths = init_cache(cfg, 3, SLOTS, "float16"), np.full(3, 6)
-    _, cache = prefill_jit(params, cache, text, lengths, cfg=cfg)
-    cache, known = cache._replace(length=cache.length - 1), np.zeros((3, SLOTS), np.int32)
-    known[:, :6] = text
-    told, other = (speculate_jit(params, cache, known, key, n=6, cfg=cfg, draft=draft, state=None)
-                   for draft in (jax.tree_util.Partial(refused_draft), ngram_draft(cfg, 2)))
-    assert np.array_equal(told[0][:, :12], other[0][:, :12])
+def test_an_earlier_request_and_a_rejected_draft_that_overflow_leave_nothing_behind():
+    cfg, params = overflowing_model()
+    text, key = draw_tokens(cfg, 3, PROMPT) % OVERFLOWS, jax.random.key(0)
+    run = partial(serve, params, B=2, S=SLOTS, n=5, key=key, cfg=cfg)
+    served, alone = dict(run([text[0], np.array([1, OVERFLOWS]), *text[1:]])), dict(run([*text]))
+    assert all(np.array_equal(served[i], alone[j]) for i, j in ((0, 0), (2, 1), (3, 2)))
+    _, cache = prefill_jit(params, init_cache(cfg, 3, SLOTS, "float16"), text, np.full(3, PROMPT),
+                           cfg=cfg)
+    cache = cache._replace(length=cache.length - 1)
+    text = np.pad(text, ((0, 0), (0, SLOTS - PROMPT)))
+    run = partial(speculate_jit, params, cache, text, key, n=6, cfg=cfg, state=None, n_draft=2)
+    tokens, others = (run(draft=draft)[0] for draft in (rejected_draft, ngram_draft))
+    assert np.array_equal(tokens[:, :12], others[:, :12])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e3])
-def test_float16_around_an_int8_cache_is_as_near_as_bf16(size):
-    """Its scales are of 1e-6 here, and with weights of 1e-2 below the least of float16."""
-    q, k, v = normals((2, 3, 6, 4), (2, 2, 40, 4), (2, 2, 40, 4))
-    pos, off = np.full((2, 3), 39), []
-    for dtype in ("float16", "bfloat16"):
-        held = [quantize(jnp.asarray(a, dtype), -1) for a in (k, v * size)]
-        ours = infer.cached_attention(jnp.asarray(q, dtype), *held, pos)
-        exact = attention_jit(q, *map(dequantize, held), pos)
-        off.append(np.abs(ours - exact).max() / np.abs(exact).max())
-    assert off[0] <= off[1] < 2 ** -6
+@given(seeds)
+def test_16_bit_attention_to_an_int8_cache_rounds_weights_and_result_once(size, dtype, seed):
+    """The weights to bfloat16, by 2**-8 of themselves, beside float16 too, where a scale of 1e-6
+    times a weight of 1e-2 would be 0. (And by 1% of that for the sums.) Results of float16 are
+    2**-24 apart or more."""
+    q, k, v = normals((2, 3, 6, 4), (2, 2, 40, 4), (2, 2, 40, 4), seed=seed)
+    q, pos = jnp.asarray(q, "bfloat16").astype(dtype), np.full((2, 3), 39)
+    k8, v8 = (quantize(jnp.asarray(a, dtype), -1) for a in (k, v * size))
+    q32, k, v = q.astype("float32"), dequantize(k8), dequantize(v8)
+    exact, terms = attention_jit(q32, k, v, pos), attention_jit(q32, k, np.abs(v), pos)
+    error = np.abs(cached_attention_jit(q, k8, v8, pos) - exact)
+    bound = 2 ** -8 * terms + float(jnp.finfo(dtype).eps) / 2 * np.abs(exact)
+    assert np.all(error <= 1.01 * bound + 2 ** -25 * (dtype == "float16"))
 
 
-def test_masters_of_any_dtype_train_and_a_gradient_in_float16_is_refused():
-    cfg, text = CONFIGS[2], draw_tokens(CONFIGS[2], 4, 9)
-    step, losses = jax.jit(train_step, static_argnames="cfg"), []
-    for kind in ("float32", "float16", "bfloat16"):
-        params = cast(weights(cfg), kind)
-        adam = adam_init(params)
-        for _ in range(30):
-            params, adam, value = step(params, adam, text, cfg, 2e-2)
-        losses.append(float(value))
-        assert {a.dtype.name for a in jax.tree.leaves(params)} == {kind}
-        assert {a.dtype.name for a in jax.tree.leaves(adam[1:])} == {"float32"}
-    assert abs(losses[1] - losses[0]) < 0.02 * losses[0] < 0.02
-    assert abs(losses[2] - losses[0]) < 0.3 * losses[0]
-    half = replace(cfg, dtype="float16")
-    check(lambda: train_step(params, adam, text, half, 1e-2), "float16", "bfloat16")
-    check(lambda: jax.grad(loss)(cast(params, "float16"), text, half), "float16", "bfloat16")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_step_on_masters_of_16_bits_is_the_float32_step_rounded_once(dtype):
+    """To half a unit in the last place. The product of weight decay and a master has its dtype, so
+    it is rounded too, and then multiplied by the learning rate."""
+    cfg, text, lr, losses = small, draw_tokens(small, 4, 9), 2e-2, []
+    params, step = cast(weights(cfg), dtype), jax.jit(train_step, static_argnames="cfg")
+    adam, info = adam_init(params), jnp.finfo(dtype)
+    for _ in range(30):
+        exact, *state = step(cast(params, "float32"), adam, text, cfg, lr)
+        new, adam, value = step(params, adam, text, cfg, lr)
+        assert same(state, [adam, value])
+        for p, p32, old in zip(*map(jax.tree.leaves, (new, exact, params)), strict=True):
+            size = np.abs(p32) + lr * 0.1 * np.abs(old) + float(info.tiny)
+            assert p.dtype == dtype and np.all(np.abs(p - p32) <= float(info.eps) / 2 * size)
+        params = new
+        losses.append(value)
+    assert losses[-1] < losses[0] / 2
 
 
-def test_the_program_makes_no_wide_copy_of_int8_slots():
-    cache = jax.eval_shape(lambda: init_cache(grouped, 2, 9, "int8"))
-    program = jax.make_jaxpr(partial(extend, cfg=grouped))(abstract(grouped), cache, shaped(2, 1))
-    shape = f"[2,{grouped.K},9,{grouped.D}]"
-    assert f"i8{shape}" in str(program) and f"f32{shape}" not in str(program)
+def test_a_gradient_in_float16_is_refused():
+    cfg, text = replace(small, dtype="float16"), draw_tokens(small, 4, 9)
+    params = cast(weights(small), "float16")
+    for call in (lambda: train_step(params, adam_init(params), text, cfg, 1e-2),
+                 lambda: jax.grad(loss)(params, text, cfg)):
+        check(call, "float16", "bfloat16")
 
 
-def test_an_int8_model_in_bf16_computes_what_its_numbers_say():
-    cfg = replace(CONFIGS[4], dtype="bfloat16")
-    params, tokens = quantize_params(weights(CONFIGS[4]), cfg, Q8), draw_tokens(cfg, 2, 9)
-    params = params._replace(out_norm=params.out_norm.astype("bfloat16"))
-    wide = jax.tree.map(lambda w: dequantize(w, "bfloat16") if isinstance(w, Q8) else w, params,
-                        is_leaf=lambda w: isinstance(w, Q8))
-    assert minillm.embed(params, tokens, cfg).dtype == jnp.bfloat16
-    ours, theirs = (forward_jit(p, tokens, cfg=cfg) for p in (params, wide))
-    close(ours, theirs, 0.1)  # q * scale is rounded to 2**-8 here and not there
+def test_an_int8_model_computes_with_the_numbers_that_it_represents():
+    """In bfloat16 the two sums differ in their last bit, and of some thousand activations one or
+    two are rounded the other way, by 2**-8 of themselves."""
+    for cfg, tolerance in ((replace(CONFIGS[1], dtype="bfloat16"), 2 ** -6),
+                           (CONFIGS[4], TOLERANCE)):
+        params = quantize_params_jit(weights(replace(cfg, dtype="float32")), cfg, Q8)
+        numbers = jax.tree.map(lambda w: dequantize(w) if isinstance(w, Q8) else w, params,
+                               is_leaf=lambda w: isinstance(w, Q8))
+        tokens = draw_tokens(cfg, ROWS, SLOTS)
+        close(*(forward_jit(p, tokens, cfg=cfg) for p in (params, numbers)), tolerance)
+    assert same(params.embed.rows(tokens, "bfloat16"), dequantize(params.embed, "bfloat16")[tokens])
 
 
 # ------------------------------------------------------------------------------- infer: speculation
@@ -1355,252 +1239,186 @@ def test_an_int8_model_in_bf16_computes_what_its_numbers_say():
 
 def distributions(seed, V, n, kind):
     """[p_0, ..., p_n]: p_i holds a distribution over V for each of V**i prefixes."""
-    draw = np.random.default_rng(seed)
+    random = np.random.default_rng(seed)
     tables = []
     for i in range(n):
-        p = draw.dirichlet(np.ones(V), V ** i)
+        p = random.dirichlet(np.ones(V), V ** i)
         if kind == "zeros":
-            p = p * (draw.random(p.shape) < 0.5) + 1e-9 * (np.arange(V) == draw.integers(V))
+            p = p * (random.random(p.shape) < 0.5) + 1e-9 * (np.arange(V) == random.integers(V))
         if kind == "one-hot":
-            p = np.eye(V)[draw.integers(V, size=V ** i)]
+            p = np.eye(V)[random.integers(V, size=V ** i)]
         tables.append((p / p.sum(-1, keepdims=True)).astype(np.float32))
     return tables
 
 
-@settings(max_examples=25)
-@given(st.integers(2, 6), st.integers(1, 3), st.sampled_from(["dense", "zeros", "one-hot"]),
-       st.sampled_from(["dense", "zeros", "one-hot", "equal"]), st.integers(0, 999))
+def after_prefixes(tables, tokens):
+    """[p_0, ..], Nn -> NnV, Nn: the distribution of each token after those before it, and the
+    probability of the token itself."""
+    V = tables[0].shape[1]
+    prefixes = [tokens[:, :i] @ V ** np.arange(i)[::-1] for i in range(len(tables))]  # as numbers
+    p = np.stack([table[prefix] for table, prefix in zip(tables, prefixes)], 1)
+    return p, np.take_along_axis(p, tokens[..., None], axis=-1)[..., 0]
+
+
+@pytest.mark.parametrize("V, n", [(2, 3), (4, 2), (6, 1)])
+@given(st.sampled_from(["dense", "zeros", "one-hot"]),
+       st.sampled_from(["dense", "zeros", "one-hot", "equal"]), seeds)
 def test_speculation_makes_every_output_with_the_targets_probability(V, n, kind, draft_kind, seed):
-    """A round makes 1 to n + 1 tokens; continue it by the target itself. Summed over all V**n
-    drafts, outcomes and continuations, each of V**(n+1) outputs has probability p_0 p_1 .. p_n."""
+    """A round makes 1 to n + 1 tokens; the target itself continues it. Summed over all V**n drafts,
+    outcomes and continuations, each of V**(n+1) outputs has probability p_0 p_1 .. p_n."""
     p = distributions(seed, V, n + 1, kind)
     q = p[:n] if draft_kind == "equal" else distributions(seed + 1, V, n, draft_kind)
-    drafts = np.array(list(itertools.product(range(V), repeat=n)))
-    prefix = [drafts[:, :i] @ V ** np.arange(i)[::-1] for i in range(n + 1)]  # as a number
+    drafts, outputs = (np.array(list(itertools.product(range(V), repeat=T))) for T in (n, n + 1))
+    (q_draft, drawn), (_, expected) = after_prefixes(q, drafts), after_prefixes(p, outputs)
+    p_draft, _ = after_prefixes(p, np.pad(drafts, ((0, 0), (0, 1))))
     with np.errstate(divide="ignore"):
-        logq = np.log(np.stack([q[i][prefix[i]] for i in range(n)], 1))
-        logp = np.log(np.stack([p[i][prefix[i]] for i in range(n + 1)], 1))
-    probability, residual = map(np.asarray, acceptance_jit(drafts, logq, logp))
+        probability, residual = acceptance_jit(drafts, np.log(q_draft), np.log(p_draft))
     assert np.all((probability >= 0) & (probability <= 1)) and np.all(residual >= 0)
     close(residual.sum(-1), 1)
-    drawn = np.prod([q[i][prefix[i], drafts[:, i]] for i in range(n)], 0)
-    total = np.zeros(V ** (n + 1))
-    for kept in range(n + 1):
-        refused = 1 - probability[:, kept] if kept < n else 1
-        weight = drawn * probability[:, :kept].prod(1) * refused
-        made = np.zeros((V ** kept, V))
-        np.add.at(made, prefix[kept], weight[:, None] * residual[:, kept])
-        made = made.ravel()
-        for later in range(kept + 1, n + 1):
-            made = (made[:, None] * p[later]).ravel()
-        total += made
-    expected = np.ones(1)
-    for table in p:
-        expected = (expected[:, None] * table).ravel()
-    close(total, expected)
+    rejects, total = 1 - np.pad(probability, ((0, 0), (0, 1))), np.zeros(len(outputs))
+    for count in range(n + 1):
+        starts = np.all(drafts[:, None, :count] == outputs[:, :count], axis=-1)
+        weight = drawn.prod(1) * probability[:, :count].prod(1) * rejects[:, count]
+        new = residual[:, count, outputs[:, count]]
+        total += weight @ (starts * new) * expected[:, count + 1:].prod(1)
+    close(total, expected.prod(1))
 
 
 def test_nothing_in_acceptance_is_nan_at_the_edges():
     inf = np.inf
-    same, one, other = np.log([0.3, 0.7, 1e-30]), [0, -inf, -inf], [-inf, 0, -inf]
-    for logq, logp in itertools.product((same, one, other), repeat=2):
-        for token in range(3):  # also tokens that a draft could not have drawn
-            probability, residual = acceptance(jnp.full((1, 1), token), jnp.array([[logq]]),
-                                               jnp.array([[logp, logp]]))
-            assert 0 <= probability[0, 0] <= 1 and np.all(np.isfinite(residual))
-            close(residual.sum(-1), 1)
-
-
-def chi_square(counts, probability):
-    expected = counts.sum() * np.asarray(probability, float)
-    assert np.all(counts[expected == 0] == 0)
-    return np.sum((counts - expected)[expected > 0] ** 2 / expected[expected > 0])
+    rows = np.log([0.3, 0.7, 1e-30]), [0, -inf, -inf], [-inf, 0, -inf]
+    for token, logq, logp in itertools.product(range(3), rows, rows):  # drawn from q or not
+        arrays = map(np.array, ([[token]], [[logq]], [[logp, logp]]))
+        probability, residual = acceptance_jit(*arrays)
+        assert 0 <= probability[0, 0] <= 1 and np.all(np.isfinite(residual))
+        close(residual.sum(-1), 1)
 
 
 def test_accept_draws_what_acceptance_says():
     """40,000 rounds, V = 3, n = 2: 9 outcomes (3 tokens after 0, 1 or 2 kept); chi-square with 8
     degrees of freedom exceeds 26.1 once in 1,000; keeping 5% too often would give 50 or more."""
-    rounds, draft = 40_000, np.array([[2, 0]])
-    q = np.array([[[0.2, 0.2, 0.6], [0.5, 0.25, 0.25]]])
-    p = np.array([[[0.3, 0.4, 0.3], [0.4, 0.1, 0.5], [0.1, 0.2, 0.7]]])
-    given_ = draft, np.log(q), np.log(p)
-    count, token = accept_jit(jax.random.split(jax.random.key(2), rounds), *(
-        jnp.tile(a, (rounds,) + (1,) * (a.ndim - 1)) for a in given_))
-    probability, residual = (np.asarray(a[0], float) for a in acceptance(*map(jnp.asarray, given_)))
+    proposals, q = [2, 0], [[0.2, 0.2, 0.6], [0.5, 0.25, 0.25]]
+    p = [[0.3, 0.4, 0.3], [0.4, 0.1, 0.5], [0.1, 0.2, 0.7]]
+    rounds = [jnp.array([a] * 40_000) for a in (proposals, np.log(q), np.log(p))]
+    count, token = accept_jit(jax.random.key(2), *rounds)
+    probability, residual = (np.asarray(a[0], float) for a in acceptance_jit(*rounds))
     reach = np.cumprod([1, *probability])
     expected = (reach * (1 - np.append(probability, 0)))[:, None] * residual
-    counts = np.bincount(3 * count + token, minlength=9)
-    assert chi_square(counts, expected.ravel()) < 26.1
+    assert chi_square(np.bincount(3 * count + token, minlength=9), expected.ravel()) < 26.1
 
 
-@pytest.mark.parametrize("a, n", [(0.8, 3), (0.5, 1), (0.3, 2)])
-def test_rounds_make_the_mean_number_of_tokens_that_the_formula_says(a, n):
-    """Where each proposal is accepted with probability a: (1 - a**(n+1)) / (1 - a)."""
-    rounds = 20_000
-    logp = jnp.log(jnp.array([a, 1 - a]))
-    count, _ = accept_jit(jax.random.key(0), jnp.zeros((rounds, n), jnp.int32),
-                          jnp.tile(jnp.array([0, -jnp.inf]), (rounds, n, 1)),
-                          jnp.tile(logp, (rounds, n + 1, 1)))
-    made = np.asarray(count) + 1
-    assert abs(made.mean() - (1 - a ** (n + 1)) / (1 - a)) < 4 * made.std() / math.sqrt(rounds)
-
-
-def draft_for(cfg, kind, n, text, lengths, slots, **how):
-    """A draft and its state: n-grams, another model that has read the text, or the same one."""
+def draft_of(cfg, kind, prompts, lengths, **options):
+    """A draft and its state: n-grams, or a model that has read the prompts: another, or the same.
+    """
     if kind == "ngram":
-        return ngram_draft(cfg, n), None
+        return dict(draft=ngram_draft, state=None)
     other = cfg if kind == "itself" else replace(CONFIGS[4], V=cfg.V)
-    params = weights(other)
-    _, cache = prefill_jit(params, init_cache(other, len(text), slots), text, lengths, cfg=other)
-    return model_draft(params, other, n, **how), cache
+    _, cache = prefill_jit(weights(other), init_cache(other, len(prompts), SLOTS), prompts, lengths,
+                           cfg=other)
+    return dict(draft=model_draft(other, **options), state=(weights(other), cache))
 
 
-@lru_cache(maxsize=None)
-def draft_tree(cfg, kind, n):
-    """One draft for all examples: a function compiled for another would be compiled again."""
-    text = draw_tokens(cfg, 3, 6)
-    return jax.tree.structure(draft_for(cfg, kind, n, text, np.full(3, 6), 8)[0])
-
-
-@pytest.mark.parametrize("cfg, kind, n_draft", [
-    (CONFIGS[0], "other", 3), (CONFIGS[0], "itself", 2), (CONFIGS[1], "ngram", 1),
-    (CONFIGS[2], "other", 1)])
-@settings(max_examples=4)
-@given(st.integers(0, 99))
-def test_greedy_speculation_is_greedy_decoding_for_any_draft(cfg, kind, n_draft, seed):
-    params, slots, n, lengths = weights(cfg), 48, 9, np.array([2, 6, 4])
-    text = np.zeros((3, slots), np.int32)
-    text[:, :6] = draw_tokens(cfg, 3, 6, seed=seed)
-    logits, cache = prefill_jit(params, init_cache(cfg, 3, slots), text[:, :6], lengths, cfg=cfg)
-    plain, _, _ = generate_jit(params, cache, logits, jax.random.key(0), n=30, cfg=cfg)
-    draft, state = draft_for(cfg, kind, n_draft, text[:, :6], lengths, slots)
-    draft = jax.tree.unflatten(draft_tree(cfg, kind, n_draft), jax.tree.leaves(draft))
-    cache, tokens = cache._replace(length=cache.length - 1), text
-    for part in range(1, 3):  # it goes on where it stopped
-        tokens, cache, state, counts = speculate_jit(
-            params, cache, tokens, jax.random.key(1), n=n, cfg=cfg, draft=draft, state=state,
-            end=cfg.V if kind == "itself" else None)  # one that never comes changes nothing
-        made = np.asarray(cache.length) + 1 - lengths
-        assert np.all(made >= part * n) and np.all(made <= part * (n + n_draft))
-        if kind == "itself":  # accepts everything: no hole is left where all were kept
-            assert np.all(counts[:, :-1] == 0)
-    rounds = jnp.arange(n_draft + 1) + 1
-    for b, T in enumerate(lengths):
-        whole = text[b:b + 1].copy()
-        whole[0, T:T + 30] = plain[b]
-        known = min(made[b], *sure(params, cfg, whole, [T], 30))
-        assert np.array_equal(tokens[b, T:T + known], plain[b, :known])
-    assert np.all(counts @ rounds >= n)
+@pytest.mark.parametrize("cfg, kind, n_draft, end", [
+    (CONFIGS[0], "itself", 3, 5), (CONFIGS[0], "other", 2, None), (CONFIGS[1], "ngram", 1, 4)])
+@given(row_lengths(2, 4, 6), seeds)
+def test_greedy_speculation_is_greedy_decoding_for_any_draft(
+        cfg, kind, n_draft, end, lengths, seed):
+    """In two calls, each of n tokens or up to n_draft more. A row stops at `end`, which then fills
+    it."""
+    params, cache, _, tokens = prompted(cfg, seed, lengths)
+    draft, n, row = draft_of(cfg, kind, tokens[:, :PROMPT], lengths), 5, np.arange(ROWS)
+    cache = cache._replace(length=cache.length - 1)
+    for call in (1, 2):
+        before = cache.length
+        tokens, cache, draft["state"], counts = speculate_jit(
+            params, cache, tokens, jax.random.key(1), n=n, cfg=cfg, n_draft=n_draft, end=end,
+            **draft)
+        new, last = cache.length + 1 - lengths, tokens[row, cache.length]
+        assert np.all((last == end) | (call * n <= new) & (new <= call * (n + n_draft)))
+        assert np.array_equal(counts @ np.arange(1, n_draft + 2), cache.length - before)
+    logits = forward_jit(params, tokens, cfg=cfg)
+    best, clear = np.argmax(logits, axis=-1), decided(logits, lengths)
+    for b, (T, length) in enumerate(zip(lengths, cache.length + 1)):
+        until = min(clear[b], int(length))
+        assert np.array_equal(tokens[b, T:until], best[b, T - 1:until - 1])
+        assert end not in tokens[b, T:length - 1].tolist()
+        assert last[b] != end or np.all(tokens[b, length:] == end)
+        if kind == "itself" and until == length and last[b] != end:  # accepts everything: its cache
+            assert np.all(counts[b, :-1] == 0)                        # has no hole
 
 
 @given(st.lists(st.integers(0, 2), min_size=4, max_size=4), st.integers(0, 3))
 def test_nothing_follows_an_end_token(new, count):
-    made = new[:count + 1]
     kept = infer.cut_at_end(np.array([new]), np.array([count]), 2)
-    assert kept[0] == (made.index(2) if 2 in made else count)
-
-
-def test_speculation_stops_at_the_end_token_and_fills_the_row_with_it():
-    cfg, params, lengths, slots = grouped, weights(grouped), np.array([4, 6]), 32
-    text = np.pad(draw_tokens(cfg, 2, 6), ((0, 0), (0, slots - 6)))
-    logits, cache = prefill_jit(params, init_cache(cfg, 2, slots), text[:, :6], lengths, cfg=cfg)
-    plain, _, _ = generate_jit(params, cache, logits, jax.random.key(0), n=12, cfg=cfg)
-    end = int(plain[0, 4])
-    first = list(np.asarray(plain[0])).index(end)
-    draft, state = draft_for(cfg, "itself", 3, text[:, :6], lengths, slots)
-    tokens, out, _, counts = speculate_jit(
-        params, cache._replace(length=cache.length - 1), text, jax.random.key(0), n=12, cfg=cfg,
-        draft=draft, state=state, end=end)
-    assert np.array_equal(tokens[0, 4:4 + first], plain[0, :first])
-    assert np.all(tokens[0, 4 + first:] == end)
-    assert out.length[0] == 4 + first and counts[0] @ np.arange(1, 5) == first + 1
+    assert kept[0] == [*new[:count], 2].index(2)
 
 
 @pytest.mark.parametrize("kind", ["ngram", "other"])
 def test_sampled_speculation_draws_what_the_target_would(kind):
-    """4,000 equal rows, V = 11, so 11 * 11 pairs of next tokens: chi-square with 120 degrees of
-    freedom exceeds 173 once in 1,000. Drawing from the draft instead would give thousands."""
-    cfg, rows, how = CONFIGS[3], 4_000, dict(temperature=1.3)
-    params, prompt = weights(cfg), draw_tokens(cfg, 1, 4)
-    text = np.tile(np.pad(prompt, ((0, 0), (0, 8))), (rows, 1))
+    """4,000 equal rows, V = 11, so 11 * 11 pairs of next tokens, each expected 5 times or more:
+    chi-square with 120 degrees of freedom exceeds 173 once in 1,000. Drawing from the draft instead
+    would give 2,000."""
+    cfg, rows, options = CONFIGS[3], 4_000, dict(temperature=3.0)
+    params, text = weights(cfg), np.tile(draw_tokens(cfg, 1, SLOTS), (rows, 1))
     lengths = np.full(rows, 4)
-    _, cache = prefill_jit(params, init_cache(cfg, rows, 12), text[:, :4], lengths, cfg=cfg)
-    draft, state = draft_for(cfg, kind, 2, text[:, :4], lengths, 12, **how)
+    _, cache = prefill_jit(params, init_cache(cfg, rows, SLOTS), text[:, :4], lengths, cfg=cfg)
     tokens, *_ = speculate_jit(params, cache._replace(length=lengths - 1), text, jax.random.key(4),
-                               n=2, cfg=cfg, draft=draft, state=state, **how)
-    both = np.concatenate([np.repeat(prompt, cfg.V, 0), np.arange(cfg.V)[:, None]], 1)
-    p = np.exp(log_probs(forward_jit(params, both, cfg=cfg), **how))
-    pairs = p[0, 3][:, None] * p[:, 4]
-    # pairs that are expected less than 5 times are taken together
+                               n=2, cfg=cfg, n_draft=2, **options,
+                               **draft_of(cfg, kind, text[:, :4], lengths, **options))
+    both = np.concatenate([text[:cfg.V, :4], np.arange(cfg.V)[:, None]], 1)
+    p = np.exp(log_probs(forward_jit(params, both, cfg=cfg), **options))
+    pairs = (p[0, 3][:, None] * p[:, 4]).ravel()
     counts = np.bincount(tokens[:, 4] * cfg.V + tokens[:, 5], minlength=cfg.V ** 2)
-    rare = pairs.ravel() * rows < 5
-    counts, pairs = (np.append(a[~rare], a[rare].sum()) for a in (counts, pairs.ravel()))
-    assert chi_square(counts, pairs) < 173
+    assert pairs.min() * rows >= 5 and chi_square(counts, pairs) < 173
 
 
-def test_ngrams_propose_what_followed_the_longest_latest_repetition():
-    def propose(text, n):
-        tokens = np.pad(np.array([text]), ((0, 0), (0, 4)), constant_values=9)
-        draft, logq, _ = infer.propose_by_ngram(None, jnp.asarray(tokens), jnp.array([len(text)]),
-                                                None, replace(grouped, V=10), n)
-        assert np.array_equal(np.exp(logq), np.eye(10)[draft])
-        return draft[0].tolist()
-
-    assert propose([1, 2, 3, 4, 1, 2], 3) == [3, 4, 1]
-    assert propose([1, 2, 3, 7, 2, 4, 1, 2], 2) == [3, 7]  # 1 2 is longer than the later 2
-    assert propose([1, 2, 5, 1, 2, 6, 1, 2], 1) == [6]     # the latest of two
-    assert propose([7, 7], 3) == [7, 7, 7]                 # goes round where the text ends
+@pytest.mark.parametrize("text, proposals", [
+    ([1, 2, 3, 4, 1, 2], [3, 4, 1]),
+    ([1, 2, 3, 7, 2, 4, 1, 2], [3, 7, 2]),  # 1 2 is longer than the later 2
+    ([1, 2, 5, 1, 2, 6, 1, 2], [6, 1, 2]),  # the latest of two
+    ([7, 7], [7, 7, 7]),                    # repeats where the text ends
+    ([1, 2, 3], [3, 3, 3])])                # no match: the last token
+def test_ngrams_propose_what_followed_the_latest_match_of_the_longest_suffix(text, proposals):
+    tokens = jnp.array([text + [9] * (12 - len(text))])
+    draft, logq, _ = ngram_draft(None, tokens, jnp.array([len(text)]), None, 3, 10)
+    assert draft[0].tolist() == proposals and np.array_equal(np.exp(logq), np.eye(10)[draft])
 
 
 # --------------------------------------------------------------------- infer: many requests, mixed
 
 
-@pytest.mark.parametrize("how, dtype", [(dict(temperature=1.1, top_k=12), "float32"),
-                                        (dict(temperature=0.7, end=5), "int8")], ids=repr)
-def test_each_request_is_told_what_it_would_be_told_alone(how, dtype):
-    cfg, n, S, key = grouped, 7, 40, jax.random.key(3)
-    params = weights(cfg)
-    prompts = [draw_tokens(cfg, T, seed=T) for T in (3, 17, 1, 9, 16, 2, 5)]
-    told = dict(serve(params, iter(prompts), 3, S, n, key, cfg, **how, stride=4,
-                      cache_dtype=dtype))
-    assert sorted(told) == list(range(len(prompts)))
-    for i, prompt in enumerate(prompts):
-        padded = np.pad(prompt, (0, 17 - len(prompt)))[None]
-        logits, cache = prefill_jit(params, init_cache(cfg, 1, S, dtype), padded,
-                                    np.array([len(prompt)]), cfg=cfg)
-        alone, _, _ = generate_jit(params, cache, logits, jax.random.fold_in(key, i)[None], n=n,
-                                   cfg=cfg, **how)
-        alone = alone[0].tolist()
-        if how.get("end") in alone:
-            alone = alone[:alone.index(how["end"]) + 1]
-        assert told[i].tolist() == alone
+@pytest.mark.parametrize("dtype, cache_dtype, stride, kind, options", [
+    ("bfloat16", "float32", 50, "rbg", dict(temperature=1.1, top_k=12)),
+    ("float32", "int8", 4, "unsafe_rbg", dict(temperature=0.7, end=5))])
+@settings(max_examples=10)  # `serve` takes its time on the host
+@given(st.lists(st.integers(1, 9), min_size=4, max_size=7), st.integers(0, 2), seeds)
+def test_a_request_gets_the_tokens_that_generate_makes_in_any_row_beside_any_others(
+        dtype, cache_dtype, stride, kind, options, lengths, row, seed):
+    """Bit for bit, where there are as many rows: in another number of rows, sums run in another
+    order, and ties may fall otherwise. Slots hold a request and no more, however seldom the host
+    looks at the rows."""
+    cfg, B, n, S, key = replace(small, dtype=dtype), 3, 7, 16, jax.random.key(seed, impl=kind)
+    params, end = cast(weights(small), dtype), options.get("end")
+    prompts = [draw_tokens(cfg, T, seed=seed + i) for i, T in enumerate(lengths)]
+    served = dict(serve(params, iter(prompts), B, S, n, key, cfg, **options, stride=stride,
+                        cache_dtype=cache_dtype))
+    assert sorted(served) == list(range(len(prompts)))
+    i, (cache, logits) = seed % len(prompts), HERE.empty(cfg, B, S, cache_dtype)
+    for b in range(B):
+        prompt = prompts[i] if b == row else draw_tokens(cfg, 5, seed=b)
+        logits, cache = refill_jit(params, cache, logits, b, np.pad(prompt, (0, S - prompt.size))[
+            None], np.array([prompt.size], np.int32), cfg=cfg)
+    keys = jnp.stack([jax.random.fold_in(key, i if b == row else 99) for b in range(B)])
+    tokens, _, _ = generate_jit(params, cache, logits, keys, n=n, cfg=cfg, **options)
+    until = [*tokens[row], end].index(end) + 1
+    assert np.array_equal(served[i], tokens[row, :until])
 
 
-@pytest.mark.parametrize("row", [0, 2])
-def test_in_bf16_a_request_is_told_the_same_in_any_of_as_many_rows_whatever_they_hold(row):
-    """At another number of rows, products are summed in another order: then ties may fall either
-    way. And it is told in slots that hold it and no more, however seldom the host looks."""
-    cfg, n, S, key = replace(grouped, dtype="bfloat16"), 7, 16, jax.random.key(3)
-    params, how = cast(weights(grouped), "bfloat16"), dict(temperature=1.1, top_k=12)
-    prompts = [draw_tokens(cfg, T, seed=T) for T in (3, 9, 1, 9, 6)]
-    told = dict(serve(params, prompts, 3, S, n, key, cfg, **how, stride=50))
-    fill = jax.jit(infer.refill, static_argnames="cfg")
-    for i, prompt in enumerate(prompts):
-        logits, cache = jnp.zeros((3, cfg.V), jnp.float32), init_cache(cfg, 3, S)
-        for at in range(3):
-            text = prompt if at == row else draw_tokens(cfg, 5, seed=at)
-            logits, cache = fill(params, cache, logits, at, np.pad(text, (0, 16 - text.size))[None],
-                                 np.array([text.size], np.int32), cfg)
-        keys = jnp.stack([jax.random.fold_in(key, i if at == row else 99) for at in range(3)])
-        made, _, _ = generate_jit(params, cache, logits, keys, n=n, cfg=cfg, **how)
-        assert np.array_equal(made[row], told[i])
-
-
-def test_what_a_jitted_function_closes_over_is_checked_as_it_would_be_outside():
-    cfg, params = grouped, weights(grouped)
+def test_arrays_that_a_jitted_function_closes_over_are_checked_as_outside():
+    cfg, params = small, weights(small)
     text, lengths = jnp.asarray(draw_tokens(cfg, 2, 7)), jnp.array([3, 6])
     _, cache = prefill_jit(params, init_cache(cfg, 2, SLOTS), text, lengths, cfg=cfg)
-    draft, known = ngram_draft(cfg, 2), jnp.zeros((2, SLOTS), jnp.int32).at[:, :7].set(text)
+    padded, full = jnp.pad(text, ((0, 0), (0, SLOTS - 7))), cache._replace(length=lengths + 16)
     adam, logits, key = adam_init(params), jnp.zeros((2, cfg.V)), jax.random.key(0)
 
     def steps(params, text):
@@ -1609,15 +1427,11 @@ def test_what_a_jitted_function_closes_over_is_checked_as_it_would_be_outside():
 
     for call, wrong in (
             (lambda p, t=text: forward(p, t, cfg), text.at[1, 2].set(cfg.V)),
-            (lambda p, t=text: jax.grad(loss)(p, t, cfg), text.at[0, 0].set(-1)),
             (lambda p, t=text: steps(p, t), text.at[0, 0].set(-1)),
             (lambda p, t=lengths: prefill(p, cache, text, t, cfg), lengths.at[0].set(8)),
-            (lambda p, t=cache: extend(p, t, text, cfg), cache._replace(length=lengths + 15)),
-            (lambda p, t=cache: generate(p, t, logits, key, 3, cfg),
-             cache._replace(length=lengths + 16)),
-            (lambda p, t=cache: resize(t, 7), cache._replace(length=lengths + 2)),
-            (lambda p, t=cache: speculate(p, t, known, key, 3, cfg, draft, None),
-             cache._replace(length=lengths + 15))):
+            (lambda p, t=cache: extend(p, t, text, cfg), full),
+            (lambda p, t=cache: generate(p, t, logits, key, 3, cfg), full),
+            (lambda p, t=cache: speculate(p, t, padded, key, 3, cfg, ngram_draft, None, 2), full)):
         jax.eval_shape(call, params)
         with pytest.raises(ValueError) as outside:
             call(params, wrong)
@@ -1625,793 +1439,803 @@ def test_what_a_jitted_function_closes_over_is_checked_as_it_would_be_outside():
 
 
 def rounding(cfg, dtype):
-    """block -> block: keys and values as a cache of `dtype` would give them back."""
+    """cfg, dtype -> block: keys and values as a cache of `dtype` gives them back."""
+    slots = init_cache(cfg, 1, 1, dtype).k[0]
+
     def rounded(x, w, table, cfg, attend):
-        def look(q, k, v):
-            held = (infer.as_held(a, infer.init_cache(cfg, 1, 1, dtype).k[0]) for a in (k, v))
-            return attend(q, *(dequantize(a) if isinstance(a, Q8) else a for a in held))
-        return block(x, w, table, cfg, look)
+        def attend_rounded(q, *kv):
+            return attend(q, *(infer.from_cache(infer.to_cache(a, slots), a.dtype) for a in kv))
+
+        return block(x, w, table, cfg, attend_rounded)
+
     return rounded
 
 
-class Mixture:
-    """Rows that are prefilled, told things, generate, speculate, are rolled back and refilled, and
-    what recomputation says: `logits` must be those after each row's whole text."""
-    slots, rows = 40, 3
-
-    def __init__(self, kind, dtype, seed):
-        self.cfg, self.dtype, self.draw = grouped, dtype, np.random.default_rng(seed)
-        self.params = weights(grouped) if kind is None else \
-            quantize_params(weights(grouped), grouped, kind)
-        # an int8 at the edge of rounding may fall either way: a 127th of one key or value
-        self.tolerance = TOLERANCE if dtype == "float32" else 0.05
-        self.cache = init_cache(self.cfg, self.rows, self.slots, dtype)
-        lengths = self.draw.integers(1, 7, self.rows)
-        text = self.tokens(self.rows, 6)
-        self.text = [list(row[:T]) for row, T in zip(text, lengths)]
-        self.logits, self.cache = prefill_jit(self.params, self.cache, text, lengths, cfg=self.cfg)
-
-    def tokens(self, *shape):
-        return self.draw.integers(0, self.cfg.V, shape).astype(np.int32)
-
-    def tell(self, new):
-        x, self.cache = extend_jit(self.params, self.cache, new, cfg=self.cfg)
-        self.logits = unembed_jit(self.params, x, cfg=self.cfg)[:, -1]
-        self.text = [text + list(row) for text, row in zip(self.text, new)]
-
-    def extend(self):
-        self.tell(self.tokens(self.rows, self.draw.choice([1, 3])))
-
-    def generate(self):
-        new, self.logits, self.cache = generate_jit(self.params, self.cache, self.logits,
-                                                    jax.random.key(0), n=3, cfg=self.cfg)
-        self.greedy([list(row) for row in np.asarray(new)])
-
-    def speculate(self):
-        text = np.zeros((self.rows, self.slots), np.int32)
-        for b, row in enumerate(self.text):
-            text[b, :len(row) + 1] = row + [int(jnp.argmax(self.logits[b]))]
-        text, cache, _, _ = speculate_jit(self.params, self.cache, text, jax.random.key(0), n=3,
-                                          cfg=self.cfg, draft=ngram_draft_2, state=None)
-        before = [len(row) for row in self.text]
-        self.cache = cache._replace(length=cache.length)
-        self.greedy([list(np.asarray(text)[b, T:int(cache.length[b])])
-                     for b, T in enumerate(before)])
-        self.tell(np.asarray(text)[np.arange(self.rows), np.asarray(cache.length)][:, None])
-
-    def rollback(self):
-        keep = [self.draw.integers(1, len(row) + 1) for row in self.text]
-        self.text = [row[:T] for row, T in zip(self.text, keep)]
-        self.cache = self.cache._replace(length=jnp.asarray(keep))
-        self.tell(self.tokens(self.rows, 1))
-
-    def refill(self):
-        row, T = self.draw.integers(self.rows), self.draw.integers(1, 7)
-        prompt = self.tokens(1, 6)
-        self.logits, self.cache = refill_jit(self.params, self.cache, self.logits, row, prompt,
-                                             np.array([T]), cfg=self.cfg)
-        self.text[row] = list(prompt[0, :T])
-
-    def recompute(self):
-        whole = np.zeros((self.rows, self.slots), np.int32)
-        for b, row in enumerate(self.text):
-            whole[b, :len(row)] = row
-        return rounded_forward_jit(self.params, whole, cfg=self.cfg, dtype=self.dtype)
-
-    def greedy(self, new):
-        """The tokens that were made were best, up to what rounding decides."""
-        before = [len(row) for row in self.text]
-        self.text = [text + row for text, row in zip(self.text, new)]
-        whole = np.asarray(self.recompute())
-        for b, (start, made) in enumerate(zip(before, new)):
-            for i, token in enumerate(made):
-                logits = whole[b, start + i - 1]
-                assert logits[token] >= logits.max() - 2 * self.tolerance * (1 + abs(logits.max()))
-
-    def check(self):
-        assert np.array_equal(self.cache.length, [len(row) for row in self.text])
-        whole = self.recompute()
-        for b, row in enumerate(self.text):
-            close(self.logits[b], whole[b, len(row) - 1], self.tolerance)
+def extend_logits(params, cache, tokens, cfg, where):
+    """Params, Cache, BT, cfg -> BTV, Cache: `extend`, and logits of its result."""
+    x, cache = extend(params, cache, tokens, cfg, where=where)
+    return where.unembed(params, x, cfg), cache
 
 
-ngram_draft_2 = ngram_draft(grouped, 2)
-refill_jit = jax.jit(infer.refill, static_argnames="cfg")
+extend_logits_jit = jax.jit(extend_logits, static_argnames=("cfg", "where"))
 rounded_forward_jit = jax.jit(lambda params, tokens, cfg, dtype: forward(
     params, tokens, cfg, rounding(cfg, dtype)), static_argnames=("cfg", "dtype"))
 
 
-@settings(max_examples=4)
-@given(st.sampled_from([(None, "float32"), (None, "int8"), (Q8, "float32"), (Q8, "int8")]),
-       st.lists(st.sampled_from(["extend", "generate", "speculate", "rollback", "refill"]),
-                min_size=4, max_size=9), st.integers(0, 999))
-def test_any_mixture_of_everything_is_recomputation(how, moves, seed):
-    state = Mixture(*how, seed)
+class Mixture:
+    """Rows of text, each of its length, and a cache that has read them in any mixture of moves.
+    `logits` are those after each row's last T tokens, BTV: `check` compares them to a forward pass
+    over the whole text."""
+    rows = ROWS
+    growth = 6  # tokens that a move adds to a row at most
+
+    def __init__(self, cfg, where, dtype, kind, seed):
+        self.cfg, self.dtype, self.model = cfg, dtype, dict(cfg=cfg, where=where)
+        self.random, self.row = np.random.default_rng(seed), np.arange(self.rows)
+        self.params = weights(cfg) if kind is None else quantize_params_jit(
+            weights(cfg), cfg, kind)
+        # a number between two integers may be rounded to either, 1/127 of the largest apart, and of
+        # the thousands in a forward pass this happens to a few
+        self.tolerance = 4 / 127 if dtype == "int8" or kind is Q8A8 else TOLERANCE
+        self.text = self.tokens(self.rows, SLOTS)
+        self.lengths = self.random.integers(1, PROMPT + 1, self.rows)
+        cache, _ = where.empty(cfg, self.rows, SLOTS, dtype)
+        logits, self.cache = prefill_jit(self.params, cache, self.text[:, :PROMPT], self.lengths,
+                                         **self.model)
+        self.logits = logits[:, None]
+
+    def tokens(self, *shape):
+        return self.random.integers(0, self.cfg.V, shape).astype(np.int32)
+
+    def places(self, start, stop):
+        """Indices of the text, from `start` to `stop` after each row's end."""
+        return self.row[:, None], self.lengths[:, None] + np.arange(start, stop)
+
+    def append(self, new):
+        self.logits, self.cache = extend_logits_jit(self.params, self.cache, new, **self.model)
+        self.text[self.places(0, new.shape[1])] = new
+        self.lengths = self.lengths + new.shape[1]
+
+    def extend(self):
+        self.append(self.tokens(self.rows, self.random.choice([1, 3])))
+
+    def generate(self):
+        tokens, logits, self.cache = generate_jit(self.params, self.cache, self.logits[:, -1],
+                                                  jax.random.key(0), n=3, **self.model)
+        self.text[self.places(0, 3)] = tokens
+        self.lengths, self.logits = self.lengths + 3, logits[:, None]
+        self.check_greedy(self.lengths - 3)
+
+    def speculate(self):
+        start = self.lengths
+        self.text[self.row, start] = np.argmax(self.logits[:, -1], axis=-1)
+        text, self.cache, _, _ = speculate_jit(
+            self.params, self.cache, self.text, jax.random.key(0), n=3, n_draft=2,
+            draft=ngram_draft, state=None, **self.model)
+        self.text, self.lengths = np.array(text), np.asarray(self.cache.length)
+        self.append(self.text[self.row, self.lengths][:, None])  # the last token, which it lacks
+        self.check_greedy(start)
+
+    def rollback(self):
+        self.lengths = self.random.integers(1, np.minimum(self.lengths, SLOTS - 1) + 1)
+        self.cache = self.cache._replace(length=jnp.asarray(self.lengths, jnp.int32))
+        self.append(self.tokens(self.rows, 1))
+
+    def refill(self):
+        row, T = self.random.integers(self.rows), self.random.integers(1, PROMPT + 1)
+        prompt = self.tokens(1, PROMPT)
+        logits, self.cache = refill_jit(self.params, self.cache, self.logits[:, -1], row, prompt,
+                                        np.array([T]), **self.model)
+        self.text[row, :PROMPT], self.lengths = prompt, np.where(self.row == row, T, self.lengths)
+        self.logits = logits[:, None]
+
+    def recompute(self):
+        return np.asarray(rounded_forward_jit(self.params, self.text, cfg=self.cfg,
+                                              dtype=self.dtype))
+
+    def check_greedy(self, start):
+        """From `start` on, each token's logit is the largest, within the errors of both."""
+        logits, index = self.recompute()[:, :-1], np.arange(1, SLOTS)
+        largest = logits.max(-1)
+        gap = largest - np.take_along_axis(logits, self.text[:, 1:, None], axis=-1)[..., 0]
+        new = (index >= start[:, None]) & (index < self.lengths[:, None])
+        assert np.all((gap <= 2 * self.tolerance * (1 + np.abs(largest)))[new])
+
+    def check(self):
+        assert np.array_equal(self.cache.length, self.lengths)
+        T = self.logits.shape[1]
+        close(self.logits, self.recompute()[self.places(-T, 0)], self.tolerance)
+
+
+MOVES = st.lists(st.sampled_from(["extend", "generate", "speculate", "rollback", "refill"]),
+                 min_size=1, max_size=9)
+
+
+def mix(state, moves):
+    """Check a Mixture, then after each move; a row that is full is rolled back."""
     state.check()
     for move in moves:
-        if max(map(len, state.text)) > state.slots - 8:
-            break
-        getattr(state, move)()
+        full = state.lengths.max() + state.growth > SLOTS
+        getattr(state, "rollback" if full and move != "refill" else move)()
         state.check()
 
 
-# ----------------------------------------------------------------------------- infer: real weights
+@pytest.mark.parametrize("cfg, dtype, kind", [
+    (CONFIGS[0], "float32", None), (replace(CONFIGS[1], L=1), "int8", None),
+    (CONFIGS[2], "float32", Q8), (replace(CONFIGS[3], L=1), "float32", None),
+    (CONFIGS[4], "int8", Q8A8)])
+@given(MOVES, seeds)
+def test_any_mixture_of_everything_is_recomputation(cfg, dtype, kind, moves, seed):
+    mix(Mixture(cfg, HERE, dtype, kind, seed), moves)
+
+# ------------------------------------------------------------------------ infer: Hugging Face files
 
 
-def in_file(folder, tensors=None):
-    """The tensors of a folder's one file; or replaces them, as another program would."""
-    from safetensors.numpy import load_file, save_file
-    if tensors is None:
-        return load_file(folder / "model.safetensors")
-    save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()},
-              folder / "model.safetensors")
+def read_file(folder, name="model.safetensors"):
+    from safetensors.numpy import load_file
+    return load_file(folder / name)
 
 
-def edit(folder, **more):
+def write_file(folder, tensors, name="model.safetensors"):
+    """As another program writes it, without the metadata of `save`."""
+    from safetensors.numpy import save_file
+    save_file({key: np.ascontiguousarray(a) for key, a in tensors.items()}, folder / name)
+
+
+def write_shards(folder, tensors):
+    """Two files and their index, in place of one, named as by the second edition of minillm; they
+    are symlinks, as in a cache of downloads."""
+    files = {name: f"minillm-01ab-{i % 2 + 1}-of-2.safetensors" for i, name in enumerate(tensors)}
+    for file in {*files.values()}:
+        part = {name: tensors[name] for name in tensors if files[name] == file}
+        write_file(folder.parent, part, file)
+        (folder / file).symlink_to(folder.parent / file)
+    index = {"metadata": {"minillm_save": "01ab"}, "weight_map": files}
+    (folder / infer.INDEX).write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+def edit_config(folder, **changes):
     file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def same(a, b):
-    return all(x.dtype == y.dtype and np.array_equal(x, y)
-               for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
-
-
-@files
-@pytest.mark.parametrize("cfg, dtype, shard_bytes", [
-    (CONFIGS[0], "float32", 5e9), (CONFIGS[1], "bfloat16", 700), (CONFIGS[2], "float16", 5e9),
-    (replace(CONFIGS[4], rope_scaling=(8, 1, 4, 64)), "float32", 1)], ids=repr)
-def test_what_is_saved_is_loaded_bit_for_bit(cfg, dtype, shard_bytes, tmp_path):
-    cfg, params = replace(cfg, dtype=dtype), cast(weights(cfg), dtype)
-    if cfg.embed_scale:  # stored less one: what has been 1 + w in f32 comes back whole
-        params = jax.tree.map(lambda w: 1 + (w - 1) if w.ndim == 1 else w, params)
-    save(tmp_path, cfg, weights(cfg))  # an earlier one, in one file
-    save(tmp_path, cfg, params, shard_bytes=shard_bytes)
-    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_bytes < 5e9)
-    found, ours = load(tmp_path)
-    assert found == cfg and same(ours, params)
-    _, wide = load(tmp_path, "float32")
-    assert all(np.array_equal(a, b.astype("float32")) and a.dtype == jnp.float32
-               for a, b in zip(*map(jax.tree.leaves, (wide, params))))
-
-
-def small_file(tmp_path):
-    """A safetensors file written by hand: a length, a header and raw arrays, in order."""
-    a, b = np.arange(6, dtype="<f4").reshape(2, 3), np.array([1.5, -2], "<f2")
-    header = {"b": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]},
-              "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [4, 28]}}
-    return tmp_path / "x.safetensors", header, b.tobytes() + a.tobytes(), {"a": a, "b": b}
-
-
-def write_file(path, header, data, length=None):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+def some_adam(params):
+    """An optimizer's state without zeros."""
+    return Adam(jnp.int32(7), *(jax.tree.map(f, params) for f in (jnp.sin, jnp.square)))
 
 
 @files
-@given(st.data())
-def test_a_damaged_file_is_refused_by_its_name_or_holds_what_it_says(tmp_path_factory, data):
-    path, header, raw, arrays = small_file(tmp_path_factory.mktemp("files"))
-    write_file(path, header, raw)
-    whole, found = path.read_bytes(), infer.open_tensors(path)
-    assert {*found.keys()} == {*arrays} and all(
-        np.array_equal(found.get_slice(name)[:], a) for name, a in arrays.items())
-    start = data.draw(st.integers(0, len(whole) - 29))
-    stop = data.draw(st.integers(start + 1, len(whole) - 28))
-    size = stop - start
-    path.write_bytes(whole[:start] + data.draw(st.binary(min_size=size, max_size=size))
-                     + whole[stop:])
-    try:
-        found = infer.open_tensors(path)
-        for name in found.keys():
-            found.get_slice(name)[:]
-    except ValueError as error:
-        assert str(path) in str(error)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("cfg", [*CONFIGS[:2], replace(CONFIGS[4], rope_scaling=(8, 1, 4, 64))])
+def test_what_is_saved_is_loaded_bit_for_bit(cfg, dtype, tmp_path):
+    cfg, params = replace(cfg, dtype=dtype), weights(cfg)
+    adam = some_adam(params)
+    save_state(tmp_path, cfg, params, adam)  # parameters stay float32 whatever cfg computes in
+    loaded_cfg, *state = load_state(tmp_path)
+    assert loaded_cfg == cfg and same(state, [params, adam]) and same(load(tmp_path)[1], params)
+    params = cast(params, dtype)
+    if cfg.embed_scale:  # files store norm scales less one, in float32
+        params = jax.tree.map(lambda w: 1 + jnp.float32(w - 1) if w.ndim == 1 else w, params)
+    save(tmp_path, cfg, params)  # counts before the state
+    assert same(load(tmp_path, "float32")[1], cast(params, "float32"))
+    for write in (lambda *_: None, write_file, write_shards):
+        write(tmp_path, read_file(tmp_path))  # without metadata, config.json counts
+        loaded_cfg, loaded = load(tmp_path)
+        assert loaded_cfg == cfg and same(loaded, params)
 
 
 @files
-def test_what_does_not_fit_in_a_file_is_refused_by_the_files_name(tmp_path):
-    path, header, raw, _ = small_file(tmp_path)
+@pytest.mark.parametrize("cfg", [grouped, CONFIGS[4]])
+def test_training_that_is_saved_and_resumed_is_one_longer_training_bit_for_bit(cfg, tmp_path):
+    step, tokens = jax.jit(train_step, static_argnames="cfg"), draw_tokens(cfg, 6, 2, 7)
+    params, adam = weights(cfg), adam_init(weights(cfg))
+    for i in range(6):
+        if i == 3:
+            save_state(tmp_path, cfg, params, adam)
+        params, adam, _ = step(params, adam, tokens[i], cfg, 1e-2)
+    _, *resumed = load_state(tmp_path)
+    for i in range(3, 6):
+        *resumed, _ = step(*resumed, tokens[i], cfg, 1e-2)
+    assert same(resumed, [params, adam])
 
-    def with_a(**more):
-        return {**header, "a": {**header["a"], **more}}
 
-    for text, data, *length in (
-            (with_a(data_offsets=[0, 24]), raw[:24]), (with_a(data_offsets=[8, 32]), raw + b"1234"),
-            (header, raw + b"more"), (header, raw[:-1]), (with_a(shape=[-2, -3]), raw),
-            (with_a(shape=[2 ** 62, 6]), raw), (with_a(dtype="I64", shape=[3]), raw),
-            (json.dumps(header).encode("utf-16"), raw), (b"[" * 10 ** 5, b""),
-            (b'{"a":' * 10 ** 5, b""), (header, raw, 2 ** 60), (header, raw, 9), (b"", b"")):
-        write_file(path, text, data, *length)
-        check(lambda: infer.open_tensors(path), path)
-    path.write_bytes(b"")
-    check(lambda: infer.open_tensors(path), path)
+def published(family, layers, width, heads, inner, vocab, **others):
+    return dict(model_type=family, num_hidden_layers=layers, hidden_size=width, hidden_act="silu",
+                num_attention_heads=heads, intermediate_size=inner, vocab_size=vocab) | others
 
 
 PUBLISHED_JSON = {  # as each model's own config.json spells it, without what changes nothing
-    "llama-3.2-1b": dict(
-        model_type="llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=64, vocab_size=128256,
-        hidden_act="silu", rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=True,
-        max_position_embeddings=131072, attention_bias=False, mlp_bias=False, pretraining_tp=1,
+    "llama-3.2-1b": published(
+        "llama", 16, 2048, 32, 8192, 128256, num_key_value_heads=8, head_dim=64, rms_norm_eps=1e-5,
+        rope_theta=500000.0, tie_word_embeddings=True, attention_bias=False, torch_dtype="bfloat16",
         rope_scaling=dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0,
-                          original_max_position_embeddings=8192, rope_type="llama3"),
-        torch_dtype="bfloat16"),
-    "llama-2-7b": dict(
-        model_type="llama", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-        num_attention_heads=32, vocab_size=32000, hidden_act="silu", rms_norm_eps=1e-5,
-        rope_scaling=None, tie_word_embeddings=False, torch_dtype="float16"),
-    "smollm2-135m": dict(
-        model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, hidden_act="silu",
-        rms_norm_eps=1e-5, rope_theta=100000, tie_word_embeddings=True, is_llama_config=True,
-        rope_interleaved=False, rope_scaling=None, head_dim=None, dtype="bfloat16"),
-    "mistral-7b": dict(
-        model_type="mistral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, vocab_size=32768, hidden_act="silu",
-        rms_norm_eps=1e-5, rope_parameters=dict(rope_theta=1e6, rope_type="default"),
-        sliding_window=None, max_position_embeddings=32768),
-    "qwen3-0.6b": dict(
-        model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
-        num_attention_heads=16, num_key_value_heads=8, head_dim=128, vocab_size=151936,
-        hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000000, rope_scaling=None,
-        attention_bias=False, sliding_window=4096, use_sliding_window=False, max_window_layers=28,
-        max_position_embeddings=40960, tie_word_embeddings=True, torch_dtype="bfloat16"),
-    "gemma-2b": dict(
-        model_type="gemma", hidden_size=2048, intermediate_size=16384, num_hidden_layers=18,
-        num_attention_heads=8, num_key_value_heads=1, head_dim=256, vocab_size=256000,
-        hidden_act="gelu", hidden_activation=None, rms_norm_eps=1e-6, rope_theta=10000.0)}
+                          original_max_position_embeddings=8192, rope_type="llama3")),
+    "llama-2-7b": published(
+        "llama", 32, 4096, 32, 11008, 32000, rms_norm_eps=1e-5, rope_scaling=None,
+        tie_word_embeddings=False, torch_dtype="float16"),
+    "smollm2-135m": published(
+        "llama", 30, 576, 9, 1536, 49152, num_key_value_heads=3, rms_norm_eps=1e-5, head_dim=None,
+        rope_theta=100000, tie_word_embeddings=True, rope_interleaved=False, dtype="bfloat16"),
+    "mistral-7b": published(
+        "mistral", 32, 4096, 32, 14336, 32768, num_key_value_heads=8, rms_norm_eps=1e-5,
+        rope_theta=1e6, sliding_window=None, max_position_embeddings=32768),
+    "qwen3-0.6b": published(
+        "qwen3", 28, 1024, 16, 3072, 151936, num_key_value_heads=8, rms_norm_eps=1e-6,
+        rope_theta=1000000, sliding_window=4096, use_sliding_window=False,
+        max_position_embeddings=40960, tie_word_embeddings=True),
+    "gemma-2b": published(
+        "gemma", 18, 2048, 8, 16384, 256000, num_key_value_heads=1, hidden_act="gelu",
+        hidden_activation=None, rope_theta=10000.0)}
 
 
 @pytest.mark.parametrize("name", PUBLISHED_JSON)
-def test_published_configurations_are_understood_however_they_spell_it(name):
-    assert infer.parse_config(PUBLISHED_JSON[name]) == bench.MODELS[name]
+def test_published_configs_are_understood_as_transformers_4_and_5_spell_them(name):
+    config = PUBLISHED_JSON[name]
+    cfg = infer.parse_config(config)
+    assert replace(cfg, dtype="float32") == bench.MODELS[name]
+    version_5 = {key: value for key, value in config.items() if not key.startswith("rope_")}
+    version_5 |= {"layer_types": ["full_attention"] * cfg.L, "rope_parameters": {
+        "rope_type": "default", "rope_theta": cfg.rope_base, **(config.get("rope_scaling") or {})}}
+    assert infer.parse_config(version_5) == cfg
+    edited = {**config, "num_key_value_heads": None, "sliding_window": 2 ** 17}
+    assert infer.parse_config(edited) == replace(cfg, K=cfg.H)
 
 
-@pytest.mark.parametrize("asked", [
-    dict(model_type="gemma2"), dict(model_type=None), dict(attention_bias=True),
-    dict(mlp_bias=True),
-    dict(rope_scaling=dict(type="linear", factor=2.0)), dict(hidden_act="relu"),
-    dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), dict(partial_rotary_factor=0.5),
-    dict(rope_parameters=dict(rope_type="yarn", factor=4.0), rope_scaling=None),
-    dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4))), dict(use_qk_norm=True),
-    dict(attn_logit_softcapping=50.0), dict(final_logit_softcapping=30.0),
-    dict(quantization_config=dict(bits=4)),
-    dict(sliding_window=64, use_sliding_window=True, model_type="qwen3"),
-    dict(sliding_window=64, max_position_embeddings=128),
-    dict(layer_types=["sliding_attention"]), dict(rope_scaling=dict(rope_type="llama3", factor=8)),
-    dict(hidden_size=None), dict(num_key_value_heads=9), dict(rope_scaling="wrong kind"),
-    dict(head_dim=2 ** 70), dict(rms_norm_eps=10 ** 400), dict(max_position_embeddings=0),
-    dict(layer_types=[{}]), dict(hidden_size=-64),
-    dict(tie_word_embeddings="false"), dict(rms_norm_eps="1e-6"), dict(rms_norm_eps=-1),
-    dict(rope_theta=math.nan), dict(hidden_size="32"), dict(hidden_size=32.0),
-    dict(hidden_size=True), dict(hidden_act=None, hidden_activation=["silu"]),
-    dict(hidden_activation="gelu_pytorch_tanh"), dict(layer_types="full_attention"),
-    dict(rope_parameters=dict(rope_theta=1e4, rope_type="default"))], ids=repr)
-def test_what_config_json_asks_for_and_is_not_implemented_is_refused_by_name(asked):
-    name = next(iter(asked))
-    if name == "rope_scaling" and "factor': 8" in str(asked):
-        name = "low_freq_factor"
-    elif "wrong" in str(asked):
-        name = "wrong kind"
-    name = {"rope_scaling": "rope_type", "num_key_value_heads": "K=9"}.get(name, name)
-    name = "yarn" if "yarn" in str(asked) else name
-    check(lambda: infer.parse_config({**PUBLISHED_JSON["llama-3.2-1b"], **asked}), name)
-    assert infer.parse_config({**PUBLISHED_JSON["mistral-7b"], "sliding_window": 32768})
-    without = {**PUBLISHED_JSON["mistral-7b"]}
-    del without["sliding_window"]  # Mistral's default is 4,096
-    check(lambda: infer.parse_config(without), "sliding_window=4096", 32768)
+REFUSED = dict(
+    model_type=["gemma2", None], hidden_size=[None, -64, "32", 32.0, True], head_dim=[2 ** 70],
+    rms_norm_eps=["1e-6", -1, 10 ** 400], rope_theta=[math.nan], max_position_embeddings=[0],
+    tie_word_embeddings=["false"], hidden_act=["relu", "gelu", ["silu"]], attention_bias=[True],
+    hidden_activation=["gelu_pytorch_tanh"], partial_rotary_factor=[0.5], use_qk_norm=[True],
+    attn_logit_softcapping=[50.0], quantization_config=[dict(bits=4)], sliding_window=[64],
+    layer_types=[["full_attention", "sliding_attention"], [{}], "full_attention"])
+
+
+@pytest.mark.parametrize("word, changes", [
+    *((key, {key: value}) for key, values in REFUSED.items() for value in values),
+    ("K=9", dict(num_key_value_heads=9)), ("wrong kind", dict(rope_scaling="wrong kind")),
+    ("sliding_window=4096", dict(model_type="mistral")),  # its default
+    ("sliding_window", dict(model_type="qwen3", sliding_window=64, use_sliding_window=True)),
+    ("linear", dict(rope_scaling=dict(type="linear", factor=2.0))),
+    ("low_freq_factor", dict(rope_scaling=dict(rope_type="llama3", factor=8))),
+    ("yarn", dict(rope_parameters=dict(rope_type="yarn", factor=4.0), rope_scaling=None)),
+    ("full_attention", dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4)))),
+    ("rope_theta", dict(rope_parameters=dict(rope_theta=1e4)))], ids=repr)
+def test_a_config_that_is_not_implemented_is_refused_by_name(word, changes):
+    check(lambda: infer.parse_config({**PUBLISHED_JSON["llama-3.2-1b"], **changes}), word)
 
 
 @files
-def test_a_folder_that_does_not_hold_the_model_is_refused_by_name(tmp_path, monkeypatch):
+def test_a_folder_without_the_whole_model_is_refused_by_name(tmp_path, monkeypatch):
     cfg, params = CONFIGS[1], weights(CONFIGS[1])
-    check(lambda: load(tmp_path / "none"), "none", "No such file")
-    check(lambda: save(tmp_path, cfg, quantize_params(params, cfg)), "int8")
-    check(lambda: save(tmp_path, replace(cfg, qk_norm=False), params), "qk_norm")
-    check(lambda: forward(params, draw_tokens(cfg, 1, 3), replace(cfg, qk_norm=False)), "qk_norm")
-    check(lambda: save(tmp_path, replace(cfg, F=21), params), "gate_proj", "(20, 16)", "(21, 16)")
-    check(lambda: save(tmp_path, replace(cfg, rope_base=math.nan), params), "rope_theta=nan")
-    assert not list(tmp_path.iterdir())
-    save(tmp_path, cfg, params)
-    found = in_file(tmp_path)
-    lost = {name: a for name, a in found.items() if "layers.1.mlp.up" not in name}
-    norm = found["model.norm.weight"]
-    for tensors, words in (
-            (lost, ["model.layers.1.mlp.up_proj.weight", "missing"]),
-            ({**found, "model.layers.0.self_attn.sinks": norm}, ["sinks", "not part"]),
-            ({**found, "x.rotary_emb.inv_freq": norm}, ["inv_freq", "frequencies"]),
-            ({**found, "model.layers.2.input_layernorm.weight": norm}, ["3 layers", "=2"]),
-            ({**found, "model.norm.weight": np.ones(9, np.float32)}, ["model.norm", "[9]", "16"])):
-        in_file(tmp_path, tensors)
-        check(lambda: load(tmp_path), *words)
-    in_file(tmp_path, {**found, "x.rotary_emb.inv_freq": np.float16(minillm.frequencies(cfg))})
-    assert load(tmp_path)[0] == cfg
-    edit(tmp_path, num_hidden_layers=10 ** 9)
-    check(lambda: load(tmp_path), "num_hidden_layers=1000000000", "2 layers")
-    (tmp_path / "model.safetensors").unlink()
     check(lambda: load(tmp_path), "model.safetensors", "No such file")
+    save(tmp_path, cfg, params)
+    tensors = read_file(tmp_path)
+    check(lambda: load_state(tmp_path), "state.safetensors", "No such file")
+    write_file(tmp_path, tensors, "state.safetensors")
+    check(lambda: load_state(tmp_path), "state.safetensors", "save_state")
+    up, norm = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+    table = "model.rotary_emb.inv_freq"
+    scales = tensors[norm]
+    for changes, *words in (
+            ({up: None}, up, "missing"), ({"x.sinks": scales}, "x.sinks", "not part"),
+            ({table: scales}, table), ({up.replace("1", "2"): tensors[up]}, "layers.2"),
+            ({norm: scales[:9]}, norm, (9,), (16,)), ({norm: np.int64(scales)}, "I64")):
+        arrays = {**tensors, **changes}
+        write_file(tmp_path, {name: a for name, a in arrays.items() if a is not None})
+        check(lambda: load(tmp_path), tmp_path, *words)
+    write_file(tmp_path, {**tensors, table: np.float16(minillm.frequencies(cfg))})
+    assert load(tmp_path)[0] == cfg
+    edit_config(tmp_path, num_hidden_layers=10 ** 9)
+    check(lambda: load(tmp_path), "num_hidden_layers=1000000000")
     for text in (b"{", b"[" * 10 ** 5, b"[]", b"\xff"):
         (tmp_path / "config.json").write_bytes(text)
         check(lambda: load(tmp_path), "config.json", "JSON")
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    check(lambda: load(tmp_path), 'pip install ".[hf]"')
     check(lambda: save(tmp_path / "new", cfg, params), 'pip install ".[hf]"')
+    assert not (tmp_path / "new").exists()
 
 
 @files
-def test_a_head_of_its_own_counts_and_tied_tables_stand_under_either_name(tmp_path):
+@pytest.mark.parametrize("change", [
+    lambda file: file[:-1], lambda file: file + b"0", lambda file: b"", lambda file: b"PK" + file,
+    lambda file: file.replace(b"F32", b"F16", 1)])
+def test_a_damaged_or_foreign_file_is_refused_by_its_name(change, tmp_path):
+    save(tmp_path, grouped, weights(grouped))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(change(file.read_bytes()))
+    check(lambda: load(tmp_path), file)
+
+
+@files
+def test_what_cannot_be_loaded_is_not_saved(tmp_path):
+    cfg, params = CONFIGS[1], weights(CONFIGS[1])
+    for write in (save, partial(save_state, adam=adam_init(params))):
+        check(lambda: write(tmp_path, replace(cfg, qk_norm=False), params), "qk_norm")
+        check(lambda: write(tmp_path, replace(cfg, F=21), params), "gate_proj", 20, 21)
+        check(lambda: write(tmp_path, replace(cfg, rope_base=math.nan), params), "rope_theta=nan")
+        check(lambda: write(tmp_path, cfg, quantize_params(params, cfg)), "int8")
+    check(lambda: save_state(tmp_path, cfg, params, adam_init(weights(grouped))), "params")
+    assert not [*tmp_path.iterdir()]
+
+
+@files
+def test_a_head_that_differs_counts_and_a_tied_table_stands_under_either_name(tmp_path):
     """As transformers 5.24 reads them: where config.json says tied, the file has the last word."""
-    cfg, params = CONFIGS[0], weights(CONFIGS[0])
+    cfg, params = grouped, weights(grouped)
     save(tmp_path, cfg, params)
-    found = in_file(tmp_path)
-    table = found["model.embed_tokens.weight"]
-    both, own = {**found, "lm_head.weight": table}, {**found, "lm_head.weight": table[::-1]}
-    alone = {name: a for name, a in both.items() if "embed_tokens" not in name}
-    for tensors, head in ((both, None), (alone, None), (own, table[::-1])):
-        in_file(tmp_path, tensors)
-        other, theirs = load(tmp_path)
-        assert other == replace(cfg, tied=head is None)
-        assert same(theirs, params._replace(unembed=head))
-    edit(tmp_path, tie_word_embeddings=False)
-    in_file(tmp_path, found)
+    tensors = read_file(tmp_path)
+    table = tensors["model.embed_tokens.weight"]
+    head_only = {**tensors, "lm_head.weight": table}
+    del head_only["model.embed_tokens.weight"]
+    for arrays, head in ((head_only, None), (tensors | head_only, None),
+                         ({**tensors, "lm_head.weight": table[::-1]}, table[::-1])):
+        write_file(tmp_path, arrays)
+        loaded_cfg, loaded = load(tmp_path)
+        assert loaded_cfg == replace(cfg, tied=head is None)
+        assert same(loaded, params._replace(unembed=head))
+    edit_config(tmp_path, tie_word_embeddings=False)
+    write_file(tmp_path, tensors)
     check(lambda: load(tmp_path), "lm_head.weight", "missing")
 
 
 @files
-@pytest.mark.parametrize("file", ["../x.safetensors", "/x.safetensors", "", "..", "x.bin", 3, None,
-                                  ["model.safetensors"], {}, "no\0where.safetensors"], ids=repr)
-def test_an_index_names_files_of_its_own_folder_and_each_holds_what_it_says(file, tmp_path):
-    cfg, params = CONFIGS[0], weights(CONFIGS[0])
-    save(tmp_path, cfg, params, shard_bytes=700)
+def test_an_index_names_files_of_its_folder_that_hold_what_it_says(tmp_path):
+    save(tmp_path, grouped, weights(grouped))
+    tensors = read_file(tmp_path)
+    write_shards(tmp_path, tensors)
     index = tmp_path / infer.INDEX
-    whole = json.loads(index.read_text())
-    name, *_, other = whole["weight_map"]
-    for said, words in (
-            ({**whole["weight_map"], name: file}, [name, repr(file)]),
-            ({**whole["weight_map"], name: whole["weight_map"][other]}, [name]),
-            ({**whole["weight_map"], "more": whole["weight_map"][other]}, ["more"])):
-        index.write_text(json.dumps({**whole, "weight_map": said}))
-        check(lambda: load(tmp_path), index, *words)
-    for said in (None, [], {"weight_map": "all"}):
-        index.write_text(json.dumps(said))
+    text = index.read_text()
+    places = json.loads(text)["weight_map"]
+    name, other, *_ = places
+    for file in ("../x.safetensors", "/x.safetensors", "", "..", "x.bin", 3, None, {},
+                 ["model.safetensors"], "no\0where.safetensors", places[other]):
+        index.write_text(json.dumps({"weight_map": {**places, name: file}}))
+        check(lambda: load(tmp_path), index, name, repr(file))
+    for content in ({}, {"weight_map": "all"}, []):
+        index.write_text(json.dumps(content))
         check(lambda: load(tmp_path), index)
-    save(tmp_path, cfg, params)  # one file counts before an index, as in transformers
-    index.write_text(json.dumps(whole))
-    assert same(load(tmp_path)[1], params)
+    write_file(tmp_path, tensors)  # one file counts before an index, as in transformers
+    assert same(load(tmp_path)[1], weights(grouped))
 
 
 @files
 @pytest.mark.parametrize("axes, rules", [
-    (dict(tensor=4), shard.TENSOR), (dict(data=8, tensor=1), {"matrix": "data"}),
-    (dict(data=2, tensor=2), {**shard.TENSOR, "matrix": "data"}),
-    (dict(tensor=2), dict(D="tensor"))])
-@pytest.mark.parametrize("cfg", [
-    Config(L=2, E=16, H=8, K=4, D=4, F=24, V=32, tied=False, qk_norm=True),
-    Config(L=1, E=8, H=4, K=4, D=2, F=16, V=16, act="gelu", embed_scale=True)])
-def test_each_device_is_given_its_part_of_each_tensor_and_no_more_is_read(
-        cfg, axes, rules, tmp_path, monkeypatch):
+    (dict(tensor=3), shard.TENSOR), (dict(tensor=8), shard.TENSOR),
+    (dict(data=8, tensor=1), {"matrix": "data"}), (dict(tensor=2), dict(D="tensor")),
+    (dict(data=2, tensor=2), {**shard.TENSOR, "matrix": "data"})])
+def test_a_model_saved_from_four_devices_is_loaded_on_any_number_and_each_reads_only_its_part(
+        axes, rules, tmp_path, monkeypatch):
     class Counted(NamedTuple):
-        tensor: object
-        get_shape = property(lambda self: self.tensor.get_shape)
+        array: np.ndarray
+        shape = property(lambda self: self.array.shape)
+
+        def reshape(self, shape):
+            return Counted(self.array.reshape(shape))
 
         def __getitem__(self, index):
-            read.append(self.tensor[index].nbytes)
-            return self.tensor[index]
+            bytes_read.append(self.array[index].nbytes)
+            return self.array[index]
 
-    save(tmp_path, cfg, weights(cfg))
-    _, whole = load(tmp_path)
-    found, mark = infer.find_tensors(tmp_path)
-    counted, read = {name: Counted(tensor) for name, tensor in found.items()}, []
-    monkeypatch.setattr(infer, "find_tensors", lambda path: (counted, mark))
-    mesh = shard.make_mesh(**axes)
-    _, split = load(tmp_path, shardings=partial(shard.shardings, mesh=mesh, rules=rules))
-    assert same(whole, split)
-    assert all(a.sharding == b for a, b in zip(*map(jax.tree.leaves, (
-        split, shard.shardings(cfg, mesh, rules)))))
-    inner = rules == dict(D="tensor")  # rows of a head are read together, and cut
-    assert sum(read) == 4 * param_count(cfg) or inner and sum(read) <= 8 * param_count(cfg)
-
-
-@files
-@pytest.mark.parametrize("n", [2, 3, 8])
-def test_a_model_saved_from_four_devices_is_loaded_on_any_number(n, tmp_path):
-    cfg = Config(L=1, E=24, H=24, K=24, D=2, F=24, V=24, tied=False)
-    params = weights(cfg)
-    save(tmp_path, cfg, shard.place(params, cfg, shard.make_mesh(tensor=4), shard.TENSOR),
-         adam=adam_init(params))
-    held = shard.shardings(cfg, shard.make_mesh(tensor=n), shard.TENSOR)
-    found, split = load(tmp_path, shardings=held)
-    split, adam = infer.load_adam(tmp_path, found, split)
-    assert same(split, params) and same(adam, adam_init(params)) and all(
-        a.sharding == b for tree in (split, adam.m, adam.v)
-        for a, b in zip(*map(jax.tree.leaves, (tree, held))))
-    check(lambda: load(tmp_path, shardings=lambda cfg: shard.shardings(
-        cfg, shard.make_mesh(tensor=7), shard.TENSOR)), "=24", "7 devices")
+    cfg = Config(L=1, E=24, H=24, K=24, D=2, F=24, V=24, tied=False, act="gelu", embed_scale=True)
+    params = shard.place(weights(cfg), cfg, shard.make_mesh(tensor=4), shard.TENSOR)
+    adam = some_adam(params)
+    save(tmp_path, cfg, params)
+    save_state(tmp_path, cfg, params, adam)
+    expected = load(tmp_path)[1], params, adam.m, adam.v
+    tensors, config = infer.find_tensors(tmp_path)
+    counted, bytes_read = {name: Counted(array) for name, array in tensors.items()}, []
+    monkeypatch.setattr(infer, "find_tensors", lambda path: (counted, config))
+    shardings = partial(shard.shardings, mesh=shard.make_mesh(**axes), rules=rules)
+    _, *state = load_state(tmp_path, shardings)
+    split = load(tmp_path, shardings=shardings)[1], state[0], *state[1][1:]
+    assert sum(bytes_read) == 4 * param_count(cfg) and same(split, expected)
+    assert jax.tree.map(lambda w: w.sharding, split) == (shardings(cfg),) * 4
 
 
 @files
-def test_two_processes_save_what_they_hold_together_and_each_loads_its_part(beside):
+def test_two_processes_save_a_split_model_together_and_each_loads_its_part(beside):
     beside["saves"]()
-    found, params = load(beside["folder"] / "saved")
-    jax.tree.map(close, params, init(jax.random.key(0), found))
-    assert np.all(infer.load_adam(beside["folder"] / "saved", found, params)[1].m.embed == 0)
+    cfg, params = load(beside["folder"] / "saved")
+    jax.tree.map(close, params, init(jax.random.key(0), cfg))
+    assert same(load_state(beside["folder"] / "saved")[1:], (params, adam_init(params)))
 
 
 @files
-@pytest.mark.parametrize("before", [5e9, 700])
-@pytest.mark.parametrize("after", [5e9, 700])
-def test_a_save_cut_short_anywhere_leaves_a_whole_model(before, after, tmp_path, monkeypatch):
-    """With its optimizer's state, at every call that touches the disk; and what others put there
-    stays."""
-    old, new = (CONFIGS[1], weights(CONFIGS[1])), (CONFIGS[0], weights(CONFIGS[0]))
-    third, calls = (replace(CONFIGS[1], rope_base=5e5), weights(CONFIGS[1], seed=1)), 0
-    others = "model_ema.safetensors", "model.lora.safetensors", "tokenizer.json"
-
-    def state(params):
-        return minillm.Adam(jnp.int32(7), params, jax.tree.map(jnp.square, params))
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_save_cut_short_anywhere_leaves_a_whole_model(shards, tmp_path, monkeypatch):
+    """At every call that touches the disk; after it none works, as after a kill."""
+    old, new, calls = CONFIGS[1], grouped, math.inf
 
     def cut(call):
-        def instead(*args, **more):
+        def wrapper(*args, **kwargs):
             nonlocal calls
             calls -= 1
-            if calls == 0:
+            if calls < 0:
                 raise KeyboardInterrupt
-            return call(*args, **more)
-        return instead
+            return call(*args, **kwargs)
+        return wrapper
 
-    def run(most):
-        nonlocal calls
-        folder = tmp_path / str(most)
-        save(folder, *old, before, adam=state(old[1]))
-        for other in others:
-            (folder / other).write_text(other)
-        for cfg, params in (third, new):  # twice
-            calls = most
-            with contextlib.suppress(KeyboardInterrupt):
-                save(folder, cfg, params, after, adam=state(params))
-        done, calls, found = calls > 0, 0, load(folder)
-        assert any(found[0] == cfg and same(found[1], params) for cfg, params in (old, third, new))
-        assert same(infer.load_adam(folder, *found), (found[1], state(found[1])))
-        save(folder, *new)  # and the next one clears up
-        assert same(load(folder)[1], new[1]) and {path.name for path in folder.iterdir()} == {
-            "config.json", "model.safetensors", *others}
-        assert all((folder / other).read_text() == other for other in others)
-        return done
+    def save_both(cfg):
+        save(folder, cfg, weights(cfg))
+        save_state(folder, cfg, weights(cfg), some_adam(weights(cfg)))
 
-    for name in ("replace", "unlink", "write_text", "write_bytes", "mkdir"):
+    for name in ("replace", "unlink", "write_text", "mkdir", "chmod"):
         monkeypatch.setattr(pathlib.Path, name, cut(getattr(pathlib.Path, name)))
-    monkeypatch.setattr(infer, "write_tensors", cut(infer.write_tensors))
-    assert next(most for most in itertools.count(1) if run(most)) > 5
+    tensors = infer.library().numpy
+    monkeypatch.setattr(tensors, "save_file", cut(tensors.save_file))
+    for limit in itertools.count():
+        folder = tmp_path / str(limit)
+        save_both(old)
+        edit_config(folder, eos_token_id=3)
+        if shards:
+            write_shards(folder, read_file(folder))
+        (folder / "tokenizer.json").touch()
+        others = {path: path.read_bytes() for path in folder.iterdir()
+                  if path.name not in ("config.json", "model.safetensors", "state.safetensors")}
+        calls = limit
+        with contextlib.suppress(KeyboardInterrupt):
+            save_both(new)
+        finished, calls = calls >= 0, math.inf
+        cfg, params = load(folder)
+        assert cfg in (old, new) and same(params, weights(cfg))
+        state_cfg, *state = load_state(folder)
+        assert state_cfg in (old, new)
+        assert same(state, [weights(state_cfg), some_adam(weights(state_cfg))])
+        assert infer.read_json(folder / "config.json")["eos_token_id"] == 3
+        assert all(path.read_bytes() == content for path, content in others.items())
+        if finished:
+            break
+    assert limit > 10 and cfg == state_cfg == new and len([*folder.iterdir()]) == len(others) + 3
 
 
 @files
-def test_a_file_of_others_that_would_be_read_instead_is_not_replaced(tmp_path):
-    cfg, params = CONFIGS[0], weights(CONFIGS[0])
-    save(tmp_path, cfg, params)
-    in_file(tmp_path, in_file(tmp_path))  # as another program writes it
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    check(lambda: save(tmp_path, cfg, params, shard_bytes=700), "model.safetensors", "elsewhere")
-    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-
+def test_keys_of_an_earlier_config_that_config_does_not_know_stay(tmp_path):
+    save(tmp_path, CONFIGS[4], weights(CONFIGS[4]))
+    edit_config(tmp_path, eos_token_id=[1, 7], max_position_embeddings=64, dtype="float16",
+                quantization_config={}, hidden_activation="gelu_pytorch_tanh",
+                layer_types=["sliding_attention"], rope_parameters=dict(rope_theta=7.0))
+    save(tmp_path, grouped, weights(grouped))
+    config = infer.read_json(tmp_path / "config.json")
+    assert infer.parse_config(config) == grouped and config["eos_token_id"] == [1, 7]
+    assert config["max_position_embeddings"] == 64 and "quantization_config" not in config
 def test_llama_3_scaling_slows_slow_pairs_and_leaves_fast_ones():
-    """Llama 3.2 1B: of 32 pairs, those that turn more than 4 times in 8,192 tokens are as before,
-    those of less than once turn 32 times slower, and speeds stay in order."""
+    """Llama 3.2 1B: of 32 pairs, those that turn more than 4 times in 8,192 tokens stay as they
+    are, those that turn less than once become 32 times slower, and the 3 between are interpolated.
+    They stay in order."""
     cfg = bench.MODELS["llama-3.2-1b"]
     before, after = (np.arctan2(np.asarray(sin), np.asarray(cos))[0, 0].astype(float)
                      for cos, sin in (rotary(jnp.array([[1]]), c)
                                       for c in (replace(cfg, rope_scaling=None), cfg)))
     turns = 8192 * before / (2 * np.pi)
-    close(after[turns > 4], before[turns > 4])
-    np.testing.assert_allclose(after[turns < 1], before[turns < 1] / 32, rtol=1e-4)
-    between = (turns >= 1) & (turns <= 4)
-    mixed = before * ((turns - 1) / 3 + (1 - (turns - 1) / 3) / 32)
-    assert between.sum() == 3 and np.all(np.diff(after) < 0)
-    np.testing.assert_allclose(after[between], mixed[between], rtol=1e-4)
+    share = np.clip((turns - 1) / 3, 0, 1)
+    np.testing.assert_allclose(after, before * (share + (1 - share) / 32), rtol=TOLERANCE)
+    assert np.sum((turns > 1) & (turns < 4)) == 3 and np.all(np.diff(after) < 0)
 
 
 # --------------------------------------------------------------------------------- infer: its costs
 
 
-def narrowed(cfg, dtype):
-    """cfg and abstract parameters, int8 ones too, whose activations are bf16."""
+def abstract_in(cfg, dtype):
+    """cfg, dtype -> cfg, Params: shapes of weights of this dtype, and cfg with that of activations,
+    which for int8 is bfloat16."""
     cfg = replace(cfg, dtype="bfloat16" if dtype == "int8" else dtype)
-    params = abstract(cfg)
-    return cfg, jax.eval_shape(lambda p: quantize_params(p, cfg), params) if dtype == "int8" \
-        else params
+    convert = partial(quantize_params, cfg=cfg) if dtype == "int8" else lambda params: params
+    return cfg, jax.eval_shape(convert, abstract(cfg))
 
 
-@given(configs, st.integers(1, 3), st.sampled_from([1, 3, 70]), st.integers(1, 5),
-       st.sampled_from(["float32", "bfloat16", "int8"]))
-def test_prefill_extend_and_generate_multiply_what_the_formulas_say(cfg, B, T, n, dtype):
-    cfg, params, S = *narrowed(cfg, dtype), T + n
-    cache = jax.eval_shape(lambda: init_cache(cfg, B, S, "int8" if B == 2 else "float32"))
+def read_and_unembed(params, cache, tokens, cfg):
+    """Params, Cache, BT, cfg -> BTV, Cache: what `decode_flops` and `decode_bytes` count."""
+    x, cache = extend(params, cache, tokens, cfg)
+    return unembed(params, x, cfg), cache
+
+
+@pytest.mark.parametrize("cfg", CONFIGS)
+@pytest.mark.parametrize("dtype, cache_dtype, B, T, n", [("float32", "int8", 2, 3, 5),
+                                                         ("int8", "float32", 3, 70, 2)])
+def test_prefill_extend_and_generate_multiply_what_formulas_say(cfg, dtype, cache_dtype, B, T, n):
+    (cfg, params), S = abstract_in(cfg, dtype), T + n
+    cache = jax.eval_shape(lambda: init_cache(cfg, B, S, cache_dtype))
     assert traced_flops(partial(prefill, cfg=cfg), params, cache, shaped(B, T), shaped(B)) \
         == sum(prefill_flops(cfg, B, T).values())
-
-    def verify(params, cache, tokens):
-        x, cache = extend(params, cache, tokens, cfg)
-        return unembed(params, x, cfg), cache
-
-    assert traced_flops(verify, params, cache, shaped(B, T)) \
+    assert traced_flops(partial(read_and_unembed, cfg=cfg), params, cache, shaped(B, T)) \
         == sum(decode_flops(cfg, B, S, T).values())
     assert traced_flops(partial(generate, n=n, cfg=cfg), params, cache,
                         shaped(B, cfg.V, dtype="float32"), jax.random.key(0)) \
         == n * sum(decode_flops(cfg, B, S).values())
 
 
-@settings(max_examples=20)
-@given(configs, st.integers(1, 3), st.integers(1, 9), st.sampled_from(bench.DTYPES),
-       st.sampled_from(bench.DTYPES))
-def test_decode_bytes_are_those_of_the_trees_that_are_read(cfg, B, S, dtype, cache_dtype):
-    cfg, params = narrowed(cfg, dtype)
+def follow_arrays(jaxpr, arrays, accesses):
+    """jaxpr, arrays, dict -> arrays: which array each result of a program is, given which ones its
+    arguments are: (name, shape and dtype), or None.
+
+    Appends to `accesses[name]` each operation that computes with that array, and how many of its
+    bytes: all of them, but as many as a gather returns, or as the update of a scatter has, whose
+    result is another array, `name after`. A view computes nothing. A conversion does, except of
+    norm scales: no other array may be copied in another dtype.
+    """
+    views = "reshape", "transpose", "squeeze", "broadcast_in_dim", "dynamic_slice"
+    array_of = dict(zip(map(id, jaxpr.invars), arrays))
+    for eqn in jaxpr.eqns:
+        kind, operands = eqn.primitive.name, [array_of.get(id(v)) for v in eqn.invars]
+        inner, results = minillm.inner_jaxprs(eqn), []
+        if inner and kind != "scatter":  # of a choice by platform the default, which is the last
+            results = follow_arrays(inner[-1], operands[-len(inner[-1].invars):], accesses)
+        for name, a in filter(None, [] if results else operands):
+            result, update = eqn.outvars[0].aval, eqn.invars[-1].aval
+            copies_scale = kind == "convert_element_type" and "norm" in name
+            if (kind in views or copies_scale) and result.size >= a.size:
+                results = [(name, a)]
+            else:
+                size = {"gather": result, "scatter": update}.get(kind, a).size * a.dtype.itemsize
+                accesses.setdefault(name, []).append((kind, size))
+                results = [(name + " after", a)] if kind == "scatter" else []
+        array_of.update(zip(map(id, eqn.outvars), results))
+    return [array_of.get(id(v)) for v in jaxpr.outvars]
+
+
+@pytest.mark.parametrize("cfg", CONFIGS)
+@pytest.mark.parametrize("dtype, cache_dtype, B, T", [
+    ("float32", "bfloat16", 3, 1), ("bfloat16", "int8", 1, 1), ("int8", "float32", 20, 4)])
+def test_a_decode_step_reads_each_array_once_writes_T_slots_and_moves_decode_bytes(
+        cfg, dtype, cache_dtype, B, T):
+    """Weights in one matmul each, scales in one product, and a table of embeddings by rows, and
+    whole where it makes the logits too. A cache is written, and then read whole."""
+    (cfg, params), S, accesses = abstract_in(cfg, dtype), 9, {}
     cache = jax.eval_shape(lambda: init_cache(cfg, B, S, cache_dtype))
+    program = jax.make_jaxpr(partial(read_and_unembed, cfg=cfg))(params, cache, shaped(B, T)).jaxpr
+    weights, slots = ([(jax.tree_util.keystr(path), a) for path, a in
+                       jax.tree.leaves_with_path(tree)] for tree in (params, cache[:2]))
+    results = follow_arrays(program, [*weights, *slots, None, None], accesses)
+    assert results == [None, *((name + " after", a) for name, a in slots), None]
+    moved = dict.fromkeys(decode_bytes(cfg, B, S), 0) | {"logits": program.outvars[0].aval.size * 4}
 
-    def held(tree):
-        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    def expect(part, name, operation, size):
+        assert accesses[name].pop(0) == (operation, size)
+        moved[part] += size
 
-    moved = decode_bytes(cfg, B, S, cache_dtype=cache_dtype, dtype=dtype)
-    assert moved["weights"] == held(params if cfg.tied else params._replace(embed=None))
-    assert moved["cache_read"] == held(cache[:2]) == kv_bytes(cfg, B, S, cache_dtype)
-    assert moved["cache_write"] * S == moved["cache_read"]
-    rows = params.embed if hasattr(params.embed, "q") else [params.embed]
-    assert moved["embed"] == B * held([jax.eval_shape(lambda a: a[0], a) for a in rows])
-    assert moved["logits"] == held(jax.eval_shape(
-        lambda p: unembed(p, jnp.zeros((B, 1, cfg.E), cfg.dtype), cfg), params))
+    for name, a in weights + slots:
+        size = a.size * a.dtype.itemsize
+        reader = "mul" if "norm" in name or "scale" in name else "dot_general"
+        if (name, a) in slots:
+            expect("cache_write", name, "scatter", size // S * T)
+            expect("cache_read", name + " after", reader, size)
+        elif name.startswith(".embed"):
+            expect("embed", name, "gather", size // cfg.V * B * T)
+        if (name, a) in weights and (cfg.tied or not name.startswith(".embed")):
+            expect("weights", name, reader, size)
+    assert not any(accesses.values())
+    assert moved == decode_bytes(cfg, B, S, T, cache_dtype, dtype)
 
 
 def test_the_lectures_cache_is_939_MB_a_sequence():
     assert kv_bytes(bench.MODELS["gemma-7b"], 1, 2048, "bfloat16") == 939_524_096
-
-
 # -------------------------------------------------------------------------------------------- shard
 
 
 WIDE = Config(L=2, E=16, H=8, K=4, D=4, F=24, V=32)  # everything divides by 4, and H, E, F, V by 8
-RINGS = bench.RINGS
-
-
-def abstract_mesh(**axes):
-    axes = shard.mesh_axes(**axes)
-    return jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(
-        jax.sharding.AxisType.Auto,) * len(axes))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, (2, 2)])
-def test_a_ring_is_its_reference_is_the_product_and_so_are_its_gradients(n):
-    E, F, rules = 48, 24, jax.P
+def test_a_ring_is_its_reference_is_the_product_and_so_are_their_gradients(n):
+    E, F, spec = 48, 24, jax.P
     x, y, a, b, c = normals((2, 3, E), (2, 3, F), (F, E), (F, 2, E), (E, F))
     mesh = shard.make_mesh(tensor=n)
     axes = shard.axes_of(mesh, "tensor")
 
-    def whole(x, y, a, b, c):
-        one, two = dot(x, a), dot(x, b.reshape(-1, E)).reshape(2, 3, F, 2)
-        return one, two, dot(y, c)
+    def on_one_device(x, y, a, b, c):
+        return dot(x, a), dot(x, b.reshape(-1, E)).reshape(2, 3, F, 2), dot(y, c)
 
     def split(ring):
-        enter, leave = RINGS[ring]
-
-        def both(x, y, a, b, c):
-            return *enter(x, (a, b), axes), leave(y, c, axes)
-
-        over, last, second = rules(axes), rules(None, None, axes), rules(None, axes)
-        return jax.shard_map(both, mesh=mesh, in_specs=(last, last, over, over, second),
-                             out_specs=(last, last, last))
+        enter, leave = shard.RINGS[ring]
+        over, last, second = spec(axes), spec(None, None, axes), spec(None, axes)
+        return jax.shard_map(
+            lambda x, y, a, b, c: (*enter(x, (a, b), axes), leave(y, c, axes)), mesh=mesh,
+            in_specs=(last, last, over, over, second), out_specs=(last, last, last))
 
     def values_and_gradients(*args):
-        out = []
-        for fn in (whole, *(split(ring) for ring in RINGS)):
+        results = []
+        for fn in (on_one_device, *map(split, shard.RINGS)):
             value, back = jax.vjp(fn, *args)
-            out.append((value, back(jax.tree.map(jnp.sin, value))))
-        return out
+            results.append((value, back(jax.tree.map(jnp.sin, value))))
+        return results
 
-    expected, *ours = jax.jit(values_and_gradients)(x, y, a, b, c)
-    assert len(ours) == len(RINGS) == 3
-    for got in ours:
-        jax.tree.map(close, got, expected)
+    expected, *results = jax.jit(values_and_gradients)(x, y, a, b, c)
+    assert len(results) == len(shard.RINGS) == 3
+    for result in results:
+        jax.tree.map(close, result, expected)
 
 
-@pytest.mark.parametrize("axes, ring, blocks, keep, cfg", [
+@pytest.mark.parametrize("axes, ring, chunks, keep, cfg", [
     (dict(data=(2, 2), context=2, tensor=1), 0, 2, minillm.KEEPABLE, replace(WIDE, L=1)),
     (dict(data=1, context=3, tensor=1), 0, 1, (), replace(WIDE, L=1, E=24, tied=False)),
     (dict(data=1, tensor=8), 0, 3, (), replace(WIDE, L=1, K=8, tied=False, qk_norm=True)),
     (dict(data=1, context=2, tensor=(2, 2)), 0, 1, shard.KEPT, replace(WIDE, L=1, qk_norm=True)),
     (dict(data=4, tensor=2), 2, 2, minillm.KEEPABLE,
      replace(WIDE, act="gelu", embed_scale=True, qk_norm=True))])
-def test_a_sharded_loss_its_gradients_and_training_are_one_devices(
-        axes, ring, blocks, keep, cfg, monkeypatch):
+def test_a_sharded_loss_its_gradients_and_training_are_those_of_one_device(
+        axes, ring, chunks, keep, cfg, monkeypatch):
     mesh, params, tokens = shard.make_mesh(**axes), weights(cfg), draw_tokens(cfg, 8, 7)
-    monkeypatch.setattr(shard, "token_blocks", lambda N, V: blocks)
-    split = partial(shard.sharded_loss, mesh=mesh, enter=RINGS[ring][0], leave=RINGS[ring][1],
-                    keep=keep)
-    alone, grads = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, tokens, cfg)
-    ours, split_grads = jax.jit(jax.value_and_grad(split), static_argnums=2)(
+    monkeypatch.setattr(shard, "loss_chunks", lambda N, V: chunks)
+    split = partial(shard.sharded_loss, mesh=mesh, ring=ring, keep=keep)
+    value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, tokens, cfg)
+    split_value, split_grads = jax.jit(jax.value_and_grad(split), static_argnums=2)(
         shard.stack(params), tokens, cfg)
-    close(ours, alone)
+    close(split_value, value)
     jax.tree.map(close, split_grads, shard.stack(grads))
     if axes["data"] == 1 and axes["tensor"] == 1:
         step = jax.jit(train_step, static_argnames=("cfg", "loss"))
-        one, many = (params, adam_init(params)), (shard.stack(params),
-                                                  adam_init(shard.stack(params)))
+        state, split_state = ((p, adam_init(p)) for p in (params, shard.stack(params)))
         for _ in range(3):
-            *one, before = step(*one, tokens, cfg=cfg, lr=1e-2)
-            *many, split_before = step(*many, tokens, cfg=cfg, lr=1e-2, loss=split)
+            *state, before = step(*state, tokens, cfg=cfg, lr=1e-2)
+            *split_state, split_before = step(*split_state, tokens, cfg=cfg, lr=1e-2, loss=split)
             close(split_before, before, 1e-4)  # Adam divides small gradients by their own size
 
 
-def test_gathered_weights_keep_their_dtype_and_scales_become_f32():
-    """Matrices too that no device splits: wk and wv where slots are."""
-    mesh = shard.make_mesh(tensor=4)
+def test_gathered_weights_keep_their_dtype_and_norm_scales_become_f32():
+    """Also matrices that no device splits: wk and wv where slots are split."""
+    where = shard.Where(shard.make_mesh(tensor=4), "context")
     layer, split = (tree.layers[0] for tree in (abstract(replace(WIDE, dtype="bfloat16")),
-                    shard.specs(WIDE, mesh, shard.layout_rules(mesh, "context"))))
-    run = jax.shard_map(partial(shard.gather_weights, split=split, over=("tensor",)), mesh=mesh,
-                        in_specs=(split,), out_specs=jax.P(), check_vma=False)
+                                                shard.specs(WIDE, where.mesh, where.rules)))
+    run = jax.shard_map(partial(shard.gather_weights, split=split, over=("tensor",)),
+                        mesh=where.mesh, in_specs=(split,), out_specs=jax.P(), check_vma=False)
     for before, after in zip(*map(jax.tree.leaves, (layer, jax.eval_shape(run, layer))),
                              strict=True):
         assert after.shape == before.shape
         assert after.dtype == ("float32" if before.ndim == 1 else "bfloat16")
 
 
-def test_the_compilers_fsdp_is_the_loss_of_one_device():
+def test_fsdp_by_the_compiler_is_the_loss_of_one_device():
     mesh, params, tokens = shard.make_mesh(data=8), weights(WIDE), draw_tokens(WIDE, 8, 7)
-    alone = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, tokens, WIDE)
+    expected = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, tokens, WIDE)
     placed = shard.place(params, WIDE, mesh, shard.FSDP)
     assert placed.layers[0].wq.addressable_shards[3].data.shape == (1, 4, 16)
-    born = jax.jit(init, static_argnums=1, out_shardings=shard.shardings(WIDE, mesh, shard.FSDP))
-    made = born(jax.random.key(0), WIDE)
-    assert made.embed.sharding == placed.embed.sharding
+    init_split = jax.jit(init, static_argnums=1,
+                         out_shardings=shard.shardings(WIDE, mesh, shard.FSDP))
+    assert init_split(jax.random.key(0), WIDE).embed.sharding == placed.embed.sharding
     run = jax.jit(jax.value_and_grad(partial(shard.fsdp_loss, cfg=WIDE, mesh=mesh)))
-    ours = run(placed, tokens)
-    jax.tree.map(close, ours, alone)
+    jax.tree.map(close, run(placed, tokens), expected)
 
 
 def split_causally(run, mesh, T, *args):
-    """`run` of arrays whose T tokens, in BTHD or BKTD, are split as ring attention wants them; and
-    the way back."""
+    """`run` of arrays BTHD or BKTD whose T tokens are split as ring attention needs them, with
+    results in the order of one device."""
     n = mesh.shape["context"]
     token = np.concatenate([np.arange(T)[i::n] for i in range(n)])
-    by = [jax.P(*(["context" if size == T else None for size in a.shape])) for a in args]
-    places = [spec.index("context") for spec in by]
-    given = [jnp.take(a, token, place) for a, place in zip(args, places)]
-    out = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=tuple(by), out_specs=(
-        by[0], *by[:3])))(*given)
-    return [jnp.take(a, np.argsort(token), place) for a, place in zip(
-        out, (places[0], *places[:3]))]
+    by = [jax.P(*("context" if size == T else None for size in a.shape)) for a in args]
+    dims_ = [spec.index("context") for spec in by]
+    split = [jnp.take(a, token, dim) for a, dim in zip(args, dims_)]
+    results = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=tuple(by), out_specs=(
+        by[0], *by[:3])))(*split)
+    return [jnp.take(a, np.argsort(token), dim)
+            for a, dim in zip(results, (dims_[0], *dims_[:3]))]
 
 
 @pytest.mark.parametrize("n, H, K, dtype", [(2, 4, 2, "float32"), (3, 3, 1, "float32"),
                                             (4, 2, 2, "bfloat16"), (8, 4, 1, "float32")])
-def test_ring_attention_and_its_gradient_are_causal_attentions(n, H, K, dtype):
+def test_ring_attention_and_its_gradient_are_those_of_causal_attention(n, H, K, dtype):
     T, mesh = n * (131 if n == 2 else 5), shard.make_mesh(context=n)  # two blocks a device, or one
     q, k, v, dy = (jnp.asarray(a, dtype) for a in normals(
         (2, T, H, 4), (2, K, T, 4), (2, K, T, 4), (2, T, H, 4)))
 
-    def both(attention, q, k, v, dy):
+    def value_and_gradient(attention, q, k, v, dy):
         out, back = jax.vjp(attention, q, k, v)
         return out, *back(dy)
 
-    ours = split_causally(partial(both, lambda *qkv: shard.ring_attention(*qkv, "context")), mesh,
-                          T, q, k, v, dy)
-    alone = jax.jit(partial(both, causal_attention))(q, k, v, dy)
+    results = split_causally(partial(value_and_gradient, lambda *qkv: shard.ring_attention(
+        *qkv, "context")), mesh, T, q, k, v, dy)
+    expected = jax.jit(partial(value_and_gradient, causal_attention))(q, k, v, dy)
     tolerance = TOLERANCE if dtype == "float32" else 2 ** -6  # parts are rounded, then their sum
-    for a, b in zip(ours, alone):
+    for a, b in zip(results, expected):
         close(np.asarray(a, np.float32), np.asarray(b, np.float32), tolerance)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 8])
 def test_ring_attention_gives_all_devices_the_same_work(n):
-    """Pairs of query and key that a device's tokens see; and each runs the same program, whose
-    products are those of n causal passes over T/n tokens."""
+    """Each runs the same program, whose matmuls are those of n causal passes over T/n tokens; and
+    of the T(T+1)/2 pairs that matter, device i has i(T/n) more than device 0: one per token and
+    place."""
     T, mesh, last = 768, shard.make_mesh(context=n), jax.P(None, "context")
-    pairs = jax.jit(jax.shard_map(lambda: jnp.sum(shard.own_places(T, "context") + 1)[None],
+    pairs = jax.jit(jax.shard_map(lambda: jnp.sum(shard.local_positions(T, "context") + 1)[None],
                                   mesh=mesh, in_specs=(), out_specs=jax.P("context")))()
-    assert sum(pairs) == T * (T + 1) // 2 and max(pairs) <= 1.05 * min(pairs)
+    assert sum(pairs) == T * (T + 1) // 2
+    assert np.array_equal(pairs - pairs[0], np.arange(n) * (T // n))
     q, kv = shaped(1, T, 4, 2, dtype="float32"), shaped(1, 2, T, 2, dtype="float32")
+    third = jax.P(None, None, "context")
     flops = traced_flops(jax.shard_map(
-        lambda q, k, v: shard.ring_attention(q, k, v, "context"), mesh=mesh, in_specs=(
-            last, jax.P(None, None, "context"), jax.P(None, None, "context")), out_specs=last),
-        q, kv, kv)
+        lambda q, k, v: shard.ring_attention(q, k, v, "context"), mesh=mesh,
+        in_specs=(last, third, third), out_specs=last), q, kv, kv)
     assert flops == n * 4 * 4 * 2 * minillm.causal_pairs(T // n)
 
 
-@pytest.mark.parametrize("axes, layout, K, ring, dtype, kind", [
-    (dict(data=2, tensor=2), "heads", 4, 1, "float32", None),
-    (dict(tensor=4), "context", 1, 0, "int8", Q8),
-    (dict(tensor=3), "sequence", 2, 0, "float32", None),
-    (dict(tensor=(2, 2)), "batch", 2, 0, "int8", Q8),
-    (dict(tensor=(2, 4)), "context", 2, 0, "float32", None)])
-def test_a_split_model_reads_and_generates_what_one_device_does(axes, layout, K, ring, dtype, kind):
-    cfg, mesh, B, S = replace(WIDE, K=K, qk_norm=True, L=1 + ring), shard.make_mesh(**axes), 4, 24
-    cfg = replace(cfg, E=24, H=6, V=33) if axes == dict(tensor=3) else cfg
-    params, text, lengths = weights(cfg), draw_tokens(cfg, B, 8), np.array([3, 8, 5, 1])
-    params = params if kind is None else quantize_params(params, cfg, kind)
-    enter, leave = RINGS[ring]
-    rules, parts = shard.layout_rules(mesh, layout), dict(mesh=mesh, layout=layout, enter=enter,
-                                                          leave=leave)
-    how = dict(temperature=0.9, end=3)
-
-    def everything(prefill, extend, generate, params, cache):
-        logits, cache = prefill(params, cache, text, lengths, cfg)
-        x, cache = extend(params, cache, text[:, :3], cfg)
-        tokens, last, cache = generate(params, cache, logits, jax.random.key(1), 5, cfg, **how)
-        return logits, x, last, tokens, cache.length
-
-    alone = jax.jit(partial(everything, prefill, extend, generate))(
-        params, init_cache(cfg, B, S, dtype))
-    ours = jax.jit(partial(everything, *(partial(fn, **parts) for fn in (
-        shard.tp_prefill, shard.tp_extend, shard.tp_generate))))(
-        shard.place(params, cfg, mesh, rules),
-        shard.place_cache(init_cache(cfg, B, S, dtype), mesh, layout))
-    assert np.array_equal(alone[3], ours[3]) and np.array_equal(alone[4], ours[4])
-    # an int8 slot at the edge of rounding may fall either way
-    jax.tree.map(partial(close, tolerance=TOLERANCE if dtype == "float32" else 0.05), ours[:3],
-                 alone[:3])
+def where_of(axes, layout="heads", ring=0):
+    return shard.Where(shard.make_mesh(**axes), layout, ring)
 
 
-@pytest.mark.parametrize("axes, layout", [(dict(data=(2, 2), tensor=2), "heads"),
-                                          (dict(tensor=4), "sequence")])
-def test_a_split_model_speculates_what_one_device_does(axes, layout):
-    mesh, params, text = shard.make_mesh(**axes), weights(WIDE), draw_tokens(WIDE, 4, 24)
-    cache = init_cache(WIDE, 4, 24)
-    _, cache = prefill_jit(params, cache, text[:, :7], np.array([7, 4, 5, 6]), cfg=WIDE)
-    cache = cache._replace(length=cache.length - 1)  # which nobody has placed: it is moved
-    how = dict(n=6, cfg=WIDE, draft=ngram_draft(WIDE, 3), state=None, temperature=0.7, end=3)
-    alone, ours = (jax.jit(lambda params, cache, fn=fn, **more: fn(
-        params, cache, text, jax.random.key(2), **how, **more), static_argnames=("mesh", "layout"))
-        (params, cache, **more) for fn, more in (
-            (speculate, {}), (shard.tp_speculate, dict(mesh=mesh, layout=layout))))
-    assert np.array_equal(ours[0], alone[0]) and np.array_equal(ours[3], alone[3])
-    assert np.array_equal(ours[1].length, alone[1].length)
+@pytest.mark.parametrize("axes, layout, ring, cfg, dtype, kind", [
+    (dict(tensor=2), "heads", 1, replace(WIDE, L=1), "float32", None),
+    (dict(data=(2, 2), tensor=2), "heads", 0, replace(WIDE, qk_norm=True), "int8", None),
+    (dict(tensor=4), "context", 0, replace(WIDE, L=1, K=1), "int8", Q8),
+    (dict(tensor=3), "sequence", 0, replace(WIDE, L=1, E=24, H=6, K=2, V=33), "float32", None),
+    (dict(tensor=(2, 2)), "batch", 0, replace(WIDE, K=2, tied=False), "float32", Q8),
+    (dict(tensor=(2, 4)), "context", 2, replace(WIDE, L=1, K=2), "float32", None)])
+@settings(max_examples=settings.default.max_examples // 8)
+@given(MOVES, seeds)
+def test_any_mixture_on_a_mesh_is_recomputation(axes, layout, ring, cfg, dtype, kind, moves, seed):
+    """The cache lives on the mesh from the start; weights that nobody placed are moved there."""
+    mix(Mixture(cfg, where_of(axes, layout, ring), dtype, kind, seed), moves)
+
+
+def test_a_model_drafts_for_a_split_model_as_for_one_device():
+    where, params, text = where_of(dict(tensor=4), "sequence"), weights(WIDE), draw_tokens(
+        WIDE, 4, 24)
+    _, cache = prefill_jit(params, init_cache(WIDE, 4, 24), text[:, :7], np.array([7, 4, 5, 6]),
+                           cfg=WIDE)
+    cache = cache._replace(length=cache.length - 1)  # of one device, and moved to the mesh
+    how = dict(n=6, cfg=WIDE, n_draft=3, temperature=0.7, end=3, draft=model_draft(WIDE, 0.7),
+               state=(params, cache))
+    alone, split = (speculate_jit(params, cache, text, jax.random.key(2), **how, where=where)
+                    for where in (HERE, where))
+    assert np.array_equal(split[0], alone[0]) and np.array_equal(split[3], alone[3])
+    assert np.array_equal(split[1].length, alone[1].length)
 
 
 @pytest.mark.parametrize("axes, layout, how", [
     (dict(data=2, tensor=(2, 2)), "batch", dict(temperature=0.8, top_k=9)),
-    (dict(data=2, tensor=4), "sequence", dict(end=3))])
+    (dict(data=2, tensor=4), "context", dict(end=3))])
 def test_a_split_model_serves_what_one_device_does(axes, layout, how):
-    cfg, mesh = replace(WIDE, L=1), shard.make_mesh(**axes)
+    cfg, where = replace(WIDE, L=1), where_of(axes, layout)
     params, prompts = weights(cfg), [draw_tokens(cfg, 1, T, seed=T)[0] for T in (3, 11, 5, 8, 2)]
-    given = prompts, 4, 20, 6, jax.random.key(1), cfg
-    more = how | dict(stride=4, cache_dtype="int8")
-    placed = shard.place(params, cfg, mesh, shard.layout_rules(mesh, layout))
-    alone, ours = dict(serve(params, *given, **more)), dict(
-        shard.tp_serve(placed, *given, mesh, layout, **more))
-    assert len(ours) == 5 and all(np.array_equal(ours[i], alone[i]) for i in alone)
+    requests = prompts, 4, 20, 6, jax.random.key(1), cfg
+    how = how | dict(stride=4, cache_dtype="int8")
+    alone, split = dict(serve(params, *requests, **how)), dict(
+        serve(where.place(params, cfg), *requests, **how, where=where))
+    assert len(split) == 5 and all(np.array_equal(split[i], alone[i]) for i in alone)
 
 
-@settings(max_examples=10)
-@given(st.sampled_from([2, 3, 8, (2, 3)]), st.sampled_from([0.0, 1e-40, 0.7, 30.0]),
-       st.sampled_from([0, 1, 3, 40]), st.sampled_from([1.0, 0.6]), st.booleans(),
-       st.integers(0, 99))
+@pytest.mark.parametrize("n, temperature, top_k, top_p", [
+    (2, 0.0, 0, 1.0), (3, 1e-40, 0, 1.0), (8, 0.7, 0, 1.0), ((2, 3), 0.7, 3, 1.0),
+    (8, 30.0, 40, 1.0), (3, 0.7, 1, 0.6), ((2, 3), 30.0, 0, 0.6)])
+@given(st.booleans(), st.integers(0, 9999))
 def test_split_logits_draw_the_token_that_whole_ones_do(n, temperature, top_k, top_p, wild, seed):
-    """From the same logits, with ties; also where they are not finite."""
-    V, B, mesh = 24, 5, shard.make_mesh(tensor=n)
+    """From the same logits, with ties, and where they are not finite."""
+    V, B = 24, 5
     logits = np.round(normals((B, V), seed=seed)[0], 1)
     if wild:
         np.put(logits, np.random.default_rng(seed).integers(0, B * V, 30),
                [np.inf, -np.inf, np.nan])
         logits[1] = -np.inf
-    pos, split = jnp.arange(B), jax.P(None, shard.axes_of(mesh, "tensor"))
-    given, how = (jax.random.key(seed), logits, pos), (temperature, top_k, top_p)
-    ours = jax.shard_map(lambda *given: shard.split_sample(*given, *how, axis=split[1]), mesh=mesh,
-                         in_specs=(jax.P(), split, jax.P()), out_specs=jax.P())
-    assert np.array_equal(jax.jit(ours)(*given), sample(*given, *how))
+    args = jax.random.key(seed), logits, jnp.arange(B)
+    assert np.array_equal(*(draw(*args) for draw in draws(n, temperature, top_k, top_p)))
 
 
-def test_a_cache_moved_from_layout_to_layout_holds_what_it_held():
+@lru_cache(maxsize=None)
+def draws(n, *how):
+    """`split_sample` over n devices, and `sample`, compiled."""
+    mesh = shard.make_mesh(tensor=n)
+    split = jax.P(None, shard.axes_of(mesh, "tensor"))
+    return jax.jit(jax.shard_map(
+        lambda *args: shard.split_sample(*args, *how, axis=split[1]), mesh=mesh,
+        in_specs=(jax.P(), split, jax.P()), out_specs=jax.P())), jax.jit(
+            lambda *args: sample(*args, *how))
+
+
+def test_a_cache_that_is_moved_from_layout_to_layout_keeps_its_contents():
     mesh, cfg = shard.make_mesh(tensor=(2, 2)), WIDE
     shape = (4, cfg.K, 24, cfg.D)
     cache = init_cache(cfg, 4, 24)._replace(k=tuple(map(jnp.asarray, normals(shape, shape))))
     moved = cache
     for layout in ("sequence", "heads", "context", "batch"):
-        moved = shard.place_cache(moved, mesh, layout)
+        moved = shard.Where(mesh, layout).place_cache(cfg, moved)
         k = moved.k[0]
         assert infer.slots_of(moved) == 24 and (k.ndim == 5) == (layout in ("sequence", "context"))
-        if k.ndim == 5:  # every other slot of a row is a device's
+        if k.ndim == 5:  # a device has every other slot of a row
             part = next(part for part in k.addressable_shards if part.index[2].start)
             assert np.array_equal(part.data[:, :, 0], cache.k[0][part.index[:2]][:, :, 1::2])
-    assert same(shard.as_laid_out(moved, mesh, "heads"), cache)
-    made, logits = shard.tp_empty(cfg, 4, 24, "int8", mesh, "sequence")
-    assert made.k[0].q.sharding.shard_shape(made.k[0].q.shape) == (4, 2, 1, 12, cfg.D)
+    assert same(shard.Where(mesh).move(moved), cache)
+    empty, logits = shard.Where(mesh, "sequence").empty(cfg, 4, 24, "int8")
+    assert empty.k[0].q.sharding.shard_shape(empty.k[0].q.shape) == (4, 2, 1, 12, cfg.D)
     assert logits.sharding.shard_shape(logits.shape) == (4, cfg.V // 4)
 
 
@@ -2420,300 +2244,314 @@ def test_axes_of_a_mesh_follow_the_devices_coordinates():
         def __init__(self, id, coords):
             self.id, self.coords, self.process_index, self.platform = id, coords, 0, "tpu"
 
-    there = [Device(i, (i % 2, i // 2 % 2, i // 4)) for i in range(16)]
-    mesh = shard.make_mesh(there, data=(2, 2), tensor=4)
+    devices = [Device(i, (i % 2, i // 2 % 2, i // 4)) for i in range(16)]
+    mesh = shard.make_mesh(devices, data=(2, 2), tensor=4)
     assert dict(mesh.shape) == {"data0": 2, "data1": 2, "tensor": 4}
     assert all(mesh.devices[place].coords == place for place in np.ndindex(2, 2, 4))
     assert shard.axes_of(mesh, "data") == ("data0", "data1")
     assert shard.spec("HD E", WIDE, mesh, {**shard.TENSOR, **shard.FSDP}) == jax.P(
-        ("tensor", "data0"), None, "data1")  # of 8 heads 4 x 2 parts, then of E
+        ("tensor", "data0"), None, "data1")  # 8 heads in 4 x 2 parts, then E
     assert shard.spec("E", WIDE, mesh, {**shard.TENSOR, **shard.FSDP}) == jax.P(None)
 
 
-def test_a_cache_split_over_slots_takes_more_tokens_than_a_device_has_slots():
-    mesh, params, text = shard.make_mesh(tensor=4), weights(WIDE), draw_tokens(WIDE, 2, 11)
-
-    def everything(extend, generate, cache):
-        x, cache = extend(params, cache, text, WIDE)
-        return x, *generate(params, cache, jnp.zeros((2, WIDE.V)), jax.random.key(0), 9, WIDE)[:2]
-
-    alone = jax.jit(partial(everything, extend, generate))(init_cache(WIDE, 2, 20))
-    split = (partial(fn, mesh=mesh, layout="sequence") for fn in (
-        shard.tp_extend, shard.tp_generate))
-    x, tokens, last = jax.jit(partial(everything, *split))(init_cache(WIDE, 2, 20))  # 5 a device
-    assert np.array_equal(tokens, alone[1])
-    jax.tree.map(close, (x, last), (alone[0], alone[2]))
-
-
-def test_activations_quantised_on_their_own_device_are_off_by_no_more_than_together():
-    """Q8A8: behind a gather, rows are quantised whole, as on one device. Before a scatter and in a
+def test_activations_quantized_on_their_own_device_are_off_by_no_more_than_together():
+    """Q8A8: behind a gather rows are quantized whole, as on one device. Before a scatter and in a
     ring each part has the scale of its own largest number, never above that of the whole row."""
     x, w = normals((3, 1, 32), (8, 32))
     x[..., :8] *= 30  # one device's part is much larger
-    held, mesh = Q8A8(*quantize(jnp.asarray(w), -1)), shard.make_mesh(tensor=4)
-    last = jax.P(None, None, "tensor")
-    gathered = jax.jit(jax.shard_map(
-        lambda x, w: shard.gather_matmul(x, (w,))[0], mesh=mesh, in_specs=(
-            last, Q8A8(jax.P("tensor"), jax.P("tensor"))), out_specs=last))(x, held)
-    close(gathered, dot(x, held))
-    exact = np.einsum("bte,fe->btf", x.astype(float), np.asarray(dequantize(held), float))
+    weight, mesh = Q8A8(*quantize(jnp.asarray(w), -1)), shard.make_mesh(tensor=4)
+    last, by_rows, by_columns = jax.P(None, None, "tensor"), Q8A8(
+        jax.P("tensor"), jax.P("tensor")), Q8A8(jax.P(None, "tensor"), jax.P())
+
+    def split(run, spec):
+        return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(last, spec), out_specs=last))(
+            x, weight)
+
+    close(split(lambda x, w: shard.gather_matmul(x, (w,))[0], by_rows), dot(x, weight))
+    exact = np.einsum("bte,fe->btf", x.astype(float), np.asarray(dequantize(weight), float))
     parts = np.abs(x).reshape(3, 1, 4, 8).max(-1, keepdims=True)
-    magnitude = np.abs(np.asarray(dequantize(held), float)).reshape(8, 4, 8)
+    magnitude = np.abs(np.asarray(dequantize(weight), float)).reshape(8, 4, 8)
     bound = np.einsum("btnk,fnk->btf", np.broadcast_to(parts / 254, (3, 1, 4, 8)), magnitude)
     together = np.abs(x).max() / 254 * magnitude.sum((1, 2))
-    for run, specs in ((shard.matmul_scatter, (last, Q8A8(jax.P(None, "tensor"), jax.P()))),
-                       (lambda x, w: shard.gather_matmul_ring(x, (w,))[0],
-                        (last, Q8A8(jax.P("tensor"), jax.P("tensor"))))):
-        ours = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=last))(x, held)
-        assert np.all(np.abs(ours - exact) <= bound * 1.001) and np.all(bound <= together)
+    for run, spec in ((shard.matmul_scatter, by_columns),
+                      (lambda x, w: shard.gather_matmul_ring(x, (w,))[0], by_rows)):
+        # beside an int8 step, products are rounded in f32
+        assert np.all(np.abs(split(run, spec) - exact) <= bound * 1.001)
+        assert np.all(bound <= together)
 
 
-@pytest.mark.parametrize("ring, dtype", [(0, "float32"), (2, "bfloat16")])
-def test_every_form_sends_what_the_formula_says_to_the_byte(ring, dtype, monkeypatch):
-    enter, leave = RINGS[ring]
-    cfg = replace(WIDE, dtype=dtype)
-    forms = [(dict(data=1, tensor=4), cfg),
-             (dict(data=2, tensor=(2, 2), context=2), replace(cfg, L=1, qk_norm=True)),
-             (dict(data=(2, 2), tensor=1, context=3), replace(cfg, L=1, E=48, F=48)),
-             (dict(data=2, tensor=4), replace(cfg, tied=False, L=3, qk_norm=True))]
-    for i, (axes, cfg) in enumerate(forms[:1 if ring else 4]):
-        monkeypatch.setattr(shard, "token_blocks", lambda N, V: (1, 2, 4, 3)[i])
-        keep = minillm.KEEPABLE[:i]
-        run = partial(shard.sharded_loss, cfg=cfg, enter=enter, leave=leave, keep=keep,
-                      mesh=abstract_mesh(**axes))
-        stacked = jax.eval_shape(shard.stack, abstract(cfg))
-        assert shard.traced_comm(jax.grad(run), stacked, shaped(8, 7)) \
-            == shard.comm_bytes(cfg, "train", 8, 6, **axes, ring=ring, keep=keep)
-    cfg, B, T, key = replace(WIDE, dtype=dtype, L=1 if ring else 2), 8, 6, jax.random.key(0)
-    cache = jax.eval_shape(lambda: init_cache(cfg, B, 24, dtype))
-
-    def verified(params, cache, tokens, **parts):
-        x, cache = shard.tp_extend(params, cache, tokens, **parts)
-        return shard.tp_unembed(params, x, **{k: v for k, v in parts.items() if k != "leave"})
-
-    for data, tensor, layout in ((1, 4, "heads"), (1, 4, "context")) if ring else (
-            *((2, 4, layout) for layout in shard.LAYOUTS), (1, (2, 2), "batch"),
-            (1, (2, 2), "context")):
-        parts = dict(cfg=cfg, mesh=abstract_mesh(data=data, tensor=tensor), layout=layout,
-                     enter=enter, leave=leave)
-        for form, fn, args in (
-                ("verify", verified, (shaped(B, T),)), ("extend", shard.tp_extend, (shaped(B, T),)),
-                ("prefill", shard.tp_prefill, (shaped(B, T), shaped(B))),
-                ("generate", partial(shard.tp_generate, n=T),
-                 (shaped(B, cfg.V, dtype="float32"), key))):
-            sent = shard.traced_comm(partial(fn, **parts), abstract(cfg), cache, *args)
-            assert sent == shard.comm_bytes(cfg, form, B, T, data, tensor, layout, ring)
-            if ring and tensor == 4 and form == "extend" and layout == "heads":
-                assert sent["permute"][0] == 4 * cfg.L * ring * (tensor - 1)
-                assert "all_gather" not in sent
+# ------------------------------------------------------------------------------ shard: what is sent
 
 
-@pytest.mark.parametrize("how", [dict(temperature=0.9), dict(temperature=0.9, top_k=5),
-                                 dict(temperature=0.9, top_k=5, top_p=0.9)])
-def test_of_split_logits_a_draw_sends_what_the_formula_says(how):
-    """Two numbers a row and device, a largest, some candidates; or all, where all are asked for."""
-    cfg, B, args = replace(WIDE, L=1), 4, dict(tensor=(2, 2))
-    cache = jax.eval_shape(lambda: init_cache(cfg, B, 24))
-    sent = shard.traced_comm(partial(shard.tp_generate, n=3, cfg=cfg, mesh=abstract_mesh(**args),
-                                     **how),
-                             abstract(cfg), cache, shaped(B, cfg.V, dtype="float32"),
-                             jax.random.key(0))
-    assert sent == shard.comm_bytes(cfg, "generate", B, 3, **args, **how)
-    greedy = shard.comm_bytes(cfg, "generate", B, 3, **args)
-    more = sent["all_gather"][1] - greedy["all_gather"][1]
-    assert more == 3 * 3 * B * {1: 0, 2: 4 * 5, 3: 4 * cfg.V // 4 - 8}[len(how)]
+@pytest.mark.parametrize("axes, layout, ring, dtype", [
+    (dict(data=2, tensor=4), "heads", 0, "float32"), (dict(tensor=4), "heads", 1, "bfloat16"),
+    (dict(tensor=4), "heads", 2, "float32"), (dict(tensor=(2, 2)), "batch", 0, "bfloat16"),
+    (dict(data=2, tensor=4), "sequence", 0, "float32"), (dict(tensor=4), "context", 2, "bfloat16"),
+    (dict(data=(2, 2), tensor=1), "heads", 1, "float32")])
+def test_the_steps_of_a_layer_send_what_the_program_sends_to_the_byte(axes, layout, ring, dtype):
+    """A decode step, a chunk with the logits of all its tokens, and a prefill."""
+    cfg, B, T, n = replace(WIDE, dtype=dtype), 8, 6, 3
+    where = shard.Where(shard.abstract_mesh(**axes), layout, ring)
+    cache, params = jax.eval_shape(lambda: init_cache(cfg, B, 24, dtype)), abstract(cfg)
+    data, tensor = (shard.as_axes(axes.get(name, 1)) for name in ("data", "tensor"))
+    formula = partial(shard.step_comm, cfg, B // math.prod(data), axes=tensor, layout=layout,
+                      ring=ring)
+
+    def verify(params, cache, tokens):
+        x, cache = extend(params, cache, tokens, cfg, where=where)
+        return where.unembed(params, x, cfg), cache
+
+    def total(times, steps):
+        return sum((shard.repeat(times * number, events) for number, events in steps.values()),
+                   Counter())
+
+    assert shard.traced_events(partial(generate, n=n, cfg=cfg, where=where), params, cache,
+                   shaped(B, cfg.V, dtype="float32"), jax.random.key(0)) == total(n, formula(T=1))
+    assert shard.traced_events(verify, params, cache, shaped(B, T)) == total(1, formula(T=T))
+    if layout != "context":
+        assert shard.traced_events(partial(prefill, cfg=cfg, where=where), params, cache, shaped(B, T),
+                       shaped(B)) == total(1, formula(T=T, prompt=True))
+    if ring:
+        layer = total(1, {name: formula(T=1)[name] for name in ("q, k, v", "out")})
+        hops = sum(n for (kind, *_), n in layer.items() if kind == "permute")
+        assert hops == 2 * cfg.L * ring * (math.prod(tensor) - 1)
 
 
-def test_a_prompt_split_over_tokens_sends_int8_as_it_is():
-    cfg, mesh = replace(WIDE, tied=False), abstract_mesh(tensor=(2, 4))
+@pytest.mark.parametrize("axes, L", [((8,), 2), ((2, 4), 3), ((2, 2, 2), 1)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_fsdp_sends_a_layers_weights_three_times(axes, L, tied):
+    """The gathers and scatters of the program are those of the formula; what else it sends are the
+    gradients of norm scales and the loss. In bytes: three times what the other devices hold."""
+    cfg = replace(WIDE, E=32, L=L, tied=tied, dtype="bfloat16")
+    run = jax.grad(partial(shard.sharded_loss, cfg=cfg, mesh=shard.abstract_mesh(
+        data=axes, tensor=1)))
+    sent = shard.traced_events(run, jax.eval_shape(shard.stack, abstract(cfg)), shaped(8, 7))
+    weights = shard.tally({event: n for event, n in sent.items() if event[0] != "all_reduce"})
+    assert weights == shard.tally(shard.fsdp_comm(cfg, axes))
+    matrices = [name for name in jax.tree.leaves(dims(cfg).layers) if " " in name]
+    tables = [name for name in jax.tree.leaves(dims(cfg)._replace(layers=())) if " " in name]
+    size = 3 * sum(minillm.size_of(name, cfg) for name in matrices) + 2 * sum(
+        minillm.size_of(name, cfg) for name in tables)
+    assert sum(sent for _, sent in weights.values()) == 2 * size * 7 // 8
+
+
+@pytest.mark.parametrize("how, size", [
+    (dict(temperature=0.9), 0), (dict(temperature=0.9, top_k=5), 4 * 5),
+    (dict(temperature=0.9, top_k=5, top_p=0.9), 4 * WIDE.V // 4)])
+def test_a_draw_from_split_logits_sends_two_numbers_a_row_a_largest_and_candidates(how, size):
+    """Or all logits where top_p needs them; a greedy draw sends the two numbers alone."""
+    B, where = 4, shard.Where(shard.abstract_mesh(tensor=(2, 2)))
+    args = (abstract(WIDE), jax.eval_shape(lambda: init_cache(WIDE, B, 24)),
+            shaped(B, WIDE.V, dtype="float32"), jax.random.key(0))
+    greedy, drawn = (shard.traced_events(partial(generate, n=1, cfg=WIDE, where=where, **more), *args)
+                     for more in ({}, how))
+    numbers = ("all_reduce", B * 4, 4)
+    assert greedy[numbers] == 2 and drawn[numbers] == (3 if "top_p" not in how else 0)
+    assert drawn - Counter({numbers: 3}) == greedy - Counter({numbers: 3}) + shard.gather_comm(
+        B * size, (2, 2) if size else ())
+
+
+def test_a_prompt_that_is_split_over_tokens_sends_int8_weights_and_cache_as_they_are():
+    """Per layer: the gathered matrices of 8 heads or F over 4 devices, one byte a number and four a
+    scale, and k and v around the ring."""
+    cfg, B, T, n = replace(WIDE, D=8, tied=False), 2, 21, 4
     params = jax.eval_shape(lambda p: quantize_params(p, cfg), abstract(cfg))
-    cache = jax.eval_shape(lambda: init_cache(cfg, 2, 24, "int8"))
-    sent = shard.traced_comm(partial(shard.tp_prefill, cfg=cfg, mesh=mesh, layout="context"),
-                             params, cache, shaped(2, 21), shaped(2))
-    assert sent == shard.comm_bytes(cfg, "prefill", 2, 21, tensor=(2, 4), layout="context",
-                                    dtype="int8", cache_dtype="int8")
+    cache = jax.eval_shape(lambda: init_cache(cfg, B, 24, "int8"))
+    where = shard.Where(shard.abstract_mesh(tensor=(1, n)), "context")
+    sent = shard.traced_events(partial(prefill, cfg=cfg, where=where), params, cache, shaped(B, T),
+                               shaped(B))
+    layer, local = dims(cfg).layers[0], -(-T // n)
+    gathered = Counter({("all_gather", cfg.V * cfg.E * 4 // n, n): 1})  # the looked-up table
+    for name in (layer.wq, layer.wo, layer.w_gate, layer.w_up, layer.w_down):
+        gathered[("all_gather", minillm.size_of(name, cfg) // n, n)] += cfg.L
+        if name[0] in "HF":
+            gathered[("all_gather", minillm.size_of(name.split()[0], cfg) * 4 // n, n)] += cfg.L
+    assert +(gathered - sent) == {}
+    for size in (cfg.D, 4):
+        assert sent[("permute", B * cfg.K * local * size, n)] == 2 * cfg.L * (n - 1)
 
 
 def test_collectives_are_counted_as_a_ring_sends_them():
-    mesh, last = abstract_mesh(tensor=4), jax.P("tensor")
+    mesh, last, axis = shard.abstract_mesh(tensor=4), jax.P("tensor"), "tensor"
 
     def sent(fn, out=last):
         run = jax.shard_map(fn, mesh=mesh, in_specs=last, out_specs=out)
         return shard.traced_comm(run, shaped(16, dtype="float32"))  # 4 numbers, 16 bytes a device
 
-    axis = "tensor"
     assert sent(lambda x: jax.lax.all_gather(x, axis, tiled=True)) == {"all_gather": (1, 3 * 16)}
     assert sent(lambda x: jax.lax.psum_scatter(x, axis, tiled=True)) \
         == {"reduce_scatter": (1, 3 * 4)}
-    assert sent(lambda x: jax.lax.psum(x, axis), jax.P()) == {"all_reduce": (1, 2 * 3 * 4)}
+    for reduce_ in (jax.lax.psum, jax.lax.pmax, jax.lax.pmin):
+        assert sent(lambda x: reduce_(x, axis), jax.P()) == {"all_reduce": (1, 2 * 3 * 4)}
     assert sent(lambda x: jax.lax.all_to_all(x, axis, 0, 0, tiled=True)) == {
         "all_to_all": (1, 3 * 4)}
-    assert sent(lambda x: jax.lax.scan(lambda c, _: (shard.pass_on(c, axis, 1), None), x,
+    assert sent(lambda x: jax.lax.scan(lambda c, _: (shard.pass_on(c, axis), None), x,
                                        length=5)[0]) == {"permute": (5, 5 * 16)}
-    assert shard.comm_seconds({"permute": (5, 80)}, link=10.0, ways=2, hop=0) == 4.0
-    assert shard.comm_seconds({"permute": (5, 80)}, link=10.0, hop=0.5) == 8 + 2.5
-    events = [("all_reduce", 3, 8, 4), ("all_gather", 1, 8, 3), ("permute", 6, 8, 4)]
-    assert shard.hops(events) == 3 * 4 + 1 + 6 and shard.hops(events, ways=2) == 3 * 4 + 1 + 3
     with pytest.raises(ValueError, match="while"):
-        sent(lambda x: jax.lax.while_loop(lambda c: True, lambda c: shard.pass_on(c, axis, 1), x))
+        sent(lambda x: jax.lax.while_loop(lambda c: True, lambda c: shard.pass_on(c, axis), x))
 
 
 @pytest.mark.parametrize("keep", [(), minillm.KEEPABLE])
-def test_fsdp_keeps_a_layers_inputs_what_it_is_told_to_and_one_gathered_layer(keep):
-    """12 more layers may keep 12 more of BTE, of what is named and of what the program carries:
-    their gradients' parts, which are outputs, not temporaries; a gathered layer is there once."""
+def test_fsdp_saves_a_layers_input_what_it_is_told_to_keep_and_one_gathered_layer(keep):
+    """12 more layers may save 12 times BTE and what is named; gradients are outputs, not
+    temporaries, and a gathered layer exists once."""
     B, T, mesh = 8, 64, shard.make_mesh(data=8, tensor=1)
     cfg = Config(L=4, E=64, H=4, K=4, D=16, F=128, V=32)
 
-    def temp(L):
+    def temporaries_of(L):
         deep = replace(cfg, L=L)
-        params = jax.eval_shape(shard.stack, abstract(deep))
         split = shard.stacked(shard.specs(deep, mesh, {**shard.TENSOR, **shard.FSDP}))
         params = jax.tree.map(lambda a, spec: jax.ShapeDtypeStruct(
-            a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec)), params, split)
+            a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec)),
+            jax.eval_shape(shard.stack, abstract(deep)), split)
         run = jax.jit(jax.value_and_grad(partial(shard.sharded_loss, cfg=deep, mesh=mesh,
                                                  keep=keep)))
         return run.lower(params, shaped(B, T + 1)).compile().memory_analysis().temp_size_in_bytes
 
     named = dict(attention=cfg.H * (cfg.D + 1), qkv=(cfg.H + 2 * cfg.K) * cfg.D, gate=cfg.F,
                  up=cfg.F)
-    inputs = B // 8 * T * (cfg.E + sum(named[name] for name in keep)) * 4
-    layer = sum(4 * minillm.size_of(name, cfg)
-                for name in jax.tree.leaves(dims(cfg).layers[0]))
-    assert temp(16) <= temp(4) + 12 * inputs + layer
+    saved = B // 8 * T * (cfg.E + sum(named[name] for name in keep)) * 4
+    layer = sum(4 * minillm.size_of(name, cfg) for name in jax.tree.leaves(dims(cfg).layers[0]))
+    assert temporaries_of(16) <= temporaries_of(4) + 12 * saved + layer
 
 
 def test_what_cannot_be_split_is_refused_by_name_before_compiling():
     mesh, params, text = shard.make_mesh(data=2, tensor=4), weights(WIDE), draw_tokens(WIDE, 4, 6)
     cache, four = init_cache(WIDE, 4, 24), shard.make_mesh(tensor=4)
-    check(lambda: shard.make_mesh(tensor=9), "9 devices", "there are 8", "jax_num_cpu_devices")
-    check(lambda: shard.place(params, WIDE, mesh, dict(E="model")), "'model'", "data")
-    check(lambda: shard.shardings(WIDE, mesh, dict(Q="data")), "Q=", "EHKDFV")
-    odd = replace(WIDE, F=22)
-    check(lambda: shard.place(weights(odd), odd, mesh, shard.TENSOR), "F=22", "4 devices")
-    check(lambda: shard.sharded_loss(shard.stack(params), text[:3], WIDE, mesh), "3 rows", "data")
-    few = replace(WIDE, K=2)
-    check(lambda: shard.tp_extend(weights(few), init_cache(few, 4, 24), text, few, four), "K=2")
-    check(lambda: shard.tp_extend(params, cache, text, WIDE, four, "slots"), "slots", "sequence")
-    check(lambda: shard.tp_extend(params, init_cache(WIDE, 3, 24), text[:3], WIDE, four, "batch"),
-          "B=3")
-    check(lambda: shard.tp_extend(params, init_cache(WIDE, 4, 22), text, WIDE, four, "sequence"),
-          "S=22")
-    held = cache._replace(length=jnp.full(4, 20))
-    check(lambda: shard.tp_extend(params, held, text, WIDE, four), "20 tokens", "24 slots")
-    check(lambda: shard.sharded_loss(shard.stack(params), text, WIDE, mesh, keep=("gates",)),
-          "gates", "attention, qkv, gate, up")
-    check(lambda: shard.sharded_loss(shard.stack(params), text, WIDE, mesh, keep="up"), "'up'")
-    check(lambda: shard.comm_bytes(WIDE, "train", 4, 4, keep=("gates",)), "gates", "attention")
-    check(lambda: shard.comm_bytes(WIDE, "extend", 4, keep=("gate",)), "extend", "keep")
-    check(lambda: loss(params, text, WIDE, blocks=0), "blocks=0", "at least one")
-    check(lambda: shard.comm_bytes(WIDE, "fly", 1), "fly", "prefill")
-    check(lambda: shard.comm_bytes(WIDE, "train", 3, data=2), "B=3", "2 devices")
-    check(lambda: shard.comm_bytes(WIDE, "extend", 3, tensor=4, layout="batch"), "B=3", "4 devices")
-    check(lambda: shard.comm_bytes(WIDE, "extend", 4, ring=3), "ring=3")
-    check(lambda: shard.comm_bytes(WIDE, "extend", 4, tensor=3), "cannot be split over 3")
-    check(lambda: shard.make_mesh(tensor=0), "at least one")
-    check(lambda: shard.shardings(WIDE, mesh, dict(HK="data")), "HK=")
-    check(lambda: shard.shardings(WIDE, mesh, dict(H="data", E="data")), "same axis")
-    check(lambda: shard.place_cache(cache, four, "rows"), "rows", "heads")
-    check(lambda: shard.place_cache(init_cache(few, 4, 24), four, "heads"), "K=2")
-    check(lambda: shard.place_cache(cache, shard.make_mesh(data=4), "batch"), "'tensor'")
-    check(lambda: shard.sharded_loss(params, text, WIDE, mesh), "stack(params)")
-    check(lambda: shard.sharded_loss(shard.stack(params), text[:, :1], WIDE, mesh), "two or more")
-    check(lambda: shard.fsdp_loss(params, text[:3], WIDE, mesh), "3 rows")
-    check(lambda: shard.sharded_loss(shard.stack(params), text, WIDE, shard.make_mesh(
-        data=1, context=4, tensor=1)), "T=5", "4 devices", "context")
-    check(lambda: shard.comm_bytes(WIDE, "train", 4, 5, context=4), "T=5", "multiple of 4")
-    check(lambda: shard.tp_extend(params, init_cache(few, 4, 24), text, few, shard.make_mesh(
-        tensor=(4, 2)), "batch"), "K=2", "4 devices")
-    check(lambda: shard.tp_empty(WIDE, 4, 22, "float32", four, "context"), "S=22", "4 devices")
-    check(lambda: shard.shardings(WIDE, mesh, dict(H=("tensor", "model"))), "model", "tensor")
-    check(lambda: shard.fsdp_loss(params, text, WIDE, four), "'data'")
+    few, odd, stacked = replace(WIDE, K=2), replace(WIDE, F=22), shard.stack(params)
+
+    def extended(cache, mesh=four, layout="heads", cfg=WIDE, rows=4):
+        return lambda: extend(weights(cfg), cache, text[:rows], cfg,
+                              where=shard.Where(mesh, layout))
+
+    def trained(tokens=text, mesh=mesh, params=stacked, **how):
+        return lambda: shard.sharded_loss(params, tokens, WIDE, mesh, **how)
+
+    for call, *words in (
+            (lambda: shard.make_mesh(tensor=9), "9 devices", "there are 8", "jax_num_cpu_devices"),
+            (lambda: shard.make_mesh(tensor=0), "at least one"),
+            (lambda: shard.make_mesh(), "at least one"),
+            (lambda: shard.place(params, WIDE, mesh, dict(E="model")), "'model'", "data"),
+            (lambda: shard.shardings(WIDE, mesh, dict(Q="data")), "Q=", "EHKDFV"),
+            (lambda: shard.shardings(WIDE, mesh, dict(HK="data")), "HK="),
+            (lambda: shard.shardings(WIDE, mesh, dict(H=("tensor", "model"))), "model", "tensor"),
+            (lambda: shard.shardings(WIDE, mesh, dict(H="data", E="data")), "same axis"),
+            (lambda: shard.place(weights(odd), odd, mesh, shard.TENSOR), "F=22", "4 devices"),
+            (extended(init_cache(few, 4, 24), cfg=few), "K=2", "batch and sequence", "'heads'"),
+            (extended(cache, layout="slots"), "slots", "sequence"),
+            (extended(init_cache(WIDE, 3, 24), layout="batch", rows=3), "B=3"),
+            (extended(init_cache(WIDE, 4, 22), layout="sequence"), "S=22"),
+            (extended(cache._replace(length=jnp.full(4, 20))), "20 tokens", "24 slots"),
+            (extended(init_cache(few, 4, 24), shard.make_mesh(tensor=(4, 2)), "batch", few), "K=2",
+             "4 devices"),
+            (extended(cache, shard.make_mesh(data=4), "batch"), "'tensor'"),
+            (lambda: shard.Where(four, ring=3), "ring=3", "(0, 1, 2)"),
+            (lambda: shard.Where(four).place_cache(few, init_cache(few, 4, 24)), "K=2"),
+            (lambda: shard.Where(four, "context").empty(WIDE, 4, 22), "S=22", "4 devices"),
+            (lambda: prefill(params, cache, text, np.full(4, 6), WIDE, rows=2, where=shard.Where(
+                four)), "rows=2", "mesh"),
+            (trained(text[:3]), "B=3", "2 devices", "data"),
+            (trained(text[:, :1]), "two or more"),
+            (trained(keep=("gates",)), "gates", "attention, qkv, gate, up"),
+            (trained(keep="up"), "'up'"), (trained(params=params), "stack(params)"),
+            (trained(mesh=shard.make_mesh(data=4)), "tensor=1"),
+            (trained(mesh=shard.make_mesh(data=1, context=4, tensor=1)), "T=5", "4 devices",
+             "context"),
+            (lambda: shard.fsdp_loss(params, text[:3], WIDE, mesh), "B=3"),
+            (lambda: shard.fsdp_loss(params, text, WIDE, four), "'data'"),
+            (lambda: shard.fsdp_loss(params, text, WIDE, shard.make_mesh(data=1, context=5)),
+             "sharded_loss")):
+        check(call, *words)
     last = jax.P(None, None, "tensor")
     x, w = normals((1, 1, 24), (8, 32))
-    for enter, _ in RINGS.values():
-        check(lambda: jax.shard_map(lambda x, w: enter(x, (w,))[0], mesh=four, in_specs=(
-            last, jax.P("tensor")), out_specs=last)(x, w), "4 parts of 6", "32")
-        check(lambda: jax.shard_map(lambda x, w: enter(x, (w,), norm=(x[0, 0], 0.0))[0], mesh=four,
-                                    in_specs=(last, jax.P("tensor")), out_specs=last)(x, w),
-              "6 scales", "4 times 6")
-    for _, leave in RINGS.values():
+    for enter, leave in shard.RINGS.values():
+        for norm, words in ((None, ["4 parts of 6", "32"]), ((x[0, 0, :6], 0.0), ["norm", "6"])):
+            weight = w if norm is None else w[:, :24]
+            check(lambda: jax.shard_map(lambda x, w: enter(x, (w,), norm=norm)[0], mesh=four,
+                                        in_specs=(last, jax.P("tensor")), out_specs=last)(
+                                            x, weight), *words)
         check(lambda: jax.shard_map(leave, mesh=four, in_specs=(last, jax.P(None, "tensor")),
                                     out_specs=last)(x, normals((6, 24))[0]), "E=6", "4 devices")
 
 
 def test_two_processes_compute_what_one_device_does(beside):
-    told, name = json.loads(beside["two"]().splitlines()[-1]), "L1,E32,H4,K4,D8,F48,V64"
-    assert told["machine"]["count"] == 4
-    assert [row["form"] for row in told["rows"]] == 2 * ["train, by hand ring"] + [
+    output, name = json.loads(beside["two"]().splitlines()[-1]), "L1,E32,H4,K4,D8,F48,V64"
+    assert output["machine"]["count"] == 4
+    assert [row["form"] for row in output["rows"]] == 2 * ["train, by hand ring"] + [
         "prefill over heads ring", "generate over heads ring"]
-    assert all(row["as_predicted"] for row in told["rows"])
+    assert all(row["as_predicted"] for row in output["rows"])
 
     def alone(phase):
         job = bench.Job(phase, name, bench.parse_model(name), 4, 6, 3)
         return bench.prepare(job, init(jax.random.key(0), job.cfg), 0).call()
 
-    assert all(abs(row["loss"] - alone("train")[2]) < 1e-4 for row in told["rows"][:2])
-    assert np.array_equal(told["rows"][2]["tokens"], np.argmax(alone("prefill")[0], -1))
-    assert np.array_equal(told["rows"][3]["tokens"], alone("generate")[0])
+    assert all(abs(row["loss"] - alone("train")[2]) < 1e-4 for row in output["rows"][:2])
+    assert np.array_equal(output["rows"][2]["tokens"], np.argmax(alone("prefill")[0], -1))
+    assert np.array_equal(output["rows"][3]["tokens"], alone("generate")[0])
 
 
 # ---------------------------------------------------------------------------------------- bad input
 
 
-def check(call, *words):
-    """One ValueError of one line, naming each of the words."""
-    with pytest.raises(ValueError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message and all(str(word) in message for word in words), message
+@pytest.mark.parametrize("words", [
+    (lambda c: replace(c.cfg, H=5), "K=2", "H=5"), (lambda c: replace(c.cfg, D=7), "D=7", "even"),
+    (lambda c: replace(c.cfg, L=0), "L=0"), (lambda c: replace(c.cfg, act="relu"), "relu", "silu"),
+    (lambda c: replace(c.cfg, dtype="int3"), "int3", "bfloat16"),
+    (lambda c: replace(c.cfg, rope_scaling=(8, 4, 1, 64)), "(8, 4, 1, 64)", "low < high"),
+    (lambda c: forward(c.params, c.text + c.cfg.V, c.cfg), "vocabulary", grouped.V - 1),
+    (lambda c: forward(c.params, c.text - c.cfg.V, c.cfg), "vocabulary", "-"),
+    (lambda c: loss(c.params, c.text + c.cfg.V, c.cfg), "vocabulary"),
+    (lambda c: loss(c.params, c.text, c.cfg, chunks=0), "chunks=0", "at least one"),
+    (lambda c: forward(c.params, c.text[0], c.cfg), "[B, T]"),
+    (lambda c: forward(c.params, c.text * 1.0, c.cfg), "float"),
+    (lambda c: forward(c.params, c.text[:, :0], c.cfg), "empty"),
+    (lambda c: c.prefill(c.text[:, :0], [1, 1]), "empty"),
+    (lambda c: c.prefill(c.text, [0, 6]), "length 0", "1 to 6"),
+    (lambda c: c.prefill(c.text, [1, 7]), "length 7", "padded to 6"),
+    (lambda c: c.prefill(c.text, [6]), "2 prompts"),
+    (lambda c: c.prefill(c.text + c.cfg.V, [6, 6]), "vocabulary"),
+    (lambda c: c.prefill(c.text, [6, 6], S=5), "S=6"),
+    (lambda c: c.prefill(c.text, [6, 6], B=3), "cache of 3"),
+    (lambda c: extend(c.params, c.filled, c.text[:, :3], c.cfg), "6 tokens", "8 slots", "S=9"),
+    (lambda c: c.generate(3), "3 new", "8 slots"), (lambda c: c.generate(-1), "-1 new"),
+    (lambda c: jax.jit(c.generate, static_argnums=0)(9), "9 new"),
+    (lambda c: resize(c.filled, 5), "5 slots"), (lambda c: resize(c.cache, 0), "0 slots"),
+    (lambda c: init_cache(c.cfg, 0, 8), "0 rows"),
+    (lambda c: init_cache(c.cfg, 1, 8, "int16"), "int16", "float16"),
+    (lambda c: c.speculate(c.filled, n=1), "6 tokens", "8 slots", "S=10"),
+    (lambda c: c.speculate(init_cache(c.cfg, 2, 20), n=9), "width 8", "pad them to 12"),
+    (lambda c: c.speculate(c.cache, n=1, n_draft=0), "n_draft=0"),
+    (lambda c: c.speculate(c.cache, n=1), "two or more"),
+    (lambda c: c.speculate(init_cache(c.cfg, 3, 8), n=1), "cache of 3"),
+    (lambda c: c.serve([c.text[0]], n=0), "n=0"),
+    (lambda c: c.serve([c.text[0], [c.cfg.V]]), "request 1", grouped.V),
+    (lambda c: c.serve([c.text[0]], S=7), "request 0", "S=8"),
+    (lambda c: c.serve([[]]), "request 0"),
+    (lambda c: sample(c.key, c.logits, jnp.zeros(2), 0.0, -1, 1.0), "top_k=-1"),
+    (lambda c: log_probs(c.logits, math.nan), "nan"), (lambda c: log_probs(c.logits, -1.0), -1.0),
+    (lambda c: log_probs(c.logits, 1.0, 0, 0.0), "top_p=0.0")],
+    ids=lambda words: " ".join(map(str, words[1:])))
+def test_bad_input_is_refused_by_name_before_work_starts(words):
+    class case:
+        cfg, params, key = grouped, weights(grouped), jax.random.key(0)
+        text, cache = draw_tokens(cfg, 2, 6), init_cache(cfg, 2, 8)
+        filled, logits = cache._replace(length=jnp.array([3, 6])), jnp.zeros((2, cfg.V))
 
+        def prefill(text, lengths, B=2, S=8):
+            return prefill(case.params, init_cache(grouped, B, S), text, np.array(lengths), grouped)
 
-def test_bad_input_is_refused_by_name_before_work_starts():
-    cfg, params = grouped, weights(grouped)
-    text, cache = draw_tokens(cfg, 2, 6), init_cache(cfg, 2, 8)
-    logits, key = jnp.zeros((2, cfg.V)), jax.random.key(0)
-    check(lambda: replace(cfg, H=5), "H=5", "K=2")
-    check(lambda: replace(cfg, D=7), "D=7")
-    check(lambda: replace(cfg, L=0), "L=0")
-    check(lambda: replace(cfg, act="relu"), "relu", "silu")
-    check(lambda: replace(cfg, dtype="int3"), "int3", "bfloat16")
-    check(lambda: forward(params, text + cfg.V, cfg), "vocabulary", cfg.V - 1)
-    check(lambda: forward(params, text - cfg.V, cfg), "vocabulary", "-")
-    check(lambda: loss(params, text + cfg.V, cfg), "vocabulary")
-    check(lambda: forward(params, text[0], cfg), "[B, T]")
-    check(lambda: forward(params, text * 1.0, cfg), "float")
-    check(lambda: forward(params, text[:, :0], cfg), "empty")
-    check(lambda: prefill(params, cache, text[:, :0], np.array([1, 1]), cfg), "empty")
-    check(lambda: prefill(params, cache, text, np.array([0, 6]), cfg), "lengths", "0", "1 to 6")
-    check(lambda: prefill(params, cache, text, np.array([1, 7]), cfg), 7, "padded to 6")
-    check(lambda: prefill(params, cache, text, np.array([6]), cfg), "2 prompts")
-    check(lambda: prefill(params, cache, text + cfg.V, np.array([6, 6]), cfg), "vocabulary")
-    check(lambda: prefill(params, init_cache(cfg, 2, 5), text, np.array([6, 6]), cfg), "S=6")
-    check(lambda: prefill(params, init_cache(cfg, 3, 8), text, np.array([6, 6]), cfg), "cache of 3")
-    held = cache._replace(length=jnp.array([3, 6]))
-    check(lambda: extend(params, held, text[:, :3], cfg), "6 tokens", "8 slots", "S=9")
-    check(lambda: generate(params, held, logits, key, 3, cfg), "3 new", "8 slots")
-    check(lambda: jax.jit(generate, static_argnums=(4, 5))(params, held, logits, key, 9, cfg), 9)
-    check(lambda: resize(held, 5), "5 slots")
-    check(lambda: init_cache(cfg, 0, 8), "0 rows")
-    known = jnp.pad(text, ((0, 0), (0, 2)))
-    one_more = partial(speculate, params, tokens=known, key=key, cfg=cfg, draft=ngram_draft(cfg, 2),
-                       state=None)
-    check(lambda: one_more(held, n=1), "6 tokens", "8 slots", "S=10")
-    check(lambda: one_more(init_cache(cfg, 2, 20), n=9), "width 8", "pad them to 12")
-    check(lambda: ngram_draft(cfg, 0), "n_draft=0")
-    check(lambda: list(serve(params, [text[0]], 2, 8, 0, key, cfg)), "n=0")
-    check(lambda: sample(key, logits, jnp.zeros(2), 0.0, -1, 1.0), "top_k=-1")
-    check(lambda: log_probs(logits, math.nan), "nan")
-    check(lambda: resize(cache, 0), "0 slots")
-    check(lambda: one_more(cache, n=1), "two or more")
-    check(lambda: one_more(init_cache(cfg, 3, 8), n=1), "cache of 3")
-    check(lambda: list(serve(params, [text[0], [cfg.V]], 2, 9, 2, key, cfg)), "request 1", cfg.V)
-    check(lambda: list(serve(params, [text[0]], 2, 7, 2, key, cfg)), "request 0", "S=8")
-    check(lambda: list(serve(params, [[]], 2, 7, 2, key, cfg)), "request 0")
-    check(lambda: log_probs(logits, -1.0), -1.0)
-    check(lambda: log_probs(logits, 1.0, 0, 0.0), "top_p=0.0")
+        def generate(n):
+            return generate(case.params, case.filled, case.logits, case.key, n, grouped)
+
+        def speculate(cache, n, n_draft=2):
+            return speculate(case.params, cache, jnp.pad(case.text, ((0, 0), (0, 2))), case.key, n,
+                             grouped, ngram_draft, None, n_draft)
+
+        def serve(prompts, S=8, n=2):
+            return list(serve(case.params, prompts, 2, S, n, case.key, grouped))
+
+    call, *expected = words
+    check(lambda: call(case), *expected)
 
 
 # -------------------------------------------------------------------------------------------- bench
@@ -2892,31 +2730,6 @@ def test_a_saved_model_is_completed_alike_with_every_draft(calm, capsys, tmp_pat
 
 
 @files
-@pytest.mark.parametrize("cfg", [CONFIGS[4], CONFIGS[1]])
-def test_training_that_is_saved_and_goes_on_is_one_longer_training_bit_for_bit(cfg, tmp_path):
-    """Gemma's norm scales too, which files of weights round."""
-    step, text = jax.jit(train_step, static_argnames="cfg"), draw_tokens(cfg, 6, 2, 7)
-    params, adam = weights(cfg), adam_init(weights(cfg))
-    for i in range(6):
-        if i == 3:
-            save(tmp_path, cfg, params, adam=adam)
-        params, adam, _ = step(params, adam, text[i], cfg, 1e-2)
-    found, theirs = load(tmp_path)
-    theirs, state = infer.load_adam(tmp_path, found, theirs)
-    for i in range(3, 6):
-        theirs, state, _ = step(theirs, state, text[i], cfg, 1e-2)
-    assert found == cfg and same((params, adam), (theirs, state))
-    save(tmp_path / "other", replace(cfg, F=7), weights(replace(cfg, F=7)), adam=adam_init(
-        weights(replace(cfg, F=7))))
-    file = next(tmp_path.glob("*-adam*"))
-    file.write_bytes(next((tmp_path / "other").glob("*-adam*")).read_bytes())
-    check(lambda: infer.load_adam(tmp_path, cfg, params), file.name, "shape")
-    save(tmp_path, cfg, params)  # without a state: the earlier one does not belong to these
-    check(lambda: infer.load_adam(tmp_path, cfg, params), str(tmp_path), "--save")
-    check(lambda: save(tmp_path, cfg, params, adam=adam_init(weights(replace(cfg, F=7)))), "adam")
-
-
-@files
 def test_a_resumed_run_is_one_longer_run_bit_for_bit(calm, capsys, tmp_path):
     text = tmp_path / "text"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 30)
@@ -2928,9 +2741,8 @@ def test_a_resumed_run_is_one_longer_run_bit_for_bit(calm, capsys, tmp_path):
     train(5, "--model", TINY, "--save", tmp_path / "whole")
     train(3, "--model", TINY, "--save", tmp_path / "part")
     train(2, "--resume", tmp_path / "part", "--save", tmp_path / "part")
-    assert same(*(infer.load_adam(tmp_path / name, *load(tmp_path / name))
-                  for name in ("whole", "part")))
-    for more, words in ((["--resume", tmp_path], "config.json"),
+    assert same(*(load_state(tmp_path / name)[1:] for name in ("whole", "part")))
+    for more, words in ((["--resume", tmp_path], "state.safetensors"),
                         (["--resume", tmp_path / "part", "--model", "L1,E8,H2,K1,D4,F8,V256"],
                          "--model"), (["--resume", tmp_path / "part", "--kv-heads", "1"], "heads")):
         with pytest.raises(SystemExit) as caught:
@@ -3050,7 +2862,7 @@ def test_fewer_key_heads_are_trained_beside_each_other(calm, capsys, tmp_path):
     (["train", "--text", "no-such-file"], ["no-such-file"]),
     (["train", "--steps", "0"], ["'0'"]), (["train", "--dtype", "int8"], ["int8", "bfloat16"]),
     (["generate", "--cache", "int4"], ["int4", "int8"]), (["complete", "x"], ["--model"]),
-    (["complete", "--model", "no-such-folder", "x"], ["no-such-folder", "config.json"]),
+    (["complete", "--model", "no-such-folder", "x"], ["no-such-folder", "No such file"]),
     (["fly"], ["fly", "generate", "plan"]),
     (["plan", "--chip", "tpu-v9"], ["tpu-v9", "tpu-v4", "h100"]),
     (["plan", "--chip", "1,2,3"], ["1,2,3"]), (["plan", "--mfu", "2"], ["2"]),
@@ -3117,7 +2929,6 @@ def napkin(name, chip, n, context, batch, dtype="bfloat16", cache="bfloat16"):
     return bench.napkin(job, bench.CHIPS[chip], n, None, batch)
 
 
-@settings(max_examples=15)
 @given(MODEL_CHIP, st.sampled_from([1, 2]), st.integers(1, 5000), st.integers(1, 999))
 def test_a_plan_grows_with_batch_and_context_and_fewer_bytes_never_slow_it(of, n, context, batch):
     name, chip = of
@@ -3302,54 +3113,18 @@ def test_a_step_as_fast_as_predicted_stands_on_the_roof():
         assert all(i > roof[0] for i, mark in enumerate(column) if mark in "TPG")
 
 
-def words_in(picture):
-    """Lines of text in an SVG."""
-    return [html.unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", picture)]
-
-
-@pytest.mark.parametrize("name", bench.SKETCHES)
-def test_a_picture_in_docs_says_what_the_functions_give_today(name):
-    found = words_in((DOCS / f"{name}.svg").read_text())
-    sketch = bench.SKETCHES[name]()
-    told = [line for *_, text in sketch.notes for line in text.split("\n")] + [
-        line for *_, text, _, _ in sketch.boxes for line in text.split("\n")]
-    assert len(told) > 5 and any(re.search(r"\d", line) for line in told)
-    for line in filter(None, map(str.strip, told)):
-        assert line in found, line
-
-
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason='pip install ".[plot]"')
-def test_pictures_are_drawn_into_files_that_read_alike_each_time(tmp_path):
-    files = [tmp_path / f"{i}.svg" for i in range(2)]
-    for file in files:
-        bench.render(bench.sketch_layer(), file)
-    assert files[0].read_text() == files[1].read_text()
-    assert sorted(words_in(files[0].read_text())) == sorted(words_in(
-        (DOCS / "layer.svg").read_text()))
-
-
-@settings(max_examples=15)
-@given(st.sampled_from(sorted(bench.MODELS)), st.sampled_from([2, 4, 8]), st.integers(1, 64),
-       st.sampled_from(["prefill", "generate"]), st.sampled_from([0, 1, 2]))
-def test_the_steps_of_a_layer_send_together_what_the_formula_says(name, n, B, phase, ring):
-    cfg = replace(bench.MODELS[name], dtype="bfloat16")
-    assume(bench.degree(cfg, n) == n)
-    T = 128 if phase == "prefill" else 1
-    steps = bench.layer_steps(bench.Job(phase, name, cfg, B, T, 0, ring=ring), T, n, 9e10)
-    layout = "heads" if cfg.K % n == 0 else "sequence" if B % n else "batch"
-    formula = shard.comm_bytes(cfg, phase, B, T, tensor=n, layout=layout, ring=ring)
-    assert sum(step["times"] * step["bytes"] for step in steps) == sum(
-        size for _, size in formula.values())
-    assert sum(step["times"] * number for step in steps
-               for number in step["collectives"].values()) == sum(
-                   number for number, _ in formula.values())
-
-
 def test_a_picture_needs_its_extra(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):
         bench.main(["--plot", str(tmp_path / "x.png")])
     assert 'pip install ".[plot]"' in capsys.readouterr().err
+
+
+@example(B=32, T=256)
+@given(B=st.integers(1, 64), T=st.sampled_from([16, 64, 100, 192, 256, 1000, 3000]))
+def test_bench_prefills_groups_of_one_to_two_thousand_tokens_or_all(B, T):
+    rows = bench.rows_at_a_time(bench.Job("prefill", "", CONFIGS[0], B, T, 0))
+    assert B % rows == 0 and (rows == B or 1024 <= rows * T <= 2048 < B * T)
 
 
 # ------------------------------------------------------------ bench: chips that are not here
@@ -3486,32 +3261,6 @@ def test_gemma_7b_generates_110_sequences_on_four_v4_chips_and_128_are_refused(c
     assert "exceeds available HBM" in refused["message"] and "cache.k" in refused["largest"][0]
 
 
-def test_the_picture_of_a_chips_memory_says_what_its_compiler_says(compiled):
-    row = bench.chip_row(bench.lecture(), compiled)
-    found = words_in((DOCS / "memory.svg").read_text())
-    told = [line for *_, text, _, _ in bench.sketch_memory(row).boxes if text
-            for line in text.split("\n")]
-    assert all(line in found for line in told) and any("cache" in line for line in told)
-
-
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="drawn with the newest compiler")
-@pytest.mark.parametrize("name", bench.timelines())
-def test_the_pictures_of_timelines_say_what_the_chips_compiler_says(name, compiled):
-    found = " ".join(words_in((DOCS / f"{name}.svg").read_text()))
-    for job in bench.timelines()[name]:
-        row = bench.chip_row(job, compiled)
-        told = re.search(re.escape(row["form"]) + r", .*?a step takes ([\d.]+) (m?s), of it "
-                         r"([\d.]+) ([mu]s) waits", found)
-        took = [float(told[i]) * {"s": 1, "ms": 1e-3, "us": 1e-6}[told[i + 1]] for i in (1, 3)]
-        assert took == pytest.approx([row["compiler_seconds"], row["regions"]["transfers"]],
-                                     rel=0.05)
-        told = re.search(r"([\d,]+) of ([\d,]+) gathers", README)
-        if job.flags:
-            sent = row["collectives"]["all_gather"]
-            assert [sent["asynchronous"], sent["number"]] == pytest.approx(
-                [int(n.replace(",", "")) for n in told.groups()], rel=0.05)
-
-
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the newest compiler's")
 def test_what_the_readme_says_of_compilers_in_passing_is_what_they_say(compiled):
     said = " ".join(README.split())
@@ -3546,7 +3295,7 @@ def test_the_readmes_row_of_four_v4_chips_is_what_their_compiler_says(compiled, 
 def test_fsdp_on_a_torus_of_chips_sends_the_formula_and_adds_up_no_whole_weight(chip, compiled):
     job = fsdp_on_chip(chip)
     assert dict(job.mesh) == {"data": (4, 4, 4), "tensor": 1}
-    formula = shard.comm_bytes(job.cfg, "train", job.B, job.prompt, (4, 4, 4), 1)
+    formula = shard.tally(bench.sent(job))
     sent = compiled(job)["collectives"]
     for kind in ("all_gather", "reduce_scatter"):
         assert (sent[kind]["number"], sent[kind]["bytes"]) == formula[kind]
@@ -3844,81 +3593,46 @@ def test_the_default_runs_table_is_predicted_from_its_ceilings(capsys):
             bench.predicted_row(job, limits)["predicted_seconds"], rel=0.011)
 
 
-def needed_by(name, defined, found):
-    """Names of this project that a function's text needs, its neighbours' included."""
-    nodes = [*ast.walk(defined[name])]
-    own = {node.arg for node in nodes if isinstance(node, ast.arg)} | {
-        node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    for node in nodes:
-        other = node.id if isinstance(node, ast.Name) else ""
-        if other in defined.keys() - own - found:
-            found.add(other)
-            needed_by(other, defined, found)
-    return found
-
-
-BODIES = [ast.parse(inspect.getsource(module)).body for module in (minillm, infer, shard)]
-
-
-def definitions():
-    """Top-level names of the libraries -> their node."""
-    defined = {}
-    for body in BODIES:
-        for node in body:
-            names = [node.name] if hasattr(node, "name") else [
-                target.id for each in getattr(node, "targets", []) for target in ast.walk(each)
-                if isinstance(target, ast.Name)]
-            defined |= dict.fromkeys(names, node)
-    return defined
-
-
-def copied(name):
-    """What a function becomes in a file of its own: with its neighbours, the imports of each file
-    that something comes from, and lines such as `NAME.defvjp(..)`."""
-    defined, needed, more, lines = definitions(), set(), {name, "F32"}, []
-    gradients = {node.value.func.value.id: node for body in BODIES for node in body if isinstance(
-        node, ast.Expr) and isinstance(node.value, ast.Call)}
-    defined = {**defined, **{f"{name}.defvjp": node for name, node in gradients.items()}}
-    while more - needed:
-        needed |= more
-        more = needed.union(*(needed_by(other, defined, set()) for other in needed))
-        more |= {f"{other}.defvjp" for other in more & gradients.keys()}
-    for body in BODIES:
-        own = [node for node in body if any(node is defined[other] for other in needed)]
-        imports = [node for node in body if isinstance(node, ast.Import) or isinstance(
-            node, ast.ImportFrom) and node.module not in ("minillm", "infer")]
-        lines += [ast.unparse(node) for node in (imports + own if own else ())]
+def copied(name, *neighbours):
+    """A function of the libraries in a file of its own, with these neighbours, as README's table
+    says: their sources, the imports that are not of this project, and gradients' lines."""
+    modules = {item: module for module in (shard, infer, minillm) for item in vars(module)
+               if item in (name, *neighbours) and vars(module)[item].__module__ == module.__name__}
+    lines = ["import math", "from functools import partial", "from typing import Any, NamedTuple",
+             "import jax", "import jax.numpy as jnp", "from collections import namedtuple",
+             "from jax import custom_vjp, lax, named_scope, random, tree, vmap",
+             "from jax.ad_checkpoint import checkpoint_name",
+             "einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)"]
+    for item in (*neighbours, name):
+        value = inspect.unwrap(vars(modules[item])[item])
+        lines.append(f"{item} = namedtuple({item!r}, {value._fields})" if value is minillm.Partial
+                     else inspect.getsource(value))
+    for item in modules:
+        stem = item.removesuffix("_attention")
+        if f"{stem}_backward" in modules:
+            lines.append(f"{item}.defvjp({stem}_forward, {stem}_backward)")
     space = {"__name__": "alone"}
     exec("\n".join(lines), space)
     return space[name]
 
 
 def test_three_functions_run_in_files_of_their_own():
+    product = "require", "product", "matmul", "matmul_forward", "matmul_backward"
+    parts = "Partial", "finite", "scores", "partial_attention", "normalize", "split_blocks", \
+        "join_blocks"
     slots, new = jnp.zeros((1, 1, 4, 2)), jnp.ones((1, 1, 1, 2))
-    assert same(copied("write")(slots, new, jnp.array([[2]])),
-                infer.write(slots, new, jnp.array([[2]])))
+    write = copied("write", *product, "Q8", "quantize", "to_cache")
+    assert same(write(slots, new, jnp.array([[2]])), infer.write(slots, new, jnp.array([[2]])))
     q, k, v = normals((2, 9, 4, 8), (2, 2, 9, 8), (2, 2, 9, 8))
-    assert same(jax.jit(copied("causal_attention"))(q, k, v), jax.jit(causal_attention)(q, k, v))
+    causal = copied("causal_attention", *parts, "merge", "causal_blocks", "causal_operands",
+                    "scan_pairs", "causal_forward", "causal_backward")
+    assert same(*(jax.jit(jax.grad(lambda *qkv: jnp.sum(fn(*qkv) ** 2), (0, 1, 2)))(q, k, v)
+                  for fn in (causal, causal_attention)))
     x, w = normals((2, 3, 8), (16, 8))
     last = jax.P(None, None, "tensor")
-    close(jax.shard_map(copied("matmul_scatter_ring"), mesh=shard.make_mesh(tensor=4), in_specs=(
+    ring = copied("matmul_scatter_ring", *product, "dot", "pass_on", "outputs", "check_outputs")
+    close(jax.shard_map(ring, mesh=shard.make_mesh(tensor=4), in_specs=(
         last, jax.P(None, "tensor")), out_specs=last)(x, w), x @ w.T)
-
-
-def test_a_function_that_is_copied_takes_along_what_the_readmes_table_says():
-    defined = definitions()
-    table = README[README.index("| function | takes |"):].split("\n\n")[0]
-    rows = [[re.findall(r"`(\w+)`", cell) for cell in line.split("|")[1:3]]
-            for line in table.splitlines()[3:] if line.startswith("| `")]
-    listed = {name: {*left, *right, f"{name}_forward", f"{name}_backward"}
-              for left, right in rows for name in left}
-    assert len(listed) > 20
-    for name in listed.keys() - {"prefill", "extend", "generate"}:  # take the files
-        taken, more = set(), {name, "F32"}
-        while more - taken:
-            taken |= more
-            more = set().union(*(listed.get(other, ()) for other in taken))
-        assert needed_by(name, defined, set()) <= taken, name
 
 
 def test_what_the_readme_names_is_there():
@@ -3946,15 +3660,6 @@ def test_every_commands_help_shows_an_example_that_it_takes_and_lists_what_it_ta
                    if bench.OPTIONS[option]["help"] != bench.argparse.SUPPRESS)
 
 
-def test_the_readme_is_a_course_of_2000_words_with_tables_that_fit():
-    text = re.sub(r"```.*?```", "", README, flags=re.S)
-    prose = [line for line in text.splitlines() if not line.startswith("|")]
-    assert len(" ".join(prose).split()) <= 2000
-    rows = [line for line in README.splitlines() if len(line) > 70 and line in RUN.splitlines()
-            and line.split()[0] in bench.PHASES]
-    assert 5 <= len(rows) <= 10 and all(len(line) <= 100 for line in rows)
-
-
 def test_the_lectures_figures_are_printed_by_the_commands_beside_them(capsys):
     """Those of a plan; a chip's compiler's stand in tests of their own."""
     commands = re.findall(r"^python bench\.py (plan .*?) +# (\d)$", README, re.M)
@@ -3971,3 +3676,4 @@ def test_the_lectures_figures_are_printed_by_the_commands_beside_them(capsys):
                 assert found in printed[number[0]], (line, found)
                 checked += 1
     assert checked > 15
+
