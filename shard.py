@@ -153,9 +153,9 @@ def specs_of(params, cfg, mesh, rules):
 
 
 def shardings(cfg, mesh, rules):
-    """cfg, Mesh, dict -> Params: of NamedShardings, for `jax.device_put`, for `infer.load`, or for
-    parameters that are made where they stay: `jax.jit(init, static_argnums=1, out_shardings=...)`.
-    ValueError as in `specs`."""
+    """cfg, Mesh, dict -> Params: of NamedShardings, for `jax.device_put`, for `infer.load` (as
+    `partial(shardings, mesh=mesh, rules=rules)`), or for parameters that are made where they stay:
+    `jax.jit(init, static_argnums=1, out_shardings=...)`. ValueError as in `specs`."""
     return jax.tree.map(partial(jax.NamedSharding, mesh), specs(cfg, mesh, rules))
 
 

@@ -210,6 +210,11 @@ def same(a, b):
                for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
 
 
+def memory(fn, *args, **options):
+    """fn, shapes -> the compiler's analysis of the memory of `fn(*args)`, which does not run."""
+    return jax.jit(fn, **options).lower(*args).compile().memory_analysis()
+
+
 # ----------------------------------------------------------------------------------- minillm: flops
 
 partial_jit, merge_jit = jax.jit(minillm.partial_attention), jax.jit(minillm.merge)
@@ -224,11 +229,6 @@ def doubles(*arrays):
 def output_and_gradient(fn, dy, *args):
     out, back = jax.vjp(fn, *args)
     return out, *back(dy)
-
-
-def temporary_bytes(fn, *args):
-    """Of the compiled program, which does not run."""
-    return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("cfg, B, T", [
@@ -278,9 +278,9 @@ def test_a_loss_in_chunks_stores_the_logits_of_one_chunk():
     """The logits of 8,192 tokens over a vocabulary of 32,768 take 2**30 bytes in float32, and so
     does their gradient. 16 chunks take a 16th of both; the rest is the same within 1%."""
     cfg = Config(L=1, E=32, H=2, K=1, D=16, F=32, V=2 ** 15)
-    whole, chunked = (temporary_bytes(
-        jax.value_and_grad(partial(loss, cfg=cfg, chunks=chunks)), abstract(cfg), shaped(64, 129))
-        for chunks in (1, 16))
+    whole, chunked = (memory(
+        jax.value_and_grad(partial(loss, cfg=cfg, chunks=chunks)), abstract(cfg),
+        shaped(64, 129)).temp_size_in_bytes for chunks in (1, 16))
     assert abs(whole - chunked - 2 ** 31 * 15 / 16) < 2 ** 31 / 100
 
 
@@ -433,8 +433,9 @@ def test_the_memory_of_attention_grows_as_its_tokens_do(what, growth, optimised)
         q, k = shaped(1, T, 4, 16, dtype="float32"), shaped(1, 2, T, 16, dtype="float32")
         if what == "chunk":
             q = shaped(1, 1024, 4, 16, dtype="float32")
-            return temporary_bytes(infer.cached_attention, q, k, k, shaped(1, 1024))
-        return temporary_bytes(partial(output_and_gradient, causal_attention), q, q, k, k)
+            return memory(infer.cached_attention, q, k, k, shaped(1, 1024)).temp_size_in_bytes
+        return memory(partial(output_and_gradient, causal_attention), q, q, k,
+                      k).temp_size_in_bytes
 
     once, twice = temporaries(4096), temporaries(8192)
     assert once < 4096 * 4096 * 4 and twice < 1.1 * growth * once
@@ -827,11 +828,6 @@ def prompted(cfg, seed=0, lengths=(2, 6, 4, 1), dtype="float32"):
     logits, cache = prefill_jit(params, init_cache(cfg, ROWS, SLOTS, dtype), text[:, :PROMPT],
                                 np.array(lengths), cfg=cfg)
     return params, cache, logits, text
-
-
-def memory(fn, *args, **options):
-    """fn, shapes -> the compiler's analysis of the memory of `fn(*args)`, which does not run."""
-    return jax.jit(fn, **options).lower(*args).compile().memory_analysis()
 
 
 @pytest.mark.parametrize("rows, dtype", [(1, "float32"), (2, "float32"), (2, "int8")])
@@ -2160,7 +2156,7 @@ def where_of(axes, layout="heads", ring=0):
     (dict(tensor=3), "sequence", 0, replace(WIDE, L=1, E=24, H=6, K=2, V=33), "float32", None),
     (dict(tensor=(2, 2)), "batch", 0, replace(WIDE, K=2, tied=False), "float32", Q8),
     (dict(tensor=(2, 4)), "context", 2, replace(WIDE, L=1, K=2), "float32", None)])
-@settings(max_examples=settings.default.max_examples // 8)
+@settings(max_examples=settings.default.max_examples // 16)
 @given(MOVES, seeds)
 def test_any_mixture_on_a_mesh_is_recomputation(axes, layout, ring, cfg, dtype, kind, moves, seed):
     """The cache lives on the mesh from the start; weights that nobody placed are moved there."""
@@ -2404,9 +2400,8 @@ def test_fsdp_saves_a_layers_input_what_it_is_told_to_keep_and_one_gathered_laye
         params = jax.tree.map(lambda a, spec: jax.ShapeDtypeStruct(
             a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec)),
             jax.eval_shape(shard.stack, abstract(deep)), split)
-        run = jax.jit(jax.value_and_grad(partial(shard.sharded_loss, cfg=deep, mesh=mesh,
-                                                 keep=keep)))
-        return run.lower(params, shaped(B, T + 1)).compile().memory_analysis().temp_size_in_bytes
+        run = jax.value_and_grad(partial(shard.sharded_loss, cfg=deep, mesh=mesh, keep=keep))
+        return memory(run, params, shaped(B, T + 1)).temp_size_in_bytes
 
     named = dict(attention=cfg.H * (cfg.D + 1), qkv=(cfg.H + 2 * cfg.K) * cfg.D, gate=cfg.F,
                  up=cfg.F)
@@ -3091,28 +3086,6 @@ ENTRY %main (a: f32[4]) -> (f32[4]) {
                      "copy.1": ("mlp", "copy")}  # where it came from
 
 
-def test_a_step_as_fast_as_predicted_stands_on_the_roof():
-    jobs = [bench.Job(phase, "", CONFIGS[0], B, 64, 8) for phase in ("train", "prefill", "generate")
-            for B in (1, 64)]
-    peak, read = LIMITS["flops_per_second"]["float32"], LIMITS["read_bytes_per_second"]
-    limits = LIMITS | {"flops_per_second": {"float32": peak}}
-    rows = [bench.predicted_row(job, LIMITS) for job in jobs]
-    for row in rows:
-        row["measured_seconds"] = max(row["flops"] / peak,
-                                      (row["weight_bytes"] + row["cache_bytes"]) / read)
-    grid = [line[7:] for line in bench.picture(rows, limits).splitlines() if line[5:7] == " |"]
-    marks = set("".join(grid)) & set("TPG")
-    assert marks == set("TPG")
-    for column in itertools.zip_longest(*grid, fillvalue=" "):  # on it, and one cell a column
-        assert sum(mark != " " for mark in column) == 1
-    for row in rows:
-        row["measured_seconds"] *= 10  # a decade below it
-    below = [line[7:] for line in bench.picture(rows, limits).splitlines() if line[5:7] == " |"]
-    for column in itertools.zip_longest(*below, fillvalue=" "):
-        roof = [i for i, mark in enumerate(column) if mark in "/-"]
-        assert all(i > roof[0] for i, mark in enumerate(column) if mark in "TPG")
-
-
 def test_a_picture_needs_its_extra(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):
@@ -3285,8 +3258,9 @@ def test_the_readmes_row_of_four_v4_chips_is_what_their_compiler_says(compiled, 
     row = bench.chip_row(job, compiled) | {"form": bench.form_name(job)}
     bench.print_chip_row(row)
     said = unwrapped(capsys.readouterr().out)
-    for ours, theirs in zip(said, shown, strict=True):  # versions differ, and so may their cycles
-        assert ours == theirs or ours.split()[0] in ("program", "time")
+    for lines in zip(said, shown, strict=True):  # versions differ in cycles, and in order
+        ours, theirs = (sorted(re.findall(r"[\w.]+", line)) for line in lines)
+        assert ours == theirs or lines[0].split()[0] in ("program", "time")
     told = float(re.search(r"time +([\d.]+) ms", shown[-1])[1])
     assert row["compiler_seconds"] * 1e3 == pytest.approx(told, rel=0.05)
 
