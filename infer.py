@@ -573,7 +573,8 @@ def serve(params, prompts, B, S, n, key, cfg, temperature=0.0, top_k=0, top_p=1.
                                      np.array([prompt.size], np.int32), cfg=cfg, where=where)
         if np.all(requests < 0):
             return
-        keys = lax.map(partial(random.fold_in, key), jnp.asarray(requests))  # vmap changes some kinds
+        # one key after another: vmap gives some kinds of key other results
+        keys = lax.map(partial(random.fold_in, key), jnp.asarray(requests))
         tokens, logits, cache = advance(
             params, cache, logits, keys, n=min(stride, n), cfg=cfg, temperature=temperature,
             top_k=top_k, top_p=top_p, end=end, where=where)
