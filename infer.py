@@ -752,12 +752,12 @@ def speculate(params, cache, tokens, key, n, cfg, draft, state, n_draft, tempera
                 parts, params, r.cache, last_token(r.tokens, length), proposals, logp, verify_keys,
                 cfg, temperature, top_k, top_p)
             count = cut_at_end(new, count, end)
-            made = jnp.where(goes_on(r), count + 1, 0)
-            at = jnp.where(index < made[:, None], length[:, None] + index, slots.size)
+            gain = jnp.where(goes_on(r), count + 1, 0)
+            at = jnp.where(index < gain[:, None], length[:, None] + index, slots.size)
             rows = jnp.arange(len(at))
             return Round(r.tokens.at[rows[:, None], at].set(new, mode="drop"),
-                         cache._replace(length=r.cache.length + made), state,
-                         r.counts.at[rows, count].add(jnp.minimum(made, 1)))
+                         cache._replace(length=r.cache.length + gain), state,
+                         r.counts.at[rows, count].add(jnp.minimum(gain, 1)))
 
         counts = jnp.zeros_like(tokens, shape=(len(tokens), n_draft + 1))
         r = lax.while_loop(lambda r: jnp.any(goes_on(r)), advance,
@@ -1121,9 +1121,9 @@ def save(path, cfg, params):
     config = config_json(dataclasses.replace(cfg, dtype=params.embed.dtype.name))
     file = path / "config.json"
     earlier = read_json(file) if file.exists() else {}
-    known = {"rope_parameters", "layer_types", *ALIASES}.union(*(keys for _, _, *keys in RULES))
+    settings = {"rope_parameters", "layer_types", *ALIASES}.union(*(keys for _, _, *keys in RULES))
     kept = {key: earlier[key] for key in earlier
-            if key == "max_position_embeddings" or key not in known}
+            if key == "max_position_embeddings" or key not in settings}
     write_tensors(path / WEIGHTS, arrays, config)
     put_in_place(file, lambda new: new.write_text(
         json.dumps(DEFAULTS | kept | config, indent=2)))

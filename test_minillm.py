@@ -900,8 +900,8 @@ def test_unwritten_slots_change_no_bit_whatever_finite_numbers_they_hold(dtype, 
 def test_a_generate_step_updates_the_cache_in_place(B, K, dtype):
     """An array can be aliased and copied all the same, so temporaries stay below one array of the
     cache; in int8 beside the K and V of one layer, which a CPU converts to float32 to multiply
-    them, and which take 8 bytes per number. (A CPU copies a cache of one row and one head; the chips'
-    compilers do not: test_a_cache_on_a_chip_is_updated_in_place.)"""
+    them, and which take 8 bytes per number. (A CPU copies a cache of one row and one head; the
+    chips' compilers do not: test_a_cache_on_a_chip_is_updated_in_place.)"""
     cfg, S = Config(L=2, E=64, H=4, K=K, D=32, F=64, V=32), 4096
     cache = jax.eval_shape(lambda: init_cache(cfg, B, S, dtype))
     step = memory(partial(generate, n=4, cfg=cfg), abstract(cfg), cache,
@@ -2305,8 +2305,8 @@ def test_the_steps_of_a_layer_send_what_the_program_sends_to_the_byte(axes, layo
                    shaped(B, cfg.V, dtype="float32"), jax.random.key(0)) == total(n, formula(T=1))
     assert shard.traced_events(verify, params, cache, shaped(B, T)) == total(1, formula(T=T))
     if layout != "context":
-        assert shard.traced_events(partial(prefill, cfg=cfg, where=where), params, cache, shaped(B, T),
-                       shaped(B)) == total(1, formula(T=T, prompt=True))
+        assert shard.traced_events(partial(prefill, cfg=cfg, where=where), params, cache,
+                                   shaped(B, T), shaped(B)) == total(1, formula(T=T, prompt=True))
     if ring:
         layer = total(1, {name: formula(T=1)[name] for name in ("q, k, v", "out")})
         hops = sum(n for (kind, *_), n in layer.items() if kind == "permute")
