@@ -46,10 +46,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import shard
-from infer import (HERE, Q8, Q8A8, Cache, array_bytes, decode_bytes, decode_flops, extend,
-                   float_bytes, generate, init_cache, kv_bytes, library, load, load_state,
-                   model_draft, ngram_draft, prefill, prefill_flops, quantize_params, read_arrays,
-                   read_json, refill, save, save_state, serve, slots_of, speculate, weight_bytes)
+from infer import (GREEDY, HERE, Q8, Q8A8, Cache, Sampling, array_bytes, decode_bytes, decode_flops,
+                   extend, generate, init_cache, kv_bytes, library, load, load_state, model_draft,
+                   ngram_draft, prefill, prefill_flops, quantize_params, read_arrays, read_json,
+                   refill, save, save_state, serve, slots_of, speculate, weight_bytes)
 from minillm import (KEEPABLE, Adam, Config, Layer, Params, adam_init, cast, causal_attention,
                      causal_blocks, causal_pairs, check_tokens, init, loss, matmul, param_count,
                      size_of, traced_flops, train_flops, train_step)
@@ -147,7 +147,7 @@ def recognised(kind):
 
 train_jit = jax.jit(train_step, static_argnames="cfg", donate_argnames=("params", "adam"))
 prefill_jit = jax.jit(prefill, static_argnames="cfg", donate_argnames="cache")
-HOW = ("n", "cfg", "temperature", "top_k", "top_p", "end")
+HOW = ("n", "cfg", "sampling", "end")
 generate_jit = jax.jit(generate, static_argnames=HOW, donate_argnames=("cache", "logits"))
 
 
@@ -627,7 +627,7 @@ def napkin(job, chip, chips, parameters=None, batch=None, hop=HOP_SECONDS):
     rounded count in place of the exact one; job.prompt is the context, job.new is 0. Copies of the
     model that share no chips share the batch."""
     cfg, dtype, count = job.cfg, job.dtype, parameters or param_count(job.cfg)
-    table = (not cfg.tied) * cfg.V * cfg.E * float_bytes(cfg, dtype)
+    table = (not cfg.tied) * cfg.V * cfg.E * array_bytes("", cfg, dtype)
     weights = count * jnp.dtype(dtype).itemsize if parameters else weight_bytes(cfg, dtype) + table
     n = degree(cfg, chips)
     copies, memory = chips // n, n * chip.memory
@@ -2535,11 +2535,11 @@ def decode(tokens):
     return bytes(np.asarray(tokens, np.uint8)).decode(errors="replace")
 
 
-def recite(params, cfg, prompt, new, key, temperature=0.0):
+def recite(params, cfg, prompt, new, key, sampling=GREEDY):
     """Params, cfg, 1T, int, key -> str: prefill, then generate, in a model of bytes."""
     T = prompt.shape[1]
-    logits, cache = prefill_jit(params, init_cache(cfg, 1, T + new), prompt, jnp.full((1,), T), cfg)
-    return decode(generate_jit(params, cache, logits, key, new, cfg, temperature)[0][0])
+    logits, cache = prefill_jit(params, init_cache(cfg, 1, T + new), prompt, jnp.full(1, T), cfg)
+    return decode(generate_jit(params, cache, logits, key, new, cfg, sampling)[0][0])
 
 
 def learn(cfg, seed, steps=300):
@@ -2663,7 +2663,7 @@ def train_on_text(args, jobs):
             save(args.save, job.cfg, params)
             say(f"saved to {args.save}")
         prompt, params = held[None, :min(job.prompt, 64)], cast(params, job.cfg.dtype)
-        said = recite(params, job.cfg, prompt, args.new, jax.random.key(args.seed), 0.5)
+        said = recite(params, job.cfg, prompt, args.new, jax.random.key(args.seed), Sampling(0.5))
         print(f"{decode(prompt[0])!r} goes on {said!r}")
         more = {"continuation": said, **{name: rows[-1][name] for name in (
             "loss_before", "loss_after", "steps")}}
@@ -2796,7 +2796,7 @@ def stream(args):
     if free is not None and needed > free:
         raise ValueError(f"a cache of {S} slots holds {needed / GB:.1f} GB and {free / GB:.1f} GB "
                          "are free: a smaller --new")
-    how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    how = dict(sampling=Sampling(args.temperature, args.top_k, args.top_p))
     draft = load_draft(args, cfg, prompt, S, how) if args.draft else ()
     how["end"] = words.ends[0] if words.ends and prompt[0, -1] not in words.ends else None
     fns, S = functions(job._replace(prompt=T), mesh), slots(job, S)

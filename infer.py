@@ -6,14 +6,13 @@ bytes (int8), and a use for the idle flops (`speculate`). Letters as in minillm.
 
 Functions that take `where` run on one device by default; a `shard.Where` splits them over several.
 """
-import dataclasses
+import itertools
 import json
 import math
-import operator
-import pathlib
-import re
+from collections import namedtuple
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, Callable, NamedTuple
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from jax import lax, random, tree, vmap
 from jax.experimental import multihost_utils
 
 from minillm import (Adam, Config, block, causal_attention, causal_pairs, check_tokens, dims, dot,
-                     dots, embed, forward, frequencies, join_blocks, matmul, merge, normalize,
+                     dots, embed, forward, join_blocks, matmul, merge, normalize,
                      partial_attention, product, product_flops, require, rotary, size_of, sizes,
                      split_blocks, unembed, value_range)
 
@@ -32,14 +31,16 @@ fold_in = vmap(random.fold_in)  # a key per row and a number per row -> a key pe
 # --------------------------------------------------------------------------------------------- int8
 
 
-class Q8(NamedTuple):
-    """int8 numbers and float32 scales: q * scale. A weight of this type is weight-only int8: it is
-    converted to the dtype of the activations in its matmul."""
-    q: Any      # int8
-    scale: Any  # float32, in the shape of q, with 1 for the contracted letters
-
+class Q8(namedtuple("Q8", "q scale")):
+    """int8 numbers q, and float32 scales in the shape of q, with 1 for the contracted letters: it
+    represents q * scale. A weight of this type is weight-only int8: it is converted to the dtype of
+    the activations in its matmul."""
     shape = property(lambda self: self.q.shape)
     dtype = property(lambda self: self.q.dtype)
+
+    def astype(self, dtype):
+        """dtype -> array: the numbers that it represents, as floats."""
+        return (self.q * self.scale).astype(dtype)
 
     def rows(self, index, dtype):
         """These rows of the table, in a float dtype."""
@@ -65,14 +66,9 @@ def quantize(x, axes):
     q * scale is within scale / 2 of x; zeros stay zeros.
     """
     x = x.astype("float32")
-    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+    largest = jnp.max(jnp.abs(x), axes, keepdims=True)
     scale = jnp.where(largest == 0, 1, largest) / 127
     return Q8(jnp.round(x / scale).astype("int8"), scale)
-
-
-def dequantize(x, dtype="float32"):
-    """Q8, dtype -> BTE: the numbers that it represents."""
-    return (x.q * x.scale).astype(dtype)
 
 
 def quantize_params(params, cfg, kind=Q8A8):
@@ -85,24 +81,19 @@ def quantize_params(params, cfg, kind=Q8A8):
         contracted = tuple(range(-len(name.split()[-1]), 0))
         return kind(*quantize(w, contracted)) if " " in name else w.astype(cfg.dtype)
 
-    names = dims(cfg) if cfg.tied else dims(cfg)._replace(embed="VE")
+    names = dims(cfg)._replace(embed="V E" if cfg.tied else "VE")
     return tree.map(leaf, names, params)
 
 
 # ---------------------------------------------------------------------------------------- the cache
 
 
-class Cache(NamedTuple):
-    """Keys and values of the tokens so far: slot s of a row belongs to position s.
-
-    Rows may differ in length. To roll tokens back, lower it: `cache._replace(length=...)`.
-    """
-    k: tuple     # L arrays BKSD, or Q8 of them with a scale per row, head and slot, BKS1; where
-    # slots are split over n devices, BKnSD: see shard.stripe
-    v: tuple
-    length: Any  # B, int32: filled slots, which is also the position of the next token
-
-
+# Keys and values of the tokens so far: slot s of a row belongs to position s.
+#     k, v    tuples of L arrays BKSD, or of Q8 of them with a scale per row, head and slot, BKS1;
+#             BKnSD where slots are split over n devices: see shard.stripe
+#     length  B, int32: filled slots of each row, which is also the position of its next token
+# Rows may differ in length. To roll tokens back, lower it: `cache._replace(length=...)`.
+Cache = namedtuple("Cache", "k v length")
 CACHE_DTYPES = "float32", "bfloat16", "float16", "int8"
 
 
@@ -118,10 +109,10 @@ def init_cache(cfg, B, S, dtype="float32"):
 
     def layer():
         slots = jnp.zeros((B, cfg.K, S, cfg.D), dtype)
-        return Q8(slots, jnp.zeros((B, cfg.K, S, 1), "float32")) if dtype == "int8" else slots
+        return Q8(slots, slots[..., :1].astype("float32")) if dtype == "int8" else slots
 
     k, v = (tuple(layer() for _ in range(cfg.L)) for _ in "kv")
-    return Cache(k, v, jnp.zeros((B,), "int32"))
+    return Cache(k, v, jnp.zeros(B, "int32"))
 
 
 def slots_of(cache):
@@ -129,7 +120,7 @@ def slots_of(cache):
     return math.prod(cache.k[0].shape[2:-1])
 
 
-def check_room(cache, new, S=None):
+def check_room(cache, new, S=None, remedy="init_cache or resize with S="):
     """Cache, int -> None: ValueError unless every row has room for `new` more tokens in S slots.
 
     Under jit lengths are unknown, and only `new` > S is refused. A write past the last slot is
@@ -139,7 +130,7 @@ def check_room(cache, new, S=None):
     require(new >= 0 and S > 0, f"{new} new tokens in {S} slots: expected 0 or more in one or more")
     longest = max(value_range(cache.length), default=0)
     require(longest + new <= S, f"{longest} tokens in the cache + {new} new > {S} slots: "
-            f"init_cache or resize with S={longest + new}")
+            f"{remedy}{longest + new}")
 
 
 def check_rows(cache, tokens, new):
@@ -152,13 +143,19 @@ def check_rows(cache, tokens, new):
 
 def check_prompts(cache, tokens, lengths):
     """Cache, BT, B -> None: ValueError unless prompts and lengths fit each other and the cache."""
-    (B, T), S = tokens.shape, slots_of(cache)
-    require(T <= S, f"prompt of {T} tokens > {S} slots: init_cache(S={T})")
+    B, T = tokens.shape
+    check_rows(cache._replace(length=0 * cache.length), tokens, T)
     require(jnp.shape(lengths) == (B,),
             f"lengths of shape {jnp.shape(lengths)} for {B} prompts: expected [{B}]")
     for length in value_range(lengths):
         require(1 <= length <= T, f"a prompt of length {length}: prompts padded to {T} tokens have "
                 f"lengths of 1 to {T}")
+
+
+def insert(slots, new, row=0):
+    """BKSD, BKTD -> BKSD: store whole rows, from `row` on, at slots 0 to T - 1. Also for trees."""
+    return tree.map(lambda slots, new: lax.dynamic_update_slice(slots, new, (row, 0, 0, 0)),
+                        slots, new)
 
 
 def resize(cache, S):
@@ -168,7 +165,8 @@ def resize(cache, S):
             'another layout first: shard.Where(mesh, "batch").place_cache(cfg, cache)')
 
     def fit(a):
-        return jnp.pad(a[:, :, :S], ((0, 0), (0, 0), (0, max(0, S - a.shape[2])), (0, 0)))
+        B, K, _, D = a.shape
+        return insert(jnp.zeros((B, K, S, D), a.dtype), a[:, :, :S])
 
     return Cache(*tree.map(fit, cache[:2]), cache.length)
 
@@ -179,32 +177,23 @@ def to_cache(new, slots):
     if isinstance(slots, Q8):
         return quantize(new, -1)
     largest = jnp.finfo(slots.dtype).max
-    return new if new.dtype == slots.dtype else jnp.clip(new, -largest, largest).astype(slots.dtype)
-
-
-def from_cache(slots, dtype):
-    """BKTD, dtype -> BKTD: the keys or values that slots of a cache represent, as floats."""
-    return dequantize(slots, dtype) if isinstance(slots, Q8) else slots.astype(dtype)
+    return jnp.clip(new, -largest, largest).astype(slots.dtype)
 
 
 def write(slots, new, pos):
-    """BKSD, BKTD, BT -> BKSD: store each row's T new tokens at the slots of their positions.
+    """BKSD, BKTD, BT -> BKSD: store each row's T new tokens at the slots of their positions. Also
+    for trees.
 
     In place in a donated cache, since every index is named: with a slice for the heads, compilers
     keep the cache in another layout and copy all of it. (XLA's CPU compiler copies a cache of one
     row and one head all the same.) Positions outside 0 to S - 1 are dropped.
     """
-    B, K, *_ = new.shape
-    index = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None], jnp.where(
-        pos < 0, slots.shape[2], pos)[:, None]
-    return tree.map(lambda slots, new: slots.at[index].set(new, mode="drop"), slots,
-                        to_cache(new, slots))
+    def store(slots, new):
+        B, K, *_ = new.shape
+        index = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None], pos[:, None]
+        return slots.at[index].set(new, mode="drop", wrap_negative_indices=False)
 
-
-def insert(slots, new, row=0):
-    """BKSD, BKTD -> BKSD: store whole rows, from `row` on, at slots 0 to T - 1. Also for trees."""
-    return tree.map(lambda slots, new: lax.dynamic_update_slice(slots, new, (row, 0, 0, 0)),
-                        slots, new)
+    return tree.map(store, slots, new)
 
 
 def cached_attention(q, k, v, pos, finish=normalize):
@@ -215,50 +204,48 @@ def cached_attention(q, k, v, pos, finish=normalize):
     """
     (_, T, H, _), (_, K, S, _) = q.shape, k.shape
     width = min(S, max(128, 2 ** 20 // T))
-    rows, last = split_blocks(q, K)[0], jnp.repeat(pos, H // K, axis=1)[:, None, :, None]
+    rows, last = split_blocks(q, K)[0], jnp.repeat(pos, H // K, 1)[:, None, :, None]
 
     def piece(start, width):
         kv = tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, width, 2), (k, v))
         return partial_attention(rows, *kv, start + jnp.arange(width) <= last)
 
-    part = piece(0, width)
-    if width < S:
+    first = S % width or width
+    part = piece(0, first)
+    if first < S:
         part, _ = lax.scan(lambda part, start: (merge(part, piece(start, width)), None), part,
-                           jnp.arange(width, S - width + 1, width))
-    if S % width:
-        part = merge(part, piece(S - S % width, S % width))
+                           jnp.arange(first, S, width))
     return join_blocks(finish(part)[None], T, H).astype(q.dtype)
 
 
 # ----------------------------------------------------------------------- a model around the cache
 
 
-def attend_cache(q, k, v, old_k, old_v, pos):
-    """BTHD, BKTD, BKTD, BKSD, BKSD, BT -> BTHD, (BKSD, BKSD): write new tokens to a layer's cache,
-    then attend to all of it."""
-    k, v = write(old_k, k, pos), write(old_v, v, pos)
-    return cached_attention(q, k, v, pos), (k, v)
+def attend_cache(q, k, v, old, pos):
+    """BTHD, BKTD, BKTD, (BKSD, BKSD), BT -> BTHD, (BKSD, BKSD): write new tokens to a layer's
+    cache, then attend to all of it."""
+    new = write(old, tree.map(to_cache, (k, v), old), pos)
+    return cached_attention(q, *new, pos), new
 
 
-def attend_prompt(q, k, v, old_k, old_v, pos, row=0, insert=insert):
-    """BTHD, BKTD, BKTD, BKSD, BKSD, BT -> BTHD, (BKSD, BKSD): fill slots 0 to T - 1 of the rows
+def attend_prompt(q, k, v, old, pos, row=0, insert=insert):
+    """BTHD, BKTD, BKTD, (BKSD, BKSD), BT -> BTHD, (BKSD, BKSD): fill slots 0 to T - 1 of the rows
     from `row` on, and attend to these tokens alone. They are rounded as in the cache, so that
     `extend` gives the same in any chunks."""
-    old, new = (old_k, old_v), (to_cache(k, old_k), to_cache(v, old_v))
-    rounded = (from_cache(a, q.dtype) for a in new)
-    return causal_attention(q, *rounded), insert(old, new, row)
+    new = tree.map(to_cache, (k, v), old)
+    return causal_attention(q, *(a.astype(q.dtype) for a in new)), insert(old, new, row)
 
 
 def run_layers(parts, params, cache, tokens, pos, length, cfg, attend):
     """Parts, Params, Cache, BT, BT, B, cfg, attend -> BTE, Cache: embed tokens and run all blocks,
-    up to the final norm. `attend(q, k, v, old_k, old_v, pos)` returns a layer's BTHD and its pair
-    of BKSD; `length` is that of the new cache."""
+    up to the final norm. `attend(q, k, v, old, pos)` returns a layer's BTHD and its pair of
+    BKSD; `length` is that of the new cache."""
     x, table, kv = parts.embed(params, tokens, cfg), rotary(pos, cfg), []
     for w, *old in zip(params.layers, cache.k, cache.v, strict=True):
-        x, new = block(x, w, table, cfg, lambda q, k, v: attend(q, k, v, *old, pos), parts.enter,
-                       parts.leave)
+        x, new = block(x, w, table, cfg, lambda q, k, v: attend(q, k, v, (*old,), pos),
+                       parts.enter, parts.leave)
         kv.append(new)
-    return x, Cache(*zip(*kv, strict=True), length)
+    return x, Cache(*zip(*kv), length)
 
 
 def append(parts, params, cache, tokens, cfg):
@@ -271,7 +258,7 @@ def append(parts, params, cache, tokens, cfg):
 def read_prompts(parts, params, cache, tokens, lengths, cfg, **row):
     """Parts, Params, Cache, BT, B, cfg -> BV, Cache: `prefill` on each device, of the rows from
     `row` on where it is given."""
-    pos = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    pos = jnp.arange(tokens.shape[1])[None]
     x, cache = run_layers(parts, params, cache, tokens, pos, lengths, cfg,
                           partial(parts.attend_prompt, **row))
     last = x[jnp.arange(len(x)), lengths - 1][:, None]
@@ -286,22 +273,32 @@ def one_hot(token, V):
     return jnp.where(jnp.arange(V) == token[..., None], jnp.float32(0), -jnp.inf)
 
 
-def sampling(temperature, top_k, top_p):
-    """temperature, top_k, top_p -> temperature, top_k, top_p: as Python numbers, on which a program
-    can depend. ValueError where they are no numbers or make no distribution."""
-    try:
-        numbers = float(temperature), operator.index(top_k), float(top_p)
-    except (TypeError, ValueError, OverflowError):
-        numbers = math.nan, 0, 1
-    require(0 <= numbers[0] < math.inf and numbers[1] >= 0 and 0 < numbers[2] <= 1,
-            f"temperature={temperature}, top_k={top_k}, top_p={top_p}: expected numbers, static "
-            "under jit: a finite temperature >= 0, an integer top_k >= 0, 0 < top_p <= 1")
-    return numbers
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: a static argument of `jax.jit`.
+
+    Logits are divided by the temperature; of the results the top_k largest are kept (0: all), then
+    the most probable that together reach top_p; ties with the last one are kept. A temperature of
+    0 is greedy: the first of the largest logits. ValueError for what makes no distribution in
+    float32.
+    """
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        require((self.temperature == 0 or TINY <= self.temperature <= 1 / TINY)
+                and 0 <= self.top_k == int(self.top_k) and TINY <= self.top_p <= 1, f"{self}: expected "
+                f"a temperature of 0, or {TINY} to {1 / TINY:.1e}, an integer top_k from 0, and a "
+                f"top_p of {TINY} to 1")
+
+
+GREEDY = Sampling()
 
 
 def row_max(x):
     """BV -> B1: each row's largest number."""
-    return jnp.max(x, axis=-1, keepdims=True)
+    return jnp.max(x, -1, keepdims=True)
 
 
 def kth_largest(x, k):
@@ -314,39 +311,33 @@ def no_nan(logits):
     return jnp.where(jnp.isnan(logits), -jnp.inf, logits.astype("float32"))
 
 
-def filter_logits(logits, temperature, top_k=0, top_p=1.0, row_max=row_max, kth=kth_largest):
-    """BV, temperature, top_k, top_p -> BV: log-probabilities up to a constant per row, in float32;
-    what is filtered out is -inf. For a temperature above 0.
+def filter_logits(logits, sampling, row_max=row_max, kth=kth_largest):
+    """BV, Sampling -> BV: log-probabilities up to a constant per row, in float32; what is filtered
+    out is -inf. For a temperature above 0.
 
     What is not finite: a logit of NaN or -inf is never drawn, +inf is certain, and a row of NaN and
     -inf alone is uniform. `row_max` and `kth` are replaced where V is split.
     """
     logits = no_nan(logits)
     largest = row_max(logits)
-    logits = jnp.where(logits == largest, 0, logits - largest) / min(temperature, 1 / TINY)
-    if top_k:
-        logits = jnp.where(logits < kth(logits, top_k), -jnp.inf, logits)
-    if top_p < 1:
-        falling = -jnp.sort(-logits, axis=-1)
-        p = jax.nn.softmax(falling, axis=-1)
-        keep = jnp.cumsum(p, axis=-1) - p < max(top_p, TINY)  # always the first
-        smallest = jnp.min(jnp.where(keep, falling, jnp.inf), axis=-1, keepdims=True)
+    logits = jnp.where(logits == largest, 0, logits - largest) / sampling.temperature
+    if sampling.top_k:
+        logits = jnp.where(logits < kth(logits, sampling.top_k), -jnp.inf, logits)
+    if sampling.top_p < 1:
+        falling = -jnp.sort(-logits, -1)
+        p = jax.nn.softmax(falling)
+        keep = jnp.cumsum(p, -1) - p < sampling.top_p  # always the first
+        smallest = jnp.min(falling, -1, keepdims=True, where=keep, initial=jnp.inf)
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     return logits
 
 
-def log_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """BV -> BV: the log-probabilities that `sample` draws from, normalized, in float32.
-
-    Divides by the temperature, keeps the top_k largest (0: all), then the most probable tokens that
-    together reach top_p; ties with the last one are kept. A temperature below TINY is greedy: all
-    on the first of the largest. What is not finite: see `filter_logits`. ValueError where the three
-    make no distribution.
-    """
-    temperature, top_k, top_p = sampling(temperature, top_k, top_p)
-    if temperature < TINY:
-        return one_hot(jnp.argmax(no_nan(logits), axis=-1), logits.shape[-1])
-    return jax.nn.log_softmax(filter_logits(logits, temperature, top_k, top_p), axis=-1)
+def log_probs(logits, sampling):
+    """BV, Sampling -> BV: the log-probabilities that `sample` draws from, normalized, in float32.
+    What is not finite: see `filter_logits`."""
+    if sampling.temperature == 0:
+        return one_hot(jnp.argmax(no_nan(logits), -1), logits.shape[-1])
+    return jax.nn.log_softmax(filter_logits(logits, sampling))
 
 
 def row_keys(key, B):
@@ -355,9 +346,7 @@ def row_keys(key, B):
     Keys of any kind become threefry keys, made of their first two words: under vmap, "rbg" would
     draw a whole batch from its first key. ValueError for another number of keys than rows.
     """
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    words = random.key_data(key) if typed else key
-    keys = random.wrap_key_data(words[..., :2], impl="threefry2x32")
+    keys = random.wrap_key_data(random.key_data(key)[..., :2], impl="threefry2x32")
     require(keys.shape in ((), (B,)),
             f"keys of shape {keys.shape} for {B} rows: expected one key, or one per row")
     return keys if keys.ndim else fold_in(jnp.broadcast_to(keys, B), jnp.arange(B))
@@ -366,45 +355,45 @@ def row_keys(key, B):
 def noise(key, pos, V):
     """key, B, V -> BV: Gumbel noise for each row and position. Added to log-probabilities, the
     largest sum is a draw."""
-    keys = fold_in(row_keys(key, len(pos)), pos)
-    return vmap(lambda key: random.gumbel(key, (V,), "float32"))(keys)
+    return vmap(lambda key: random.gumbel(key, (V,), "float32"))(
+        fold_in(row_keys(key, len(pos)), pos))
 
 
 @jax.named_scope("sample")
-def sample(key, logits, pos, temperature, top_k, top_p):
-    """key, BV, B, temperature, top_k, top_p -> B: a token per row, drawn from `log_probs`.
+def sample(key, logits, pos, sampling):
+    """key, BV, B, Sampling -> B: a token per row, drawn from `log_probs`.
 
     The draw depends on key, row and position alone, so a run that stops and goes on draws what one
     longer run draws. `key` may also be B keys, one per row.
     """
-    temperature, top_k, top_p = sampling(temperature, top_k, top_p)
     scores = no_nan(logits)
-    if temperature >= TINY:
-        scores = filter_logits(logits, temperature, top_k, top_p)
-        scores = scores + noise(key, pos, logits.shape[-1])
-    return jnp.argmax(scores, axis=-1).astype("int32")
+    if sampling.temperature:
+        scores = filter_logits(logits, sampling) + noise(key, pos, logits.shape[-1])
+    return jnp.argmax(scores, -1).astype("int32")
 
 
 # ------------------------------------------------------------------------ prefill, extend, generate
 
 
-class Parts(NamedTuple):
+class Parts(namedtuple(
+        "Parts", "embed enter leave attend attend_prompt read unembed gather sample one_hot "
+        "local_row", defaults=(embed, dots, dot, attend_cache, attend_prompt, read_prompts, unembed,
+                               lambda logits: logits, sample, one_hot, lambda row, B: row))):
     """The functions that a generating model is made of, and where it runs: here, on one device.
+
+        embed          Params, BT, cfg -> BTE
+        enter, leave   the hooks of minillm.block
+        attend         q, k, v, (old k, old v), pos -> BTHD, (k, v)
+        attend_prompt  the same, for a prompt, and `row`
+        read           all of a prefill: see `read_prompts`
+        unembed        Params, BTE, cfg -> BTV
+        gather         BTV -> BTV: whole logits, where V is split
+        sample         key, BV, B, Sampling -> B
+        one_hot        B, V -> BV
+        local_row      int, B -> int: a row's number on the device that has it
 
     shard.Where has other parts, for each device of a mesh, and its own `run` and `empty`.
     """
-    embed: Callable = embed                  # Params, BT, cfg -> BTE
-    enter: Callable = dots                   # the hooks of minillm.block
-    leave: Callable = dot
-    attend: Callable = attend_cache          # q, k, v, old_k, old_v, pos -> BTHD, (k, v)
-    attend_prompt: Callable = attend_prompt  # the same, and row=
-    read: Callable = read_prompts            # all of a prefill
-    unembed: Callable = unembed              # Params, BTE, cfg -> BTV
-    gather: Callable = lambda logits: logits         # BTV -> BTV, where V is split
-    sample: Callable = sample                # key, BV, B, temperature, top_k, top_p -> B
-    one_hot: Callable = one_hot              # B, V -> BV
-    local_row: Callable = lambda row, B: row         # a row's number on the device that has it
-
     def run(self, cfg, body, results, *args):
         """cfg, fn, names, arrays -> arrays: `body(parts, *args)`. By the names of the body's
         arguments, and of the results, shard.Where splits them."""
@@ -443,21 +432,20 @@ def prefill(params, cache, tokens, lengths, cfg, rows=None, where=HERE):
     one group. (`prefill_flops` of a group, times groups.)
     """
     check_tokens(tokens, cfg)
-    check_rows(cache, tokens, 0)
     check_prompts(cache, tokens, lengths)
     B, T = tokens.shape
     require(rows is None or type(rows) is int and rows > 0 and B % rows == 0
-            and isinstance(where, Parts), f"rows={rows!r} at a time of {B} prompts: choose an int "
+            and where == HERE, f"rows={rows!r} at a time of {B} prompts: choose an int "
             f"that divides {B} (under jit, name it in static_argnames), or on a mesh None")
 
     def body(parts, params, cache, tokens, lengths):
-        if rows in (None, B):
+        if rows is None:
             return parts.read(parts, params, cache, tokens, lengths, cfg)
 
         def step(cache, group):
             row, *prompts = group
             logits, new = parts.read(parts, params, cache, *prompts, cfg, row=row)
-            return cache._replace(k=new.k, v=new.v), logits
+            return new._replace(length=cache.length), logits
 
         groups = jnp.arange(0, B, rows), tokens.reshape(-1, rows, T), lengths.reshape(-1, rows)
         cache, logits = lax.scan(step, cache, groups)
@@ -467,47 +455,47 @@ def prefill(params, cache, tokens, lengths, cfg, rows=None, where=HERE):
                      jnp.asarray(lengths, "int32"))
 
 
-def generate(params, cache, logits, key, n, cfg, temperature=0.0, top_k=0, top_p=1.0, end=None,
-             where=HERE):
+def decode(parts, params, cache, logits, keys, n, cfg, sampling, end=None, report=lambda x: None):
+    """Parts, Params, Cache, BV, keys, n, cfg, Sampling -> Bn, BV, Cache, reports: `generate` on
+    each device, and what `report` returns of each token's logits, rows first."""
+    def step(state, _):
+        cache, logits = state
+        token = parts.sample(keys, logits, cache.length, sampling)
+        x, new = append(parts, params, cache, token[:, None], cfg)
+        new_logits = parts.unembed(params, x, cfg)[:, 0]
+        if end is not None:
+            goes_on = token != end
+            new = new._replace(length=cache.length + goes_on)
+            new_logits = jnp.where(goes_on[:, None], new_logits, parts.one_hot(token, cfg.V))
+        return (new, new_logits), (token, report(logits))
+
+    (cache, logits), outputs = lax.scan(step, (cache, logits), length=n)
+    tokens, reports = tree.map(lambda a: a.swapaxes(0, 1), outputs)
+    return tokens, logits, cache, reports
+
+
+def generate(params, cache, logits, key, n, cfg, sampling=GREEDY, end=None, where=HERE):
     """Params, Cache, BV, key, n, cfg -> Bn, BV, Cache: n tokens per row, in one scan on the device.
 
     `logits` are those of the next token, from `prefill` or an earlier `generate`; the new ones are
     returned, to continue with. A row that draws `end` stops: its length stays before it and its
-    logits are all on `end`, so that it draws nothing else, in a later call too. n, temperature,
-    top_k, top_p, end and where are static under `jax.jit`. ValueError where the cache has no room
-    for n tokens.
+    logits are all on `end`, so that it draws nothing else, in a later call too. n, cfg, sampling,
+    end and where are static under `jax.jit`. ValueError where the cache has no room for n tokens.
     """
     check_rows(cache, logits, n)
-
-    def body(parts, params, cache, logits, keys):
-        def step(state, _):
-            cache, logits = state
-            token = parts.sample(keys, logits, cache.length, temperature, top_k, top_p)
-            x, new = append(parts, params, cache, token[:, None], cfg)
-            new_logits = parts.unembed(params, x, cfg)[:, 0]
-            if end is not None:
-                goes_on = token != end
-                new = new._replace(length=jnp.where(goes_on, new.length, cache.length))
-                new_logits = jnp.where(goes_on[:, None], new_logits, parts.one_hot(token, cfg.V))
-            return (new, new_logits), token
-
-        (cache, logits), tokens = lax.scan(step, (cache, logits), length=n)
-        return tokens.T, logits, cache
-
-    return where.run(cfg, body, ("tokens", "logits", "cache"), params, cache,
-                     logits.astype("float32"), row_keys(key, len(logits)))
+    body = partial(decode, n=n, cfg=cfg, sampling=sampling, end=end)
+    return where.run(cfg, body, ("tokens", "logits", "cache", "reports"), params, cache,
+                     logits.astype("float32"), row_keys(key, len(logits)))[:3]
 
 
 def generate_reference(params, prompt, n, cfg):
     """Params, BT, n, cfg -> Bn: the definition of greedy decoding: all tokens are read again for
     each new one."""
     T = prompt.shape[1]
-
-    def step(t, tokens):
-        logits = forward(params, tokens, cfg)[:, t - 1]  # does not depend on tokens at t and later
-        return tokens.at[:, t].set(jnp.argmax(logits, axis=-1).astype(tokens.dtype))
-
-    return lax.fori_loop(T, T + n, step, jnp.pad(prompt, ((0, 0), (0, n))))[:, T:]
+    for _ in range(n):
+        token = jnp.argmax(forward(params, prompt, cfg)[:, -1:], -1)
+        prompt = jnp.concatenate([prompt, token.astype(prompt.dtype)], 1)
+    return prompt[:, T:]
 
 
 # ------------------------------------------------------------------------- many requests, few rows
@@ -520,26 +508,13 @@ def refill(params, cache, logits, row, prompt, length, cfg, where=HERE):
         first, new = read_prompts(parts, params, cache, prompt, length, cfg, row=row)
         row = parts.local_row(row, len(logits))
         return logits.at[row].set(first[0], mode="drop"), new._replace(
-            length=cache.length.at[row].set(new.length[0], mode="drop"))
+            length=cache.length.at[row].set(length[0], mode="drop"))
 
     return where.run(cfg, body, ("logits", "cache"), params, cache, logits, row, prompt, length)
 
 
-def check_prompt(request, prompt, n, S, cfg):
-    """int, tokens, n, S, cfg -> array: the prompt, 1T. ValueError, by its number, if it does not
-    fit."""
-    prompt = np.asarray(prompt)[None]
-    try:
-        check_tokens(prompt, cfg)
-    except ValueError as error:
-        raise ValueError(f"request {request}: {error}") from None
-    require(prompt.size + n <= S, f"request {request}: prompt of {prompt.size} tokens + {n} to "
-            f"generate > {S} slots: serve(S={prompt.size + n})")
-    return prompt
-
-
-def serve(params, prompts, B, S, n, key, cfg, temperature=0.0, top_k=0, top_p=1.0, end=None,
-          stride=8, cache_dtype="float32", where=HERE):
+def serve(params, prompts, B, S, n, key, cfg, sampling=GREEDY, end=None, stride=8,
+          cache_dtype="float32", where=HERE):
     """Params, prompts, B, S, n, key, cfg -> iterator of (int, tokens): continuous batching.
 
     Any iterable of prompts goes through B rows of S slots. Each request gets n tokens, or fewer
@@ -556,36 +531,42 @@ def serve(params, prompts, B, S, n, key, cfg, temperature=0.0, top_k=0, top_p=1.
     """
     require(n > 0 and stride > 0, f"n={n}, stride={stride}: expected at least one token of each")
     fill = jax.jit(refill, static_argnames=("cfg", "where"), donate_argnames=("cache", "logits"))
-    advance = jax.jit(generate, donate_argnames=("cache", "logits"), static_argnames=(
-        "n", "cfg", "temperature", "top_k", "top_p", "end", "where"))
-    temperature, top_k, top_p = sampling(temperature, top_k, top_p)
-    checked = (check_prompt(i, prompt, n, S, cfg) for i, prompt in enumerate(prompts))
-    waiting = enumerate(list(checked) if hasattr(prompts, "__len__") else checked)
-    cache, logits = where.empty(cfg, B, S, cache_dtype)
-    requests, outputs = np.full(B, -1), [[] for _ in range(B)]
+    advance = jax.jit(generate, donate_argnames=("cache", "logits"),
+                      static_argnames=("n", "cfg", "sampling", "end", "where"))
+
+    def check(request, prompt):
+        prompt = np.asarray(prompt)[None]
+        try:
+            check_tokens(prompt, cfg)
+            require(prompt.size + n <= S, f"prompt of {prompt.size} tokens + {n} to generate > {S} "
+                    f"slots: serve(S={prompt.size + n})")
+        except ValueError as error:
+            raise ValueError(f"request {request}: {error}") from None
+        return request, prompt
+
+    waiting = map(check, itertools.count(), prompts)
+    waiting = iter([*waiting]) if hasattr(prompts, "__len__") else waiting
+    (cache, logits), active = where.empty(cfg, B, S, cache_dtype), {}  # row -> request, its tokens
     while True:
-        for row in np.flatnonzero(requests < 0):
-            requests[row], prompt = next(waiting, (-1, None))
-            if prompt is not None:
-                T = min(S, 1 << max(4, (prompt.size - 1).bit_length()))
-                padded = np.pad(prompt, ((0, 0), (0, T - prompt.size)))
-                logits, cache = fill(params, cache, logits, row, padded,
-                                     np.array([prompt.size], np.int32), cfg=cfg, where=where)
-        if np.all(requests < 0):
+        for row, (request, prompt) in zip(sorted({*range(B)} - {*active}), waiting):
+            active[row] = request, []
+            T = min(S, 1 << max(4, (prompt.size - 1).bit_length()))
+            padded = np.pad(prompt, ((0, 0), (0, T - prompt.size)))
+            logits, cache = fill(params, cache, logits, row, padded, np.int32([prompt.size]),
+                                 cfg=cfg, where=where)
+        if not active:
             return
         # one key after another: vmap gives some kinds of key other results
-        keys = lax.map(partial(random.fold_in, key), jnp.asarray(requests))
-        tokens, logits, cache = advance(
-            params, cache, logits, keys, n=min(stride, n), cfg=cfg, temperature=temperature,
-            top_k=top_k, top_p=top_p, end=end, where=where)
-        for row, new in enumerate(np.asarray(tokens)):
-            output = [*outputs[row], *new][:n]
-            output = output[:output.index(end) + 1] if end in output else output
-            done = len(output) == n or output[-1] == end
-            if done and requests[row] >= 0:
-                yield int(requests[row]), np.array(output)
-                requests[row] = -1
-            outputs[row] = [] if done else output
+        requests = jnp.array([active.get(row, [0])[0] for row in range(B)])
+        keys = lax.map(partial(random.fold_in, key), requests)
+        tokens, logits, cache = advance(params, cache, logits, keys, n=min(stride, n), cfg=cfg,
+                                        sampling=sampling, end=end, where=where)
+        for row, (request, output) in [*active.items()]:
+            output.extend(np.asarray(tokens)[row])
+            stop = output.index(end) + 1 if end in output else n
+            if len(output) >= stop:
+                yield request, np.array(output[:min(stop, n)])
+                del active[row]
 
 
 # -------------------------------------------------------------------------------------- speculation
@@ -599,14 +580,12 @@ def acceptance(proposals, logp_draft, logp_target):
     that replaces the first rejected proposal: the positive part of p - q, normalized; and last,
     after n accepted ones, p itself. What comes out is distributed as p for any q. arXiv:2211.17192.
     """
-    p, q = jnp.exp(logp_target), jnp.exp(logp_draft)
-    p_next, bonus = p[:, :-1], p[:, -1:]
-    p_at, q_at = (jnp.take_along_axis(d, proposals[..., None], -1)[..., 0] for d in (p_next, q))
-    probability = jnp.where(p_at < q_at, p_at / q_at, p_at > 0)
-    excess = jnp.maximum(p_next - q, 0)
-    total = jnp.sum(excess, axis=-1, keepdims=True)
-    residual = jnp.where(total > 0, excess / total, p_next)  # p = q is never rejected
-    return probability, jnp.concatenate([residual, bonus], axis=1)
+    p, q = jnp.exp(logp_target), jnp.pad(jnp.exp(logp_draft), ((0, 0), (0, 1), (0, 0)))
+    p_at, q_at = (jnp.take_along_axis(d[:, :-1], proposals[..., None], -1)[..., 0] for d in (p, q))
+    excess = jnp.maximum(p - q, 0)
+    total = jnp.sum(excess, -1, keepdims=True)
+    residual = jnp.where(total > 0, excess / total, p)  # p = q is never rejected
+    return jnp.where(p_at < q_at, p_at / q_at, p_at > 0), residual
 
 
 def accept(key, proposals, logp_draft, logp_target):
@@ -614,18 +593,18 @@ def accept(key, proposals, logp_draft, logp_target):
     drawn from what `acceptance` returns. `key` may also be B keys."""
     def draw(key, probability, residual):
         accept_key, token_key = random.split(key)
-        keep = random.uniform(accept_key, probability.shape, probability.dtype) < probability
-        count = jnp.sum(jnp.cumprod(keep.astype("int32")), dtype="int32")
+        keep = random.bernoulli(accept_key, probability)
+        count = jnp.argmin(jnp.append(keep, False)).astype("int32")  # the first that is rejected
         token = random.categorical(token_key, jnp.log(residual[count]))
         return count, token.astype("int32")
 
-    keys = row_keys(key, len(proposals))
-    return vmap(draw)(keys, *acceptance(proposals, logp_draft, logp_target))
+    return vmap(draw)(row_keys(key, len(proposals)),
+                      *acceptance(proposals, logp_draft, logp_target))
 
 
 def last_token(tokens, length):
-    """BS, B -> B: the last of each row's first length[b] tokens."""
-    return jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
+    """BS, B -> B1: the last of each row's first length[b] tokens."""
+    return jnp.take_along_axis(tokens, length[:, None] - 1, 1)
 
 
 def ngram_draft(key, tokens, length, state, n, V, longest=3):
@@ -639,84 +618,58 @@ def ngram_draft(key, tokens, length, state, n, V, longest=3):
     before_last = index < length[:, None] - 1
     same, run = before_last, 0
     for back in range(longest):
-        token = last_token(tokens, length - back)[:, None]
-        same = same & (index >= back) & (jnp.roll(tokens, back, axis=1) == token)
+        token = last_token(tokens, length - back)
+        same = same & (index >= back) & (jnp.roll(tokens, back, 1) == token)
         run = run + same
-    best = jnp.argmax(jnp.where(before_last, run * len(index) + index, -1), axis=1)
+    best = jnp.argmax(jnp.where(before_last, run * len(index) + index, -1), 1)
     period = (length - 1 - best)[:, None]
-    proposals = jnp.take_along_axis(tokens, best[:, None] + 1 + jnp.arange(n) % period, axis=1)
+    proposals = jnp.take_along_axis(tokens, best[:, None] + 1 + jnp.arange(n) % period, 1)
     return proposals, one_hot(proposals, V), state
 
 
 @lru_cache
-def model_draft(cfg, temperature=0.0, top_k=0, top_p=1.0):
+def model_draft(cfg, sampling=GREEDY):
     """cfg -> draft: n tokens of a smaller model, whose state is its Params and its Cache, which
     holds what the target's cache holds. Equal arguments give the same function, for `jax.jit`."""
     def draft(key, tokens, length, state, n, V):
         params, cache = state
-
-        def step(carry, _):
-            cache, logits = carry
-            token = sample(key, logits, cache.length, temperature, top_k, top_p)
-            x, cache = append(HERE, params, cache, token[:, None], cfg)
-            logp = log_probs(logits, temperature, top_k, top_p)
-            return (cache, unembed(params, x, cfg)[:, 0]), (token, logp)
-
-        last = last_token(tokens, length)[:, None]
-        x, cache = append(HERE, params, cache._replace(length=length - 1), last, cfg)
-        (cache, _), outputs = lax.scan(step, (cache, unembed(params, x, cfg)[:, 0]), length=n)
-        return *(jnp.moveaxis(a, 0, 1) for a in outputs), (params, cache)
+        x, cache = append(HERE, params, cache._replace(length=length - 1),
+                          last_token(tokens, length), cfg)
+        proposals, _, cache, logp = decode(
+            HERE, params, cache, unembed(params, x, cfg)[:, 0], key, n, cfg, sampling,
+            report=partial(log_probs, sampling=sampling))
+        return proposals, logp, (params, cache)
 
     return draft
-
-
-def cut_at_end(new, count, end):
-    """B(n+1), B, end -> B: count, or the place of an earlier end token, after which nothing counts.
-    """
-    ends = (new == end) | (jnp.arange(new.shape[1]) == count[:, None])
-    return jnp.argmax(ends, axis=1).astype("int32")
 
 
 def check_speculation(cache, tokens, n, cfg, state, n_draft):
     """Cache, BS, n, cfg, state, n_draft -> None: ValueError unless rows have room for all new
     tokens, in the caches and in `tokens`."""
+    def is_cache(part):
+        return isinstance(part, Cache)
+
+    new = n + n_draft + 1
     check_tokens(tokens, cfg)
     check_rows(cache, tokens, n)
-    S, new, lengths = tokens.shape[1], n + n_draft + 1, value_range(cache.length) or (1, 0)
     require(n_draft > 0, f"n_draft={n_draft}: a draft proposes at least one token")
-    for part in tree.leaves((cache, state), is_leaf=lambda part: isinstance(part, Cache)):
-        if isinstance(part, Cache):
-            check_room(part._replace(length=cache.length), new)
-    require(lengths[1] + new <= S, f"tokens of width {S} for {lengths[1] + 1} known + {n} new + "
-            f"{n_draft} proposed: pad them to {lengths[1] + new}")
-    require(lengths[0] > 0, "a row of one known token: speculation needs two or more, all but the "
-            "last in the cache")
+    for part in filter(is_cache, tree.leaves((cache, state), is_leaf=is_cache)):
+        check_room(part._replace(length=cache.length), new)
+    check_room(cache, new, tokens.shape[1], "pad `tokens` to width ")
+    require(min(value_range(cache.length), default=1) > 0, "a row of one known token: speculation "
+            "needs two or more, all but the last in the cache")
 
 
-class Round(NamedTuple):
-    """What a round of speculation starts from; the cache lacks the last known token of each row."""
-    tokens: Any   # BS
-    cache: Cache
-    state: Any    # the draft's
-    counts: Any   # B(n+1): in how many rounds a row accepted 0, 1, .. n proposals
+# What a round of speculation starts from:
+#     tokens  BS, the known ones of each row and free places
+#     cache   lacks the last known token of each row
+#     state   the draft's
+#     counts  B(n+1): in how many rounds a row accepted 0, 1, .. n proposals
+Round = namedtuple("Round", "tokens cache state counts")
 
 
-def verify(parts, params, cache, last, proposals, logp_draft, keys, cfg, *how):
-    """Parts, Params, Cache, B, Bn, BnV, keys, cfg, temperature, top_k, top_p -> B, B(n+1), Cache:
-    one forward pass over n proposals: how many a row keeps, those and the one after them. `last`
-    are the last known tokens, which the cache lacks."""
-    new = jnp.concatenate([last[:, None], proposals], axis=1)
-    x, new_cache = append(parts, params, cache, new, cfg)
-    logp = log_probs(parts.gather(parts.unembed(params, x, cfg)), *how)
-    require(logp_draft.shape[2] == cfg.V, f"a draft of V={logp_draft.shape[2]} for a model of "
-            f"V={cfg.V}: they must share a vocabulary")
-    count, token = accept(fold_in(keys, cache.length + 1), proposals, logp_draft, logp)
-    kept = jnp.arange(new.shape[1]) < count[:, None]
-    return count, jnp.where(kept, jnp.roll(new, -1, axis=1), token[:, None]), new_cache
-
-
-def speculate(params, cache, tokens, key, n, cfg, draft, state, n_draft, temperature=0.0, top_k=0,
-              top_p=1.0, end=None, where=HERE):
+def speculate(params, cache, tokens, key, n, cfg, draft, state, n_draft, sampling=GREEDY, end=None,
+              where=HERE):
     """Params, Cache, BS, key, n, cfg, draft, state, n_draft -> BS, Cache, state, counts: n tokens
     or more per row.
 
@@ -726,7 +679,7 @@ def speculate(params, cache, tokens, key, n, cfg, draft, state, n_draft, tempera
     row; a row whose last known token is `end` has stopped.
 
     In a round, `draft(key, tokens, length, state, n_draft, V) -> Bn, BnV, state` proposes n_draft
-    tokens, `verify` reads them, and each row gets those that it accepts and one more. counts[b, i]
+    tokens, one pass reads them, and each row gets those that it accepts and one more. counts[b, i]
     is the number of rounds in which i were accepted. The tokens are distributed as those of
     `generate` for any draft, and equal to them at temperature 0, except for ties within rounding.
     draft, n_draft and what `generate` says are static. ValueError where there is no room for
@@ -736,38 +689,43 @@ def speculate(params, cache, tokens, key, n, cfg, draft, state, n_draft, tempera
     slots, index = jnp.arange(tokens.shape[1]), jnp.arange(n_draft + 1)
     end = -1 if end is None else end  # which is no token
 
-    def body(parts, params, cache, tokens, draft_keys, verify_keys, state):
+    def body(parts, params, cache, tokens, keys, state):
         goal = cache.length + n
 
         def ended(r):
-            return last_token(r.tokens, r.cache.length + 1) == end
+            return last_token(r.tokens, r.cache.length + 1)[:, 0] == end
 
         def goes_on(r):
             return (r.cache.length < goal) & ~ended(r)
 
         def advance(r):
             length = r.cache.length + 1
-            proposals, logp, state = draft(draft_keys, r.tokens, length, r.state, n_draft, cfg.V)
-            count, new, cache = verify(
-                parts, params, r.cache, last_token(r.tokens, length), proposals, logp, verify_keys,
-                cfg, temperature, top_k, top_p)
-            count = cut_at_end(new, count, end)
-            gain = jnp.where(goes_on(r), count + 1, 0)
+            proposals, logp_draft, state = draft(keys, r.tokens, length, r.state, n_draft, cfg.V)
+            require(logp_draft.shape[2] == cfg.V, f"a draft of V={logp_draft.shape[2]} for a model "
+                    f"of V={cfg.V}: they must share a vocabulary")
+            read = jnp.concatenate([last_token(r.tokens, length), proposals], 1)
+            x, cache = append(parts, params, r.cache, read, cfg)
+            # `sample` folds positions into keys, which are no negative numbers
+            count, token = accept(fold_in(keys, -length), proposals, logp_draft, log_probs(
+                parts.gather(parts.unembed(params, x, cfg)), sampling))
+            new = jnp.where(index < count[:, None], jnp.roll(read, -1, 1), token[:, None])
+            ends = (new == end) | (index == count[:, None])  # nothing counts after an end token
+            count = jnp.argmax(ends, 1).astype("int32")
+            gain = goes_on(r) * (count + 1)
             at = jnp.where(index < gain[:, None], length[:, None] + index, slots.size)
             rows = jnp.arange(len(at))
             return Round(r.tokens.at[rows[:, None], at].set(new, mode="drop"),
                          cache._replace(length=r.cache.length + gain), state,
-                         r.counts.at[rows, count].add(jnp.minimum(gain, 1)))
+                         r.counts.at[rows, count].add(gain > 0))
 
-        counts = jnp.zeros_like(tokens, shape=(len(tokens), n_draft + 1))
+        counts = jnp.zeros_like(tokens, shape=(len(tokens), index.size))
         r = lax.while_loop(lambda r: jnp.any(goes_on(r)), advance,
                            Round(tokens, cache, state, counts))
         fill = ended(r)[:, None] & (slots > r.cache.length[:, None])
-        return jnp.where(fill, end, r.tokens), r.cache, r.state, r.counts
+        return jnp.where(fill, end, r.tokens), *r[1:]
 
-    keys = vmap(random.split, out_axes=1)(row_keys(key, len(tokens)))
     return where.run(cfg, body, ("tokens", "cache", "state", "counts"), params, cache,
-                     jnp.asarray(tokens, "int32"), *keys, state)
+                     jnp.asarray(tokens, "int32"), row_keys(key, len(tokens)), state)
 
 
 # ----------------------------------------------------------------------------------- what they cost
@@ -792,19 +750,16 @@ def kv_bytes(cfg, B, S, dtype="float32"):
     return 2 * cfg.L * B * cfg.K * S * (cfg.D * dtype.itemsize + 4 * (dtype == "int8"))
 
 
-def float_bytes(cfg, dtype):
-    """cfg, dtype -> int: bytes of a number that is not int8, where weights are of that dtype."""
-    return jnp.dtype(cfg.dtype if jnp.dtype(dtype) == "int8" else dtype).itemsize
-
-
 def array_bytes(name, cfg, dtype):
-    """str, cfg, dtype -> int: of one array of `dims`, where weights are of that dtype.
+    """str, cfg, dtype -> int: of one array of `dims`, or of one number where `name` is empty, where
+    weights are of that dtype.
 
     In int8 each output of a matrix has a float32 scale, and norm scales stay in cfg.dtype.
     """
-    if " " in name and jnp.dtype(dtype) == "int8":
+    int8 = jnp.dtype(dtype) == "int8"
+    if int8 and " " in name:
         return size_of(name, cfg) + 4 * size_of(name.split()[0], cfg)
-    return size_of(name, cfg) * float_bytes(cfg, dtype)
+    return size_of(name, cfg) * jnp.dtype(cfg.dtype if int8 else dtype).itemsize
 
 
 def read_arrays(cfg):
@@ -822,8 +777,8 @@ def weight_bytes(cfg, dtype=None):
 def decode_bytes(cfg, B, S, T=1, cache_dtype="float32", dtype=None):
     """cfg, int, int, int, dtype -> dict: bytes read and written by `extend` of T tokens and
     `unembed`. Weights are read once for any B."""
-    dtype = jnp.dtype(dtype or cfg.dtype)
-    row = array_bytes("V E", cfg, dtype) // cfg.V if cfg.tied else array_bytes("E", cfg, dtype)
+    dtype = dtype or cfg.dtype
+    row = array_bytes("V E" if cfg.tied else "VE", cfg, dtype) // cfg.V
     return {"weights": weight_bytes(cfg, dtype), "embed": B * T * row,
             "cache_read": kv_bytes(cfg, B, S, cache_dtype),
             "cache_write": kv_bytes(cfg, B, T, cache_dtype), "logits": B * T * cfg.V * 4}
@@ -846,25 +801,15 @@ FIELDS = SIZES | dict(rope_base="rope_theta", eps="rms_norm_eps", tied="tie_word
                       dtype="torch_dtype")
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ALIASES = {"hidden_activation": "hidden_act", "type": "rope_type", "dtype": "torch_dtype"}
-DEFAULTS = dict(  # what an absent key means in every family, and in one
-    hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False,
-    max_position_embeddings=131072, torch_dtype="float32")
-FAMILIES = dict(
-    llama={}, mistral=dict(num_key_value_heads=8, sliding_window=4096),
-    gemma=dict(num_key_value_heads=16, head_dim=256, tie_word_embeddings=True,
-               hidden_act="gelu_pytorch_tanh"),
-    qwen3=dict(num_key_value_heads=32, head_dim=128))
 RULES = [  # what is implemented: in words, the types or values, and of which keys
     ("a whole number above 0", [int], *SIZES.values(), "max_position_embeddings", "sliding_window"),
     ("a number above 0", [int, float], "rms_norm_eps", "rope_theta", *SCALING),
     ("true or false", [True, False], "tie_word_embeddings", "use_sliding_window"),
-    ("llama, mistral, gemma or qwen3", [*FAMILIES], "model_type"),
+    ("llama, mistral, gemma or qwen3", ["llama", "mistral", "gemma", "qwen3"], "model_type"),
     ("silu or gelu_pytorch_tanh", ["silu", "gelu_pytorch_tanh"], "hidden_act"),
     ("default or llama3", ["default", "llama3"], "rope_type"),
     ("1, or nothing", [1], "partial_rotary_factor"),
-    ("false, or nothing", [False], "attention_bias", "mlp_bias", "use_qk_norm", "qk_layernorm",
-     "rope_interleaved", "use_bidirectional_attention", "attn_logit_softcapping",
-     "final_logit_softcapping", "quantization_config", "full_attention", "sliding_attention")]
+    ("false, or nothing", [False], "attention_bias", "mlp_bias", "quantization_config")]
 
 
 def tensor_names(cfg):
@@ -877,49 +822,33 @@ def tensor_names(cfg):
     return tree.map_with_path(name, dims(cfg))
 
 
-def flat_config(config):
-    """dict -> dict: the settings of a config.json, those of rotary positions beside all others, and
-    a family's defaults. ValueError where two settings disagree."""
-    family, flat = config.get("model_type"), {}
-    for place in (config, config.get("rope_scaling"), config.get("rope_parameters")):
-        settings = place or {}
-        require(isinstance(settings, dict), f"config.json: rotary settings {place!r} are no object")
-        for name, value in settings.items():
-            key = ALIASES.get(name, name)
-            if family == "gemma" and value == "gelu":
-                value = "gelu_pytorch_tanh"  # Gemma's files mean the tanh form by either name
-            if value is not None or key in ("sliding_window", "num_key_value_heads"):
-                require(flat.setdefault(key, value) == value, f"config.json: {name}={value!r}, and "
-                        f"elsewhere {flat[key]!r}: leave out the wrong one")
-    return {**DEFAULTS, **FAMILIES.get(str(family), {}), **flat}
-
-
 def parse_config(config):
-    """dict -> Config: of a config.json, as transformers 5 reads it. ValueError that names the key
-    that is missing, of the wrong type, or not implemented."""
-    flat = flat_config(config)
+    """dict -> Config: of a config.json, as transformers 4 or 5 writes it; a key that is null counts
+    as absent. ValueError that names the key that is missing, of the wrong type, or not implemented.
+    """
+    flat = {"rope_theta": 1e4, "torch_dtype": "float32", "model_type": "missing"}
+    for place in config, config.get("rope_scaling") or {}, config.get("rope_parameters") or {}:
+        require(isinstance(place, dict), f"config.json: rotary settings {place!r} are no object")
+        flat |= {ALIASES.get(key, key): place[key] for key in place if place[key] is not None}
+    gemma, qwen = (flat["model_type"] == family for family in ("gemma", "qwen3"))
+    if gemma:
+        flat["hidden_act"] = "gelu_pytorch_tanh"  # whatever its files say, as "gelu"
     for expected, allowed, *keys in RULES:
         for key in keys:
             value = flat.get(key)
             require(value is None or value in allowed
                     or type(value) in allowed and 0 < value < 2 ** 63,
                     f"config.json: {key}={value!r}: only {expected} is implemented")
-    layers = str(flat.get("layer_types", []))
-    require(re.fullmatch(r"\[('full_attention'(, )?)*\]", layers), f"config.json: layer_types="
-            f"{layers}: only full_attention is implemented")
+    require(flat.get("sliding_window", math.inf) >= flat.get("max_position_embeddings", math.inf)
+            or qwen and not flat.get("use_sliding_window"), "config.json: sliding_window is below "
+            "max_position_embeddings: only attention to all earlier tokens is implemented")
     try:
-        qwen, heads = flat["model_type"] == "qwen3", flat["num_attention_heads"]
-        context = flat["max_position_embeddings"]
-        window = flat.get("sliding_window") or context
-        require(window >= context or qwen and not flat.get("use_sliding_window"),
-                f"config.json: sliding_window={window} is below max_position_embeddings={context}, "
-                "which is not implemented: every query attends to all tokens before it")
-        flat["num_key_value_heads"] = flat.get("num_key_value_heads") or heads
-        flat.setdefault("head_dim", flat["hidden_size"] // heads)
-        flat["rope_theta"] *= 1.0  # as an integer it might exceed int32
+        heads = flat["num_attention_heads"]
+        flat = {"num_key_value_heads": heads, "head_dim": flat["hidden_size"] // heads,
+                "tie_word_embeddings": gemma, **flat, "rope_theta": flat["rope_theta"] * 1.0}
         return Config(**{field: flat[key] for field, key in FIELDS.items()},
                       act="silu" if flat["hidden_act"] == "silu" else "gelu",
-                      embed_scale=flat["model_type"] == "gemma", qk_norm=qwen,
+                      embed_scale=gemma, qk_norm=qwen,
                       rope_scaling=tuple(flat[key] for key in SCALING)
                       if flat.get("rope_type") == "llama3" else None)
     except KeyError as error:
@@ -929,7 +858,7 @@ def parse_config(config):
 def read_json(path):
     """path -> dict. ValueError where there is no file, or no JSON object in it."""
     try:
-        return {**json.loads(pathlib.Path(path).read_bytes())}
+        return {**json.loads(Path(path).read_bytes())}
     except (OSError, ValueError, RecursionError, TypeError) as error:
         raise ValueError(f"{path} is no JSON object that can be read: {error}") from None
 
@@ -966,18 +895,13 @@ def open_tensors(path):
 def find_tensors(path):
     """path -> dict, dict: `open_tensors` of a folder. As in transformers, model.safetensors counts
     before an index of shards; where there is neither, a training state counts."""
-    files = (path / name for name in (WEIGHTS, INDEX, STATE))
-    file = max(files, key=pathlib.Path.exists)  # the first that exists, or else model.safetensors
+    # the first that exists, or else model.safetensors
+    file = max(map(path.joinpath, (WEIGHTS, INDEX, STATE)), key=Path.exists)
     if file.name != INDEX:
         return open_tensors(file)
-    shards, tensors = read_json(file).get("weight_map"), {}
-    require(isinstance(shards, dict), f"{file} has no weight_map of tensors and files")
-    opened = lru_cache(lambda shard: open_tensors(path / shard)[0])
-    for name, shard in shards.items():
-        plain = re.fullmatch(r"[^/\\\0]+\.safetensors", str(shard))
-        require(plain and name in opened(shard), f"{file} says that {name} is in {shard!r}: "
-                "expected a safetensors file in its folder that holds it")
-        tensors[name] = opened(shard)[name]
+    tensors = {}
+    for shard in {*map(str, dict(read_json(file).get("weight_map", {})).values())}:
+        tensors |= open_tensors(path / shard)[0]
     return tensors, {}
 
 
@@ -995,7 +919,7 @@ def read_params(path, tensors, cfg, shardings, dtype=None, prefix=""):
         def part(index):
             a = array.reshape(sizes(letters, cfg))[index]
             if cfg.embed_scale and not prefix and " " not in letters:
-                return 1 + a.astype(np.float32)
+                return 1 + np.float32(a)
             return a.astype(dtype or a.dtype)
 
         if sharding is None:
@@ -1018,29 +942,26 @@ def load(path, dtype=None, shardings=None):
     what is not implemented, missing, unexpected, damaged or of another shape, and for a missing
     extra `hf`.
     """
-    path = pathlib.Path(path)
+    path = Path(path)
     tensors, config = find_tensors(path)
     config = config or read_json(path / "config.json")
     cfg, prefix = parse_config(config), "params." if "adam_step" in config else ""
-    require(cfg.L < len(tensors), f"{path}: {len(tensors)} tensors in files, and config.json says "
-            f"num_hidden_layers={cfg.L}")
-    names = tensor_names(dataclasses.replace(cfg, tied=False))
+    names = tensor_names(replace(cfg, tied=False))
     head = tensors.get(names.unembed)
     if cfg.tied and head is not None:  # a tied matrix may have either name, or both
         same = np.array_equal(tensors.setdefault(names.embed, head), head)
-        cfg = dataclasses.replace(cfg, tied=same)
+        cfg = replace(cfg, tied=same)
     for name in tensors.keys() - {*tree.leaves(names)}:
-        require(prefix or name.endswith("rotary_emb.inv_freq") and np.allclose(
-            np.resize(frequencies(cfg), tensors[name].shape), tensors[name], 2 ** -8, 6e-8),
-            f"{path}: tensor {name} is not part of the model that its config describes")
+        require(prefix or name.endswith("rotary_emb.inv_freq"),  # follows from the config
+                f"{path}: tensor {name} is not part of the model that its config describes")
     params = read_params(path, tensors, cfg, shardings, dtype, prefix)
-    return dataclasses.replace(cfg, dtype=params.embed.dtype.name), params
+    return replace(cfg, dtype=params.embed.dtype.name), params
 
 
 def load_state(path, shardings=None):
     """path -> cfg, Params, Adam: what `save_state` wrote, bit for bit, to resume training, split by
     `shardings` as in `load`. ValueError where the folder has no training state."""
-    path = pathlib.Path(path) / STATE
+    path = Path(path) / STATE
     tensors, config = open_tensors(path)
     require("adam_step" in config, f"{path} is no training state that save_state wrote")
     cfg = parse_config(config)
@@ -1079,7 +1000,7 @@ def host_arrays(cfg, params, prefix=""):
             w = multihost_utils.process_allgather(w, tiled=True)
         w = np.asarray(w).reshape([size_of(word, cfg) for word in letters.split()])
         if cfg.embed_scale and not prefix and w.ndim == 1:
-            w = w.astype(np.float32) - 1
+            w = np.float32(w) - 1
         arrays[prefix + name] = np.ascontiguousarray(w)
     return arrays
 
@@ -1090,7 +1011,7 @@ def put_in_place(path, write):
     wait."""
     new = path.with_name(f"{path.name}.new{jax.process_index()}")
     try:
-        if jax.process_index() == 0:
+        if not jax.process_index():
             path.parent.mkdir(parents=True, exist_ok=True)
             write(new)
             new.chmod(0o644)  # safetensors makes files that only their owner can read
@@ -1102,8 +1023,8 @@ def put_in_place(path, write):
 
 def write_tensors(path, arrays, config):
     """path, dict, dict -> None: a file of arrays, with their config in its metadata."""
-    metadata = {"format": "pt", "minillm": json.dumps(config)}
-    put_in_place(path, partial(library().numpy.save_file, arrays, metadata=metadata))
+    put_in_place(path, partial(library().numpy.save_file, arrays, metadata={
+        "format": "pt", "minillm": json.dumps(config)}))
 
 
 def save(path, cfg, params):
@@ -1117,16 +1038,15 @@ def save(path, cfg, params):
     ValueError, before anything is written, for int8, for parameters that are not cfg's, and for a
     cfg that `load` would refuse.
     """
-    path, arrays = pathlib.Path(path), host_arrays(cfg, params)
-    config = config_json(dataclasses.replace(cfg, dtype=params.embed.dtype.name))
+    path, arrays = Path(path), host_arrays(cfg, params)
+    config = config_json(replace(cfg, dtype=params.embed.dtype.name))
     file = path / "config.json"
     earlier = read_json(file) if file.exists() else {}
-    settings = {"rope_parameters", "layer_types", *ALIASES}.union(*(keys for _, _, *keys in RULES))
     kept = {key: earlier[key] for key in earlier
-            if key == "max_position_embeddings" or key not in settings}
+            if key.endswith(("_token_id", "max_position_embeddings"))}
     write_tensors(path / WEIGHTS, arrays, config)
     put_in_place(file, lambda new: new.write_text(
-        json.dumps(DEFAULTS | kept | config, indent=2)))
+        json.dumps({"max_position_embeddings": 131072, **kept, **config}, indent=2)))
 
 
 def save_state(path, cfg, params, adam):
@@ -1138,5 +1058,5 @@ def save_state(path, cfg, params, adam):
     """
     arrays = (host_arrays(cfg, params, "params.") | host_arrays(cfg, adam.m, "m.")
               | host_arrays(cfg, adam.v, "v."))
-    write_tensors(pathlib.Path(path) / STATE, arrays,
+    write_tensors(Path(path) / STATE, arrays,
                   config_json(cfg) | {"adam_step": int(adam.step)})

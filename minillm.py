@@ -48,8 +48,7 @@ def matmul(x, w):
 def matmul_forward(x, w):
     """MC, OC -> MO, (MC, OC): the product, and both operands for its gradient. ValueError in
     float16: its smallest number is 6e-8, so most gradients would become 0."""
-    require(x.dtype != "float16",
-            "gradients underflow in float16: set Config.dtype to bfloat16 or float32")
+    require(x.dtype != "float16", "float16 gradients underflow: set Config.dtype to bfloat16")
     return product(x, w), (x, w)
 
 
@@ -89,7 +88,7 @@ def rms_norm(x, scale, eps):
     """BTE, E, eps -> BTE: x over its root mean square, in float32, times a scale.
     arXiv:1910.07467."""
     x32 = x.astype("float32")
-    unit = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    unit = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
     return (unit * scale.astype("float32")).astype(x.dtype)
 
 
@@ -122,8 +121,8 @@ def rope(x, table):
     """BTHD, table -> BTHD: rotate the pairs (d, d + D/2) of each head by position.
     arXiv:2104.09864."""
     cos, sin = (part[:, :, None] for part in table)
-    a, b = jnp.split(x.astype("float32"), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    a, b = jnp.split(x.astype("float32"), 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -158,11 +157,11 @@ def partial_attention(q, k, v, visible):
                                   for a in (k, v))
     dtype = "bfloat16" if (q.dtype, v.dtype) == ("float16", "int8") else q.dtype
     logits = jnp.where(visible, scores(q, k) * k_scale * q.shape[-1] ** -0.5, -jnp.inf)
-    largest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    largest = lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
     weights = jnp.exp(logits - finite(largest))
     scaled = (weights * v_scale).astype(jnp.promote_types(dtype, v.dtype))
     values = einsum("BKMS,BKSD->BKMD", scaled, v)
-    return Partial(values, jnp.sum(weights, axis=-1, keepdims=True), largest)
+    return Partial(values, jnp.sum(weights, -1, keepdims=True), largest)
 
 
 def merge(a, b):
@@ -198,7 +197,7 @@ def attention(q, k, v, pos):
     """BTHD, BKSD, BKSD, BT -> BTHD: a query at position p attends to slots 0 to p. The reference:
     it holds all scores, BHTS."""
     (_, T, H, _), (_, K, S, _) = q.shape, k.shape
-    last = jnp.repeat(pos, H // K, axis=1)[:, None, :, None]
+    last = jnp.repeat(pos, H // K, 1)[:, None, :, None]
     part = partial_attention(split_blocks(q, K)[0], k, v, jnp.arange(S) <= last)
     return join_blocks(normalize(part)[None], T, H).astype(q.dtype)
 
@@ -240,7 +239,7 @@ def scan_pairs(q, k, v, step, state, strict=0):
         visible = j * size + token + strict <= (i * size + jnp.repeat(token, G))[:, None]
         return step(state, i, j, q[i], k[j], v[j], visible), None
 
-    return lax.scan(visit, state, jnp.array([(i, j) for i in range(n) for j in range(i + 1)]))[0]
+    return lax.scan(visit, state, np.tril_indices(n))[0]  # i, and j from 0 to i
 
 
 @custom_vjp
@@ -281,7 +280,7 @@ def causal_backward(saved, dy, strict=0):
     """
     q, k, v, out, log_total = saved
     (_, T, H, D), K, n = q.shape, k.shape[1], len(log_total)
-    dy_out = jnp.sum(dy.astype("float32") * out, axis=-1, keepdims=True)
+    dy_out = jnp.sum(dy.astype("float32") * out, -1, keepdims=True)
     blocks = causal_operands(q, k, v)
     dy, dy_out = split_blocks(dy, K, n), split_blocks(dy_out, K, n)
 
@@ -329,19 +328,19 @@ class Config:
 
     def __post_init__(self):
         def expect(name, valid, what):
-            value = getattr(self, name)
-            require(valid(value), f"{name}={value!r}: expected {what}")
+            require(valid, f"{name}={getattr(self, name)!r}: expected {what}")
 
         for letter in "LEHKDFV":
-            expect(letter, lambda size: isinstance(size, int) and size > 0, "an integer from 1")
-        expect("act", ("silu", "gelu").__contains__, "silu or gelu")
-        expect("dtype", ("float32", "bfloat16", "float16").__contains__,
+            size = getattr(self, letter)
+            expect(letter, isinstance(size, int) and size > 0, "an integer from 1")
+        expect("act", self.act in ("silu", "gelu"), "silu or gelu")
+        expect("dtype", self.dtype in ("float32", "bfloat16", "float16"),
                "float32, bfloat16 or float16")
-        expect("K", lambda K: self.H % K == 0, f"a divisor of H={self.H} query heads")
-        expect("D", lambda D: D % 2 == 0, "an even number, since rotary positions turn pairs")
-        expect("rope_scaling", lambda scaling: not scaling or (
-            len(scaling) == 4 and scaling[1] < scaling[2]),
-            "(factor, low, high, context), low < high")
+        expect("K", self.H % self.K == 0, f"a divisor of H={self.H} query heads")
+        expect("D", self.D % 2 == 0, "an even number, since rotary positions turn pairs")
+        if self.rope_scaling:
+            _, low, high, _ = self.rope_scaling
+            expect("rope_scaling", low < high, "(factor, low, high, context), low < high")
 
 
 # Names under which a layer's values can be saved for the backward pass by a policy of
@@ -350,8 +349,7 @@ class Config:
 KEEPABLE = ("attention", "qkv", "gate", "up")
 
 # One layer's arrays, or anything with one entry for each of them: see `dims`.
-Layer = namedtuple("Layer", "attn_norm wq wk wv wo mlp_norm w_gate w_up w_down q_norm k_norm",
-                   defaults=(None, None))
+Layer = namedtuple("Layer", "attn_norm wq wk wv wo mlp_norm w_gate w_up w_down q_norm k_norm")
 
 
 # All arrays of a model: `layers` is a tuple of Layer, `unembed` is None when tied.
@@ -364,9 +362,9 @@ def dims(cfg):
     A single word is a vector of norm scales. Shapes, initial values, shardings, files and counts
     are maps over this tree. Contracted letters come last, as in published checkpoints.
     """
-    layer = Layer(attn_norm="E", wq="HD E", wk="KD E", wv="KD E", wo="E HD",
-                  mlp_norm="E", w_gate="F E", w_up="F E", w_down="E F",
-                  **(dict(q_norm="D", k_norm="D") if cfg.qk_norm else {}))
+    head_norm = "D" if cfg.qk_norm else None
+    layer = Layer(attn_norm="E", wq="HD E", wk="KD E", wv="KD E", wo="E HD", mlp_norm="E",
+                  w_gate="F E", w_up="F E", w_down="E F", q_norm=head_norm, k_norm=head_norm)
     return Params(embed="V E", layers=(layer,) * cfg.L, out_norm="E",
                   unembed=None if cfg.tied else "V E")
 
@@ -434,8 +432,7 @@ def block(x, w, table, cfg, attend, enter=dots, leave=dot):
     takes q as BTHD, k and v as BKTD."""
     with named_scope("qkv"):
         q, k, v = enter(x, (w.wq, w.wk, w.wv), norm=(w.attn_norm, cfg.eps))
-        require(cfg.qk_norm == (w.q_norm is not None),
-                f"parameters with qk_norm={not cfg.qk_norm} and a cfg with the other")
+        require(cfg.qk_norm == (w.q_norm is not None), f"params differ from qk_norm={cfg.qk_norm}")
         if cfg.qk_norm:
             q, k = rms_norm(q, w.q_norm, cfg.eps), rms_norm(k, w.k_norm, cfg.eps)
         q, k, v = (checkpoint_name(a, "qkv") for a in (
@@ -531,8 +528,8 @@ def forward(params, tokens, cfg, block=block):
 def cross_entropy(table, x, targets):
     """VE, ME, M -> M: the cross-entropy of each target in nats, from normalized x."""
     logits = dot(x, table, dtype="float32")
-    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=-1) - target_logits
+    target_logits = jnp.take_along_axis(logits, targets[:, None], -1)[:, 0]
+    return jax.nn.logsumexp(logits, -1) - target_logits
 
 
 def loss_chunks(M, V):
@@ -606,7 +603,7 @@ def adam_init(params):
     """Params -> Adam: zeros in the parameters' shapes, in float32 whatever the parameters are:
     float16 cannot hold squares of gradients, and bfloat16 loses small changes of a mean."""
     m, v = tree.map(lambda p: jnp.zeros_like(p, "float32"), (params, params))
-    return Adam(jnp.zeros((), "int32"), m, v)
+    return Adam(jnp.int32(0), m, v)
 
 
 @named_scope("optimizer")
@@ -634,8 +631,7 @@ def train_step(params, adam, tokens, cfg, lr, loss=loss):
     """
     value, grads = jax.value_and_grad(lambda p: loss(cast(p, cfg.dtype), tokens, cfg))(
         cast(params, "float32"))
-    params, adam = adamw(params, adam, grads, lr)
-    return params, adam, value
+    return *adamw(params, adam, grads, lr), value
 
 
 # ----------------------------------------------------------------------------------- what they cost
@@ -678,8 +674,7 @@ def train_flops(cfg, B, T, remat=False):
 
 def inner_jaxprs(eqn):
     """eqn -> list: the programs that an operation calls: of a scan, a jit, a shard_map."""
-    items = [getattr(item, "jaxpr", item) for value in eqn.params.values()
-             for item in (value if isinstance(value, (tuple, list)) else (value,))]
+    items = [getattr(item, "jaxpr", item) for item in tree.leaves(eqn.params)]
     return [item for item in items if hasattr(item, "eqns")]
 
 
@@ -698,12 +693,10 @@ def traced_counts(fn, args, measure):
             name, params = eqn.primitive.name, eqn.params
             inner_axes = dict(params["mesh"].shape) if name == "shard_map" else axes
             parts = [total(inner, inner_axes) for inner in inner_jaxprs(eqn)]
-            if name == "cond" and (params.get("branches_platforms")
-                                   or parts.count(parts[0]) == len(parts)):
+            if name == "cond" and (params.get("branches_platforms") or parts[1:] == parts[:-1]):
                 parts = parts[-1:]
             elif any(parts) and name in ("while", "cond"):
-                raise ValueError(f"an operation to count is inside `{name}`: how often it runs is "
-                                 "unknown")
+                raise ValueError(f"how often an operation inside `{name}` runs is unknown")
             times = params["length"] if name == "scan" else 1
             for part in (measure(eqn, axes), *parts):
                 counts.update({key: times * number for key, number in part.items()})
@@ -733,11 +726,9 @@ def traced_flops(fn, *args):
 def materialized(plain):
     """fn -> fn: the same function, whose results a CPU writes to memory. XLA's CPU compiler would
     recompute the cosines of `rotary` for every head and layer: 15% of a prefill at batch 1."""
-    def written(x):
-        return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
-
     return wraps(plain)(lambda *args, **kwargs: tree.map(lambda x: lax.platform_dependent(
-        x, cpu=written, default=lambda x: x), plain(*args, **kwargs)))
+        x, cpu=lambda x: lax.optimization_barrier(x.reshape(-1)).reshape(x.shape),
+        default=lambda x: x), plain(*args, **kwargs)))
 
 
 def few_rows(plain):
@@ -756,11 +747,10 @@ def few_rows(plain):
         rows, forms = x.shape[-2], {}
         lone = rows == 1 and w.ndim == 2
         if lone and w.dtype.itemsize <= 2:
-            forms["cpu"] = lambda x, w: form(
-                jnp.concatenate([x, x]), w, *args, **kwargs)[:1]
+            forms["cpu"] = lambda x, w: form(jnp.concatenate([x, x]), w, *args, **kwargs)[:1]
         if lone and x.dtype != "int8":
             forms["cuda"] = lambda x, w: jnp.sum(
-                x.astype("float32") * w.astype("float32"), axis=-1)[None]
+                x.astype("float32") * w.astype("float32"), -1)[None]
         if 1 < rows <= 16 and rows * w.shape[-2] <= 2 ** 17:
             forms["cpu"] = lambda x, w: materialized(multiply)(w, x).mT
         return lax.platform_dependent(x, w, default=multiply, **forms) if forms else multiply(x, w)
@@ -776,7 +766,7 @@ def one_query(plain):
             return plain(q, k, v, visible)
 
         def doubled(*rows):
-            part = attend(*(jnp.concatenate([a, a], axis=-2) for a in rows))
+            part = attend(*(jnp.concatenate([a, a], -2) for a in rows))
             return tree.map(lambda a: a[..., :1, :], part)
 
         forms = dict(tpu=doubled) if q.shape[2] == 1 else {}

@@ -20,10 +20,9 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from infer import (TINY, Cache, Parts, Q8, attend_cache, attend_prompt, cached_attention,
-                   filter_logits, from_cache, init_cache, insert, kth_largest, no_nan, noise,
-                   one_hot, read_prompts, row_max, run_layers, sample, sampling, slots_of, to_cache,
-                   write)
+from infer import (Cache, Parts, Q8, attend_cache, attend_prompt, cached_attention, filter_logits,
+                   init_cache, insert, kth_largest, no_nan, noise, one_hot, read_prompts, row_max,
+                   run_layers, sample, slots_of, to_cache, write)
 from minillm import (KEEPABLE, Partial, attend_causally, block, causal_attention, causal_backward,
                      causal_blocks, causal_forward, check_tokens, chunked_mean, dims, dot, embed,
                      finite, join_blocks, loss, loss_chunks, merge, normalize, require, rms_norm,
@@ -350,26 +349,23 @@ def split_cross_entropy(logits, targets, axis="tensor"):
 
 
 @jax.named_scope("sample")
-def split_sample(key, logits, pos, temperature, top_k, top_p, axis="tensor"):
-    """key, B(V/t), B, temperature, top_k, top_p -> B: the token that `sample` draws.
+def split_sample(key, logits, pos, sampling, axis="tensor"):
+    """key, B(V/t), B, Sampling -> B: the token that `sample` draws.
 
     Each device adds its part of the noise, and two numbers per row are reduced: the best sum, and
     the first token that has it. With a temperature so is each row's largest logit, and for top_k
     each device's k largest are gathered. top_p below 1 depends on all logits, so they are gathered.
     """
-    temperature, top_k, top_p = sampling(temperature, top_k, top_p)
-    if top_p < 1 and temperature >= TINY:
-        return sample(key, all_gather(logits, axis, 1, to="invarying"), pos, temperature, top_k,
-                      top_p)
+    if sampling.top_p < 1 and sampling.temperature:
+        return sample(key, all_gather(logits, axis, 1, to="invarying"), pos, sampling)
     part, n = logits.shape[-1], lax.axis_size(axis)
     first, scores = lax.axis_index(axis) * part, no_nan(logits)
 
     def kth(logits, k):
         return kth_largest(all_gather(lax.top_k(logits, min(k, part))[0], axis, 1), k)
 
-    if temperature >= TINY:
-        scores = filter_logits(logits, temperature, top_k, 1.0, lambda x: lax.pmax(
-            row_max(x), axis), kth)
+    if sampling.temperature:
+        scores = filter_logits(logits, sampling, lambda x: lax.pmax(row_max(x), axis), kth)
         scores += lax.dynamic_slice_in_dim(noise(key, pos, n * part), first, part, 1)
     best = jnp.max(scores, axis=-1)
     token = first + jnp.argmax(scores, axis=-1).astype("int32")
@@ -605,12 +601,12 @@ def local_slots(a, axis="tensor"):
     return jax.tree.map(slots, a)
 
 
-def attend_rows(q, k, v, old_k, old_v, pos, axis="tensor"):
-    """BT(H/t)D, BKTD, BKTD, (B/t)KSD, (B/t)KSD, BT -> BT(H/t)D, ((B/t)KSD, (B/t)KSD): each device
+def attend_rows(q, k, v, old, pos, axis="tensor"):
+    """BT(H/t)D, BKTD, BKTD, ((B/t)KSD, (B/t)KSD), BT -> BT(H/t)D, ((B/t)KSD, (B/t)KSD): each device
     holds all heads of its rows. wk and wv are whole, so k and v are here already; two all-to-alls
     bring every row's queries to its device, and the results back."""
     q = lax.all_to_all(q, axis, split_axis=0, concat_axis=2, tiled=True)
-    out, kv = attend_cache(q, *local_rows((k, v), axis), old_k, old_v, local_rows(pos, axis))
+    out, kv = attend_cache(q, *local_rows((k, v), axis), old, local_rows(pos, axis))
     return lax.all_to_all(out, axis, split_axis=2, concat_axis=0, tiled=True), kv
 
 
@@ -624,23 +620,23 @@ def normalize_over(part, axis="tensor"):
 
 def over_slots(attend):
     """attend -> attend: on the one part of BKnSD that a device holds, as BKSD."""
-    def form(q, k, v, old_k, old_v, pos, **row):
-        old = jax.tree.map(lambda a: a[:, :, 0], (old_k, old_v))
-        out, kv = attend(q, k, v, *old, pos, **row)
+    def form(q, k, v, old, pos, **row):
+        old = jax.tree.map(lambda a: a[:, :, 0], old)
+        out, kv = attend(q, k, v, old, pos, **row)
         return out, jax.tree.map(lambda a: a[:, :, None], kv)
 
     return form
 
 
-def attend_slots(q, k, v, old_k, old_v, pos, axis="tensor"):
-    """BT(H/t)D, BKTD, BKTD, BK(S/t)D, BK(S/t)D, BT -> BT(H/t)D, (BK(S/t)D, BK(S/t)D): each device
+def attend_slots(q, k, v, old, pos, axis="tensor"):
+    """BT(H/t)D, BKTD, BKTD, (BK(S/t)D, BK(S/t)D), BT -> BT(H/t)D, (BK(S/t)D, BK(S/t)D): each device
     holds every t-th slot of all heads; the summands of the values are reduced."""
     n, pos = lax.axis_size(axis), pos - lax.axis_index(axis)
     slot = jnp.where(pos % n == 0, pos // n, -1)  # those of other devices are dropped
-    k, v = write(old_k, k, slot), write(old_v, v, slot)
+    new = write(old, jax.tree.map(to_cache, (k, v), old), slot)
     q = lax.all_gather(q, axis, axis=2, tiled=True)
-    out = cached_attention(q, k, v, pos // n, partial(normalize_over, axis=axis))
-    return lax.psum_scatter(out, axis, scatter_dimension=2, tiled=True), (k, v)
+    out = cached_attention(q, *new, pos // n, partial(normalize_over, axis=axis))
+    return lax.psum_scatter(out, axis, scatter_dimension=2, tiled=True), new
 
 
 def insert_local(slots, new, row, axes, data):
@@ -659,23 +655,23 @@ def insert_local(slots, new, row, axes, data):
     return jax.tree.map(put, slots, new)
 
 
-def fill_whole(q, k, v, old_k, old_v, pos, row=None, axis="tensor", insert=insert):
-    """BT(H/t)D, BKTD, BKTD, BKSD, BKSD, BT -> BT(H/t)D, (BKSD, BKSD): `attend_prompt` where k and v
-    are whole: each device attends with its own heads."""
+def fill_whole(q, k, v, old, pos, row=None, axis="tensor", insert=insert):
+    """BT(H/t)D, BKTD, BKTD, (BKSD, BKSD), BT -> BT(H/t)D, (BKSD, BKSD): `attend_prompt` where k and
+    v are whole: each device attends with its own heads."""
     n, here, heads = lax.axis_size(axis), lax.axis_index(axis), q.shape[2]
-    new = to_cache(k, old_k), to_cache(v, old_v)
+    new = jax.tree.map(to_cache, (k, v), old)
     group = n * heads // k.shape[1]  # query heads that share a key head
     kv = (here * heads + jnp.arange(heads)) // group
-    rounded = (from_cache(a, q.dtype)[:, kv] for a in new)
-    return causal_attention(q, *rounded), insert((old_k, old_v), new, row)
+    rounded = (a.astype(q.dtype)[:, kv] for a in new)
+    return causal_attention(q, *rounded), insert(old, new, row)
 
 
-def fill_ring(q, k, v, old_k, old_v, pos, axis="tensor"):
-    """B(T/t)HD, BK(T/t)D, BK(T/t)D, BK(S/t)D, BK(S/t)D, BT -> B(T/t)HD, (BK(S/t)D, BK(S/t)D): each
-    device's tokens are those of its slots, so what it writes stays there."""
-    new = to_cache(k, old_k), to_cache(v, old_v)
-    out, _ = ring_forward(q, *new, axis, lambda kv: from_cache(kv, q.dtype))
-    return out, insert((old_k, old_v), new)
+def fill_ring(q, k, v, old, pos, axis="tensor"):
+    """B(T/t)HD, BK(T/t)D, BK(T/t)D, (BK(S/t)D, BK(S/t)D), BT -> B(T/t)HD, (BK(S/t)D, BK(S/t)D):
+    each device's tokens are those of its slots, so what it writes stays there."""
+    new = jax.tree.map(to_cache, (k, v), old)
+    out, _ = ring_forward(q, *new, axis, lambda kv: kv.astype(q.dtype))
+    return out, insert(old, new)
 
 
 class Layout(NamedTuple):

@@ -32,8 +32,8 @@ import bench
 import infer
 import minillm
 import shard
-from infer import (HERE, Q8, Q8A8, Cache, accept, acceptance, decode_bytes, decode_flops,
-                   dequantize, extend, generate, generate_reference, init_cache, kv_bytes, load,
+from infer import (GREEDY, HERE, Q8, Q8A8, Cache, Sampling, accept, acceptance, decode_bytes,
+                   decode_flops, extend, generate, generate_reference, init_cache, kv_bytes, load,
                    load_state, log_probs, model_draft, ngram_draft, prefill, prefill_flops,
                    quantize, quantize_params, resize, sample, save, save_state, serve, speculate,
                    weight_bytes)
@@ -64,7 +64,7 @@ grouped = CONFIGS[0]
 forward_jit = jax.jit(forward, static_argnames="cfg")
 extend_jit = jax.jit(extend, static_argnames="cfg")
 prefill_jit = jax.jit(prefill, static_argnames="cfg")
-STATIC = ("n", "cfg", "temperature", "top_k", "top_p", "end", "where")
+STATIC = ("n", "cfg", "sampling", "end", "where")
 generate_jit = jax.jit(generate, static_argnames=STATIC)
 speculate_jit = jax.jit(speculate, static_argnames=(*STATIC, "draft", "n_draft"))
 accept_jit, acceptance_jit = jax.jit(accept), jax.jit(acceptance)
@@ -148,10 +148,13 @@ def beside(request, tmp_path_factory):
         yield {name: partial(output, name) for name in commands} | {"folder": folder}
 
 
+HAS_FILES = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None,
+                               reason='pip install ".[hf]"')
+
+
 def files(test):
     """A test of files of weights: it runs where the extra hf is installed."""
-    return pytest.mark.files(pytest.mark.skipif(
-        importlib.util.find_spec("safetensors") is None, reason='pip install ".[hf]"')(test))
+    return pytest.mark.files(HAS_FILES(test))
 
 
 @pytest.fixture
@@ -751,12 +754,13 @@ def vocabulary():
         "Q8": jax.eval_shape(partial(quantize, axes=-1), array_of("BTE")), "axes": -1,
         "key": key, "keys": jax.eval_shape(partial(jax.random.split, num=SIZE["B"]), key),
         "eps": 1e-6, "lr": 1e-3, "dtype": "float32", "str": "HD", "act": "silu", "None": None,
-        "temperature": 0.5, "top_k": 2, "top_p": 0.9, "end": 1, "scalar": shaped(dtype="float32"),
-        "dict": infer.config_json(CONTRACT_CFG), "list": [], "tuple": (), "bool": True,
+        "Sampling": Sampling(0.5, 2, 0.9), "end": 1, "reports": None,
+        "scalar": shaped(dtype="float32"), "dict": infer.config_json(CONTRACT_CFG),
+        "list": [], "tuple": (), "bool": True,
         "Counter": Counter(), "array": np.ones(3), "arrays": (np.ones(3),), "fn": lambda x: x,
         "draft": ngram_draft, "n_draft": 2, "counts": shaped(SIZE["B"], 3),
         "losses": minillm.cross_entropy, "measure": lambda eqn, axes: {},
-        "attend": lambda q, k, v, *old: (causal_attention(q, k, v), old[:2]),
+        "attend": lambda q, k, v, old=(), pos=None: (causal_attention(q, k, v), old),
         "step": lambda state, *_: state, "eqn": jax.make_jaxpr(jax.jit(jnp.sin))(1.0).eqns[0]}
 
 
@@ -925,8 +929,8 @@ def test_resizing_keeps_the_slots_of_both_sizes(slots):
 @given(seeds)
 def test_generating_in_two_calls_is_generating_in_one(seed):
     params, cache, logits, _ = prompted(small, seed)
-    run = partial(generate_jit, params, key=jax.random.key(seed), cfg=small, temperature=1.5,
-                  top_k=9, top_p=0.9)
+    run = partial(generate_jit, params, key=jax.random.key(seed), cfg=small,
+                  sampling=Sampling(1.5, top_k=9, top_p=0.9))
     whole, last, _ = run(cache, logits, n=8)
     start, logits, cache = run(cache, logits, n=3)
     rest, logits, _ = run(cache, logits, n=5)
@@ -937,7 +941,7 @@ def test_generating_in_two_calls_is_generating_in_one(seed):
 @given(seeds)
 def test_a_row_that_reaches_the_end_token_stays_there_and_other_rows_go_on(seed):
     (params, cache, logits, _), end, n = prompted(small, seed), 5, 8
-    run = partial(generate_jit, params, n=n, cfg=small, temperature=1.2)
+    run = partial(generate_jit, params, n=n, cfg=small, sampling=Sampling(1.2))
     free, _, _ = run(cache, logits, key=jax.random.key(seed))
     tokens, last, stopped = run(cache, logits, key=jax.random.key(seed), end=end)
     later, _, _ = run(stopped, last, key=jax.random.key(seed + 1), end=end)
@@ -957,7 +961,7 @@ def test_log_probs_keep_the_right_tokens_ties_included(V, top_k, top_p, temperat
     share = np.where(keep, share, 0) / share[keep].sum()
     for value in np.unique(logits[keep]):
         keep &= (logits != value) | (share[logits > value].sum() < top_p - 1e-6)
-    logp = log_probs(jnp.asarray(logits), temperature, top_k, top_p)
+    logp = log_probs(jnp.asarray(logits), Sampling(temperature, top_k, top_p))
     if all(abs(share[logits > value].sum() - top_p) > 1e-5 for value in np.unique(logits)):
         assert np.array_equal(np.isfinite(logp), keep)
         close(np.exp(logp), np.where(keep, share, 0) / share[keep].sum())
@@ -975,8 +979,9 @@ def test_draws_have_the_frequencies_of_log_probs():
     probability of 1/6 that is off by 10% would give 40."""
     logits, draws = jnp.array([0.3, -1.0, 0.0, 1.2, 0.7, -0.4]), 20_000
     rows = jnp.tile(logits, (draws, 1))
-    tokens = sample(jax.random.key(1), rows, jnp.zeros(draws, int), 0.9, 0, 1)
-    assert chi_square(np.bincount(tokens, minlength=6), np.exp(log_probs(logits, 0.9))) < 20.5
+    tokens = sample(jax.random.key(1), rows, jnp.zeros(draws, int), Sampling(0.9))
+    expected = np.exp(log_probs(logits, Sampling(0.9)))
+    assert chi_square(np.bincount(tokens, minlength=6), expected) < 20.5
 
 
 def test_64_bit_mode_changes_neither_dtypes_nor_tokens():
@@ -988,7 +993,8 @@ def test_64_bit_mode_changes_neither_dtypes_nor_tokens():
     def results():
         cache = init_cache(cfg, 2, SLOTS, "int8")._replace(length=jnp.array([3, 3], jnp.int32))
         run = partial(speculate, params, cache, text.astype(int), key, 5, cfg, n_draft=2)
-        return dict(serve(params, list(text[:, :4]), 2, SLOTS, 5, key, cfg, 0.7, top_k=3, end=0)), [
+        served = serve(params, [*text[:, :4]], 2, SLOTS, 5, key, cfg, Sampling(0.7, 3), end=0)
+        return dict(served), [
             jax.tree.map(lambda a: a.dtype, jax.eval_shape(call)) for call in (
                 lambda: generate(params, cache, jnp.zeros((2, cfg.V)), key, 3, cfg),
                 lambda: run(draft=ngram_draft, state=None),
@@ -1005,30 +1011,28 @@ def test_with_any_kind_of_key_a_row_draws_the_same_beside_any_other_rows(kind):
     """And other rows draw other tokens: 64 rows of 50 tokens hit 36 of them on average, and fewer
     than 20 once in 10**9."""
     key, pos, logits = jax.random.key(3, impl=kind), jnp.arange(64), jnp.zeros((64, 50))
-    options = 1.0, 0, 1.0
+    sampling = Sampling(1.0)
     for keys in (key, jnp.stack([jax.random.fold_in(key, i) for i in range(64)])):
-        tokens = sample(keys, logits, pos, *options)
+        tokens = sample(keys, logits, pos, sampling)
         assert len(np.unique(tokens)) >= 20
-        others = sample(keys, logits.at[1:].set(jnp.arange(50.0)), pos, *options)
+        others = sample(keys, logits.at[1:].set(jnp.arange(50.0)), pos, sampling)
         assert tokens[0] == others[0] and np.any(tokens != others)
-        old_style = sample(jax.random.key_data(keys), logits, pos, *options)
-        assert np.array_equal(tokens, old_style)
-    assert np.array_equal(sample(keys[5:6], logits[:1], pos[5:6], *options), tokens[5:6])
+        if kind == "threefry2x32":  # JAX takes raw keys of the default kind alone
+            assert np.array_equal(tokens, sample(jax.random.key_data(keys), logits, pos, sampling))
+    assert np.array_equal(sample(keys[5:6], logits[:1], pos[5:6], sampling), tokens[5:6])
     proposals, even = jnp.zeros((64, 3), jnp.int32), jnp.log(jnp.full((64, 4, 2), 0.5))
     draft = jnp.log(jnp.tile(jnp.array([0.9, 0.1]), (64, 3, 1)))
     counts, tokens = accept(key, proposals, draft, even)
     assert len(np.unique(counts)) == 4 and len(np.unique(tokens)) == 2
 
 
-@pytest.mark.parametrize("temperature, top_p", [
-    *((temperature, 1) for temperature in (0.0, 1e-37, 1e-38, 1e-40, 1e-46, 5e-324)),
-    *((1, top_p) for top_p in (1e-38, 1e-40, 1e-46, 5e-324))])
-def test_a_temperature_or_a_top_p_near_0_leaves_the_most_probable_token(temperature, top_p):
-    """Of two equal logits both stay, unless the temperature is below float32's."""
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(infer.TINY), Sampling(1, 0, infer.TINY)])
+def test_the_least_temperature_and_top_p_leave_the_most_probable_token(sampling):
+    """Of two equal logits both stay, unless the temperature is 0."""
     logits = jnp.array([[0.5, 2.0, 2.0, -1.0], [1.0, 0.9, 0.8, 0.7]])
-    logp, tokens = log_probs(logits, temperature, 0, top_p), sample(
-        jax.random.key(0), jnp.repeat(logits, 20, axis=0), jnp.arange(40), temperature, 0, top_p)
-    tie = 0.5 if temperature >= infer.TINY else 0
+    logp, tokens = log_probs(logits, sampling), sample(
+        jax.random.key(0), jnp.repeat(logits, 20, axis=0), jnp.arange(40), sampling)
+    tie = 0.5 if sampling.temperature else 0
     close(jnp.exp(logp), [[0, 1 - tie, tie, 0], [1, 0, 0, 0]])
     assert {*np.asarray(tokens[:20])} == ({1, 2} if tie else {1}) and np.all(tokens[20:] == 0)
 
@@ -1038,29 +1042,25 @@ def test_a_temperature_or_a_top_p_near_0_leaves_the_most_probable_token(temperat
     ([math.inf, 1, math.inf, -math.inf], [.5, 0, .5, 0]),
     ([0, math.nan, 0, math.nan], [.5, 0, .5, 0]),
     ([-math.inf] * 4, [.25] * 4), ([math.nan] * 4, [.25] * 4)], ids=repr)
-@pytest.mark.parametrize("options", [(0.7, 0, 1.0), (0.7, 4, 1.0), (1e-40, 0, 1.0), (0.7, 0, 0.999),
-                                     (9e37, 0, 1.0), (1e300, 0, 1.0)])
-def test_logits_that_are_not_finite_are_certain_or_impossible(row, p, options):
+@pytest.mark.parametrize("sampling", [
+    Sampling(0.7), Sampling(0.7, 4), GREEDY, Sampling(0.7, 0, 0.999), Sampling(8e37)])
+def test_logits_that_are_not_finite_are_certain_or_impossible(row, p, sampling):
     """+inf is certain, -inf and NaN are impossible, and a row of these alone is uniform."""
     logits, p = jnp.tile(jnp.array(row), (40, 1)), np.array(p)
-    if options[0] < infer.TINY:
+    if not sampling.temperature:
         p = np.eye(4)[np.argmax(p)]
-    close(jnp.exp(log_probs(logits, *options))[0], p)
-    assert {*np.unique(sample(jax.random.key(0), logits, jnp.arange(40), *options))} == {
+    close(jnp.exp(log_probs(logits, sampling))[0], p)
+    assert {*np.unique(sample(jax.random.key(0), logits, jnp.arange(40), sampling))} == {
         *np.flatnonzero(p)}
 
 
-def test_numbers_of_any_library_can_set_the_options_of_sampling():
+def test_what_makes_no_distribution_is_refused_with_its_value():
     logits = jnp.asarray(*normals((5, 9)))
-    expected = log_probs(logits, 0.5, 3, 0.75)
-    for options in ((np.float32(0.5), np.int64(3), np.float64(0.75)),
-                    (jnp.float32(0.5), jnp.int32(3), jnp.float32(0.75)), (jnp.array(0.5), 3, 0.75)):
-        assert np.array_equal(log_probs(logits, *options), expected)
-        assert np.array_equal(jax.jit(lambda x: log_probs(x, *options))(logits), expected)
-    for options in ((math.nan, 0, 1), (10 ** 400, 0, 1), ("warm", 0, 1), ([1], 0, 1), (1, 0.5, 1),
-                    (1, 0, None)):
-        check(lambda: log_probs(logits, *options), "temperature=")
-    check(lambda: jax.jit(log_probs)(logits, 0.5), "static under jit")
+    numpy = Sampling(np.float32(0.5), np.int64(3), np.float64(0.75))
+    assert np.array_equal(log_probs(logits, numpy), log_probs(logits, Sampling(0.5, 3, 0.75)))
+    for numbers in ((-1,), (math.nan,), (1e-38,), (1e38,), (math.inf,), (10 ** 400,), (1, -1),
+                    (1, 0.5), (1, 0, 0.0), (1, 0, 1e-38), (1, 0, 1.1), (1, 0, math.nan)):
+        check(lambda: Sampling(*numbers), "temperature=", numbers[-1])
 
 
 # -------------------------------------------------------------------------------------- infer: int8
@@ -1079,11 +1079,11 @@ def test_a_quantized_number_is_within_half_a_scale_and_the_largest_is_127(seed, 
     extreme = (np.abs(x) == np.abs(x).max(axes, keepdims=True)) & (x != 0)
     assert np.all(np.abs(q[extreme]) == 127)
     # of x / 127, and of 127 times that
-    np.testing.assert_allclose(dequantize(quantized)[extreme], x[extreme], rtol=2.4e-7)
+    np.testing.assert_allclose(quantized.astype("float32")[extreme], x[extreme], rtol=2.4e-7)
 
 
 def test_nan_stays_nan_in_int8_and_other_rows_stay_finite():
-    numbers = dequantize(quantize(jnp.array([[1.0, jnp.nan, 3.0], [1.0, 2.0, 3.0]]), -1))
+    numbers = quantize(jnp.array([[1.0, jnp.nan, 3.0], [1.0, 2.0, 3.0]]), -1).astype("float32")
     assert np.all(np.isnan(numbers[0])) and np.all(np.isfinite(numbers[1]))
 
 
@@ -1102,7 +1102,7 @@ def test_an_int8_dot_is_off_by_no_more_than_its_roundings(kind, rows, seed):
         np.abs(w).sum((1, 2)) + 60 * w_error)
     assert np.all(np.abs(result - exact) <= bound * 1.001) and np.any(result != exact)
     if kind is Q8:
-        close(result, dot_jit(x, dequantize(weight)))
+        close(result, dot_jit(x, weight.astype("float32")))
 
 
 @settings(max_examples=10)  # each of a million scores
@@ -1114,7 +1114,7 @@ def test_attention_to_pieces_of_a_cache_is_attention_to_all_numbers_that_it_repr
     q, k, v = map(jnp.asarray, normals((1, T, 1, 2), (1, 1, S, 2), (1, 1, S, 2), seed=seed))
     pos = np.random.default_rng(seed).integers(0, S, (1, T))
     kv = [infer.to_cache(a, init_cache(small, 1, 1, dtype).k[0]) for a in (k, v)]
-    numbers = (infer.from_cache(a, "float32") for a in kv)
+    numbers = (a.astype("float32") for a in kv)
     close(cached_attention_jit(q, *kv, pos), attention_jit(q, *numbers, pos))
     assert traced_flops(infer.cached_attention, q, *kv, pos) == 2 * 2 * T * S * 2
 
@@ -1183,7 +1183,7 @@ def test_16_bit_attention_to_an_int8_cache_rounds_weights_and_result_once(size, 
     q, k, v = normals((2, 3, 6, 4), (2, 2, 40, 4), (2, 2, 40, 4), seed=seed)
     q, pos = jnp.asarray(q, "bfloat16").astype(dtype), np.full((2, 3), 39)
     k8, v8 = (quantize(jnp.asarray(a, dtype), -1) for a in (k, v * size))
-    q32, k, v = q.astype("float32"), dequantize(k8), dequantize(v8)
+    q32, k, v = (a.astype("float32") for a in (q, k8, v8))
     exact, terms = attention_jit(q32, k, v, pos), attention_jit(q32, k, np.abs(v), pos)
     error = np.abs(cached_attention_jit(q, k8, v8, pos) - exact)
     bound = 2 ** -8 * terms + float(jnp.finfo(dtype).eps) / 2 * np.abs(exact)
@@ -1223,11 +1223,11 @@ def test_an_int8_model_computes_with_the_numbers_that_it_represents():
     for cfg, tolerance in ((replace(CONFIGS[1], dtype="bfloat16"), 2 ** -6),
                            (CONFIGS[4], TOLERANCE)):
         params = quantize_params_jit(weights(replace(cfg, dtype="float32")), cfg, Q8)
-        numbers = jax.tree.map(lambda w: dequantize(w) if isinstance(w, Q8) else w, params,
+        numbers = jax.tree.map(lambda w: w.astype("float32") if isinstance(w, Q8) else w, params,
                                is_leaf=lambda w: isinstance(w, Q8))
         tokens = draw_tokens(cfg, ROWS, SLOTS)
         close(*(forward_jit(p, tokens, cfg=cfg) for p in (params, numbers)), tolerance)
-    assert same(params.embed.rows(tokens, "bfloat16"), dequantize(params.embed, "bfloat16")[tokens])
+    assert same(params.embed.rows(tokens, "bfloat16"), params.embed.astype("bfloat16")[tokens])
 
 
 # ------------------------------------------------------------------------------- infer: speculation
@@ -1303,7 +1303,7 @@ def test_accept_draws_what_acceptance_says():
     assert chi_square(np.bincount(3 * count + token, minlength=9), expected.ravel()) < 26.1
 
 
-def draft_of(cfg, kind, prompts, lengths, **options):
+def draft_of(cfg, kind, prompts, lengths, sampling=GREEDY):
     """A draft and its state: n-grams, or a model that has read the prompts: another, or the same.
     """
     if kind == "ngram":
@@ -1311,7 +1311,7 @@ def draft_of(cfg, kind, prompts, lengths, **options):
     other = cfg if kind == "itself" else replace(CONFIGS[4], V=cfg.V)
     _, cache = prefill_jit(weights(other), init_cache(other, len(prompts), SLOTS), prompts, lengths,
                            cfg=other)
-    return dict(draft=model_draft(other, **options), state=(weights(other), cache))
+    return dict(draft=model_draft(other, sampling), state=(weights(other), cache))
 
 
 @pytest.mark.parametrize("cfg, kind, n_draft, end", [
@@ -1343,26 +1343,20 @@ def test_greedy_speculation_is_greedy_decoding_for_any_draft(
             assert np.all(counts[b, :-1] == 0)                        # has no hole
 
 
-@given(st.lists(st.integers(0, 2), min_size=4, max_size=4), st.integers(0, 3))
-def test_nothing_follows_an_end_token(new, count):
-    kept = infer.cut_at_end(np.array([new]), np.array([count]), 2)
-    assert kept[0] == [*new[:count], 2].index(2)
-
-
 @pytest.mark.parametrize("kind", ["ngram", "other"])
 def test_sampled_speculation_draws_what_the_target_would(kind):
     """4,000 equal rows, V = 11, so 11 * 11 pairs of next tokens, each expected 5 times or more:
     chi-square with 120 degrees of freedom exceeds 173 once in 1,000. Drawing from the draft instead
     would give 2,000."""
-    cfg, rows, options = CONFIGS[3], 4_000, dict(temperature=3.0)
+    cfg, rows, sampling = CONFIGS[3], 4_000, Sampling(3.0)
     params, text = weights(cfg), np.tile(draw_tokens(cfg, 1, SLOTS), (rows, 1))
     lengths = np.full(rows, 4)
     _, cache = prefill_jit(params, init_cache(cfg, rows, SLOTS), text[:, :4], lengths, cfg=cfg)
     tokens, *_ = speculate_jit(params, cache._replace(length=lengths - 1), text, jax.random.key(4),
-                               n=2, cfg=cfg, n_draft=2, **options,
-                               **draft_of(cfg, kind, text[:, :4], lengths, **options))
+                               n=2, cfg=cfg, n_draft=2, sampling=sampling,
+                               **draft_of(cfg, kind, text[:, :4], lengths, sampling))
     both = np.concatenate([text[:cfg.V, :4], np.arange(cfg.V)[:, None]], 1)
-    p = np.exp(log_probs(forward_jit(params, both, cfg=cfg), **options))
+    p = np.exp(log_probs(forward_jit(params, both, cfg=cfg), sampling))
     pairs = (p[0, 3][:, None] * p[:, 4]).ravel()
     counts = np.bincount(tokens[:, 4] * cfg.V + tokens[:, 5], minlength=cfg.V ** 2)
     assert pairs.min() * rows >= 5 and chi_square(counts, pairs) < 173
@@ -1384,8 +1378,8 @@ def test_ngrams_propose_what_followed_the_latest_match_of_the_longest_suffix(tex
 
 
 @pytest.mark.parametrize("dtype, cache_dtype, stride, kind, options", [
-    ("bfloat16", "float32", 50, "rbg", dict(temperature=1.1, top_k=12)),
-    ("float32", "int8", 4, "unsafe_rbg", dict(temperature=0.7, end=5))])
+    ("bfloat16", "float32", 50, "rbg", dict(sampling=Sampling(1.1, 12))),
+    ("float32", "int8", 4, "unsafe_rbg", dict(sampling=Sampling(0.7), end=5))])
 @settings(max_examples=10)  # `serve` takes its time on the host
 @given(st.lists(st.integers(1, 9), min_size=4, max_size=7), st.integers(0, 2), seeds)
 def test_a_request_gets_the_tokens_that_generate_makes_in_any_row_beside_any_others(
@@ -1440,7 +1434,7 @@ def rounding(cfg, dtype):
 
     def rounded(x, w, table, cfg, attend):
         def attend_rounded(q, *kv):
-            return attend(q, *(infer.from_cache(infer.to_cache(a, slots), a.dtype) for a in kv))
+            return attend(q, *(infer.to_cache(a, slots).astype(a.dtype) for a in kv))
 
         return block(x, w, table, cfg, attend_rounded)
 
@@ -1463,7 +1457,7 @@ class Mixture:
     `logits` are those after each row's last T tokens, BTV: `check` compares them to a forward pass
     over the whole text."""
     rows = ROWS
-    growth = 6  # tokens that a move adds to a row at most
+    growth = 9  # tokens that a move adds to a row at most, or needs room for
 
     def __init__(self, cfg, where, dtype, kind, seed):
         self.cfg, self.dtype, self.model = cfg, dtype, dict(cfg=cfg, where=where)
@@ -1493,14 +1487,14 @@ class Mixture:
         self.lengths = self.lengths + new.shape[1]
 
     def extend(self):
-        self.append(self.tokens(self.rows, self.random.choice([1, 3])))
+        self.append(self.tokens(self.rows, 3))
 
     def generate(self):
         tokens, logits, self.cache = generate_jit(self.params, self.cache, self.logits[:, -1],
                                                   jax.random.key(0), n=3, **self.model)
         self.text[self.places(0, 3)] = tokens
         self.lengths, self.logits = self.lengths + 3, logits[:, None]
-        self.check_greedy(self.lengths - 3)
+        self.check_greedy(self.lengths - 3, self.lengths)
 
     def speculate(self):
         start = self.lengths
@@ -1509,13 +1503,15 @@ class Mixture:
             self.params, self.cache, self.text, jax.random.key(0), n=3, n_draft=2,
             draft=ngram_draft, state=None, **self.model)
         self.text, self.lengths = np.array(text), np.asarray(self.cache.length)
-        self.append(self.text[self.row, self.lengths][:, None])  # the last token, which it lacks
-        self.check_greedy(start)
+        new = self.tokens(self.rows, 3)
+        new[:, 0] = self.text[self.row, self.lengths]  # the last known token, which the cache lacks
+        self.append(new)
+        self.check_greedy(start, self.lengths - 2)
 
     def rollback(self):
-        self.lengths = self.random.integers(1, np.minimum(self.lengths, SLOTS - 1) + 1)
+        self.lengths = self.random.integers(1, np.minimum(self.lengths, SLOTS - 3) + 1)
         self.cache = self.cache._replace(length=jnp.asarray(self.lengths, jnp.int32))
-        self.append(self.tokens(self.rows, 1))
+        self.extend()
 
     def refill(self):
         row, T = self.random.integers(self.rows), self.random.integers(1, PROMPT + 1)
@@ -1529,12 +1525,12 @@ class Mixture:
         return np.asarray(rounded_forward_jit(self.params, self.text, cfg=self.cfg,
                                               dtype=self.dtype))
 
-    def check_greedy(self, start):
-        """From `start` on, each token's logit is the largest, within the errors of both."""
+    def check_greedy(self, start, stop):
+        """From `start` to `stop`, each token's logit is the largest, within the errors of both."""
         logits, index = self.recompute()[:, :-1], np.arange(1, SLOTS)
         largest = logits.max(-1)
         gap = largest - np.take_along_axis(logits, self.text[:, 1:, None], axis=-1)[..., 0]
-        new = (index >= start[:, None]) & (index < self.lengths[:, None])
+        new = (index >= start[:, None]) & (index < stop[:, None])
         assert np.all((gap <= 2 * self.tolerance * (1 + np.abs(largest)))[new])
 
     def check(self):
@@ -1658,11 +1654,11 @@ PUBLISHED_JSON = {  # as each model's own config.json spells it, without what ch
         rope_theta=1e6, sliding_window=None, max_position_embeddings=32768),
     "qwen3-0.6b": published(
         "qwen3", 28, 1024, 16, 3072, 151936, num_key_value_heads=8, rms_norm_eps=1e-6,
-        rope_theta=1000000, sliding_window=4096, use_sliding_window=False,
+        head_dim=128, rope_theta=1000000, sliding_window=4096, use_sliding_window=False,
         max_position_embeddings=40960, tie_word_embeddings=True),
     "gemma-2b": published(
         "gemma", 18, 2048, 8, 16384, 256000, num_key_value_heads=1, hidden_act="gelu",
-        hidden_activation=None, rope_theta=10000.0)}
+        head_dim=256, rms_norm_eps=1e-6, hidden_activation=None, rope_theta=10000.0)}
 
 
 @pytest.mark.parametrize("name", PUBLISHED_JSON)
@@ -1674,7 +1670,8 @@ def test_published_configs_are_understood_as_transformers_4_and_5_spell_them(nam
     version_5 |= {"layer_types": ["full_attention"] * cfg.L, "rope_parameters": {
         "rope_type": "default", "rope_theta": cfg.rope_base, **(config.get("rope_scaling") or {})}}
     assert infer.parse_config(version_5) == cfg
-    edited = {**config, "num_key_value_heads": None, "sliding_window": 2 ** 17}
+    edited = {**config, "num_key_value_heads": None, "sliding_window": 2 ** 17,
+              "max_position_embeddings": 2 ** 17}
     assert infer.parse_config(edited) == replace(cfg, K=cfg.H)
 
 
@@ -1682,21 +1679,17 @@ REFUSED = dict(
     model_type=["gemma2", None], hidden_size=[None, -64, "32", 32.0, True], head_dim=[2 ** 70],
     rms_norm_eps=["1e-6", -1, 10 ** 400], rope_theta=[math.nan], max_position_embeddings=[0],
     tie_word_embeddings=["false"], hidden_act=["relu", "gelu", ["silu"]], attention_bias=[True],
-    hidden_activation=["gelu_pytorch_tanh"], partial_rotary_factor=[0.5], use_qk_norm=[True],
-    attn_logit_softcapping=[50.0], quantization_config=[dict(bits=4)], sliding_window=[64],
-    layer_types=[["full_attention", "sliding_attention"], [{}], "full_attention"])
+    partial_rotary_factor=[0.5], quantization_config=[dict(bits=4)], sliding_window=[64])
 
 
 @pytest.mark.parametrize("word, changes", [
     *((key, {key: value}) for key, values in REFUSED.items() for value in values),
     ("K=9", dict(num_key_value_heads=9)), ("wrong kind", dict(rope_scaling="wrong kind")),
-    ("sliding_window=4096", dict(model_type="mistral")),  # its default
     ("sliding_window", dict(model_type="qwen3", sliding_window=64, use_sliding_window=True)),
     ("linear", dict(rope_scaling=dict(type="linear", factor=2.0))),
     ("low_freq_factor", dict(rope_scaling=dict(rope_type="llama3", factor=8))),
-    ("yarn", dict(rope_parameters=dict(rope_type="yarn", factor=4.0), rope_scaling=None)),
-    ("full_attention", dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4)))),
-    ("rope_theta", dict(rope_parameters=dict(rope_theta=1e4)))], ids=repr)
+    ("yarn", dict(rope_parameters=dict(rope_type="yarn", factor=4.0), rope_scaling=None))],
+    ids=repr)
 def test_a_config_that_is_not_implemented_is_refused_by_name(word, changes):
     check(lambda: infer.parse_config({**PUBLISHED_JSON["llama-3.2-1b"], **changes}), word)
 
@@ -1711,19 +1704,16 @@ def test_a_folder_without_the_whole_model_is_refused_by_name(tmp_path, monkeypat
     write_file(tmp_path, tensors, "state.safetensors")
     check(lambda: load_state(tmp_path), "state.safetensors", "save_state")
     up, norm = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
-    table = "model.rotary_emb.inv_freq"
     scales = tensors[norm]
     for changes, *words in (
             ({up: None}, up, "missing"), ({"x.sinks": scales}, "x.sinks", "not part"),
-            ({table: scales}, table), ({up.replace("1", "2"): tensors[up]}, "layers.2"),
+            ({up.replace("1", "2"): tensors[up]}, "layers.2"),
             ({norm: scales[:9]}, norm, (9,), (16,)), ({norm: np.int64(scales)}, "I64")):
         arrays = {**tensors, **changes}
         write_file(tmp_path, {name: a for name, a in arrays.items() if a is not None})
         check(lambda: load(tmp_path), tmp_path, *words)
-    write_file(tmp_path, {**tensors, table: np.float16(minillm.frequencies(cfg))})
+    write_file(tmp_path, {**tensors, "model.rotary_emb.inv_freq": scales})  # of old files
     assert load(tmp_path)[0] == cfg
-    edit_config(tmp_path, num_hidden_layers=10 ** 9)
-    check(lambda: load(tmp_path), "num_hidden_layers=1000000000")
     for text in (b"{", b"[" * 10 ** 5, b"[]", b"\xff"):
         (tmp_path / "config.json").write_bytes(text)
         check(lambda: load(tmp_path), "config.json", "JSON")
@@ -1777,22 +1767,20 @@ def test_a_head_that_differs_counts_and_a_tied_table_stands_under_either_name(tm
 
 
 @files
-def test_an_index_names_files_of_its_folder_that_hold_what_it_says(tmp_path):
+def test_shards_that_are_missing_or_incomplete_are_refused_and_one_file_counts_before_them(tmp_path):
     save(tmp_path, grouped, weights(grouped))
     tensors = read_file(tmp_path)
     write_shards(tmp_path, tensors)
     index = tmp_path / infer.INDEX
-    text = index.read_text()
-    places = json.loads(text)["weight_map"]
-    name, other, *_ = places
-    for file in ("../x.safetensors", "/x.safetensors", "", "..", "x.bin", 3, None, {},
-                 ["model.safetensors"], "no\0where.safetensors", places[other]):
+    places = json.loads(index.read_text())["weight_map"]
+    name, *_ = places
+    for file in ("no-such.safetensors", "", 3, None, {}):
         index.write_text(json.dumps({"weight_map": {**places, name: file}}))
-        check(lambda: load(tmp_path), index, name, repr(file))
-    for content in ({}, {"weight_map": "all"}, []):
+        check(lambda: load(tmp_path), tmp_path / str(file), "safetensors")
+    for content in ({}, {"weight_map": {name: places[name]}}):
         index.write_text(json.dumps(content))
-        check(lambda: load(tmp_path), index)
-    write_file(tmp_path, tensors)  # one file counts before an index, as in transformers
+        check(lambda: load(tmp_path), tmp_path, "missing")
+    write_file(tmp_path, tensors)
     assert same(load(tmp_path)[1], weights(grouped))
 
 
@@ -2050,7 +2038,7 @@ def test_a_ring_is_its_reference_is_the_product_and_so_are_their_gradients(n):
     (dict(data=1, context=2, tensor=(2, 2)), 0, 1, shard.KEPT, replace(WIDE, L=1, qk_norm=True)),
     (dict(data=4, tensor=2), 2, 2, minillm.KEEPABLE,
      replace(WIDE, act="gelu", embed_scale=True, qk_norm=True))])
-def test_a_sharded_loss_its_gradients_and_training_are_those_of_one_device(
+def test_a_sharded_loss_and_its_gradients_are_those_of_one_device(
         axes, ring, chunks, keep, cfg, monkeypatch):
     mesh, params, tokens = shard.make_mesh(**axes), weights(cfg), draw_tokens(cfg, 8, 7)
     monkeypatch.setattr(shard, "loss_chunks", lambda N, V: chunks)
@@ -2060,13 +2048,6 @@ def test_a_sharded_loss_its_gradients_and_training_are_those_of_one_device(
         shard.stack(params), tokens, cfg)
     close(split_value, value)
     jax.tree.map(close, split_grads, shard.stack(grads))
-    if axes["data"] == 1 and axes["tensor"] == 1:
-        step = jax.jit(train_step, static_argnames=("cfg", "loss"))
-        state, split_state = ((p, adam_init(p)) for p in (params, shard.stack(params)))
-        for _ in range(3):
-            *state, before = step(*state, tokens, cfg=cfg, lr=1e-2)
-            *split_state, split_before = step(*split_state, tokens, cfg=cfg, lr=1e-2, loss=split)
-            close(split_before, before, 1e-4)  # Adam divides small gradients by their own size
 
 
 def test_gathered_weights_keep_their_dtype_and_norm_scales_become_f32():
@@ -2155,7 +2136,7 @@ def where_of(axes, layout="heads", ring=0):
     (dict(tensor=4), "context", 0, replace(WIDE, L=1, K=1), "int8", Q8),
     (dict(tensor=3), "sequence", 0, replace(WIDE, L=1, E=24, H=6, K=2, V=33), "float32", None),
     (dict(tensor=(2, 2)), "batch", 0, replace(WIDE, K=2, tied=False), "float32", Q8),
-    (dict(tensor=(2, 4)), "context", 2, replace(WIDE, L=1, K=2), "float32", None)])
+    (dict(tensor=(2, 2)), "context", 2, replace(WIDE, L=1, K=2), "float32", None)])
 @settings(max_examples=settings.default.max_examples // 16)
 @given(MOVES, seeds)
 def test_any_mixture_on_a_mesh_is_recomputation(axes, layout, ring, cfg, dtype, kind, moves, seed):
@@ -2169,8 +2150,8 @@ def test_a_model_drafts_for_a_split_model_as_for_one_device():
     _, cache = prefill_jit(params, init_cache(WIDE, 4, 24), text[:, :7], np.array([7, 4, 5, 6]),
                            cfg=WIDE)
     cache = cache._replace(length=cache.length - 1)  # of one device, and moved to the mesh
-    how = dict(n=6, cfg=WIDE, n_draft=3, temperature=0.7, end=3, draft=model_draft(WIDE, 0.7),
-               state=(params, cache))
+    how = dict(n=6, cfg=WIDE, n_draft=3, sampling=Sampling(0.7), end=3, state=(params, cache),
+               draft=model_draft(WIDE, Sampling(0.7)))
     alone, split = (speculate_jit(params, cache, text, jax.random.key(2), **how, where=where)
                     for where in (HERE, where))
     assert np.array_equal(split[0], alone[0]) and np.array_equal(split[3], alone[3])
@@ -2178,7 +2159,7 @@ def test_a_model_drafts_for_a_split_model_as_for_one_device():
 
 
 @pytest.mark.parametrize("axes, layout, how", [
-    (dict(data=2, tensor=(2, 2)), "batch", dict(temperature=0.8, top_k=9)),
+    (dict(data=2, tensor=(2, 2)), "batch", dict(sampling=Sampling(0.8, 9))),
     (dict(data=2, tensor=4), "context", dict(end=3))])
 def test_a_split_model_serves_what_one_device_does(axes, layout, how):
     cfg, where = replace(WIDE, L=1), where_of(axes, layout)
@@ -2190,11 +2171,11 @@ def test_a_split_model_serves_what_one_device_does(axes, layout, how):
     assert len(split) == 5 and all(np.array_equal(split[i], alone[i]) for i in alone)
 
 
-@pytest.mark.parametrize("n, temperature, top_k, top_p", [
-    (2, 0.0, 0, 1.0), (3, 1e-40, 0, 1.0), (8, 0.7, 0, 1.0), ((2, 3), 0.7, 3, 1.0),
-    (8, 30.0, 40, 1.0), (3, 0.7, 1, 0.6), ((2, 3), 30.0, 0, 0.6)])
+@pytest.mark.parametrize("n, sampling", [
+    (3, GREEDY), (8, Sampling(0.7)), ((2, 3), Sampling(0.7, 3)), (8, Sampling(30.0, 40)),
+    (3, Sampling(0.7, 1, 0.6)), ((2, 3), Sampling(30.0, 0, 0.6))])
 @given(st.booleans(), st.integers(0, 9999))
-def test_split_logits_draw_the_token_that_whole_ones_do(n, temperature, top_k, top_p, wild, seed):
+def test_split_logits_draw_the_token_that_whole_ones_do(n, sampling, wild, seed):
     """From the same logits, with ties, and where they are not finite."""
     V, B = 24, 5
     logits = np.round(normals((B, V), seed=seed)[0], 1)
@@ -2203,18 +2184,18 @@ def test_split_logits_draw_the_token_that_whole_ones_do(n, temperature, top_k, t
                [np.inf, -np.inf, np.nan])
         logits[1] = -np.inf
     args = jax.random.key(seed), logits, jnp.arange(B)
-    assert np.array_equal(*(draw(*args) for draw in draws(n, temperature, top_k, top_p)))
+    assert np.array_equal(*(draw(*args) for draw in draws(n, sampling)))
 
 
 @lru_cache(maxsize=None)
-def draws(n, *how):
+def draws(n, sampling):
     """`split_sample` over n devices, and `sample`, compiled."""
     mesh = shard.make_mesh(tensor=n)
     split = jax.P(None, shard.axes_of(mesh, "tensor"))
     return jax.jit(jax.shard_map(
-        lambda *args: shard.split_sample(*args, *how, axis=split[1]), mesh=mesh,
+        lambda *args: shard.split_sample(*args, sampling, axis=split[1]), mesh=mesh,
         in_specs=(jax.P(), split, jax.P()), out_specs=jax.P())), jax.jit(
-            lambda *args: sample(*args, *how))
+            lambda *args: sample(*args, sampling))
 
 
 def test_a_cache_that_is_moved_from_layout_to_layout_keeps_its_contents():
@@ -2264,9 +2245,9 @@ def test_activations_quantized_on_their_own_device_are_off_by_no_more_than_toget
             x, weight)
 
     close(split(lambda x, w: shard.gather_matmul(x, (w,))[0], by_rows), dot(x, weight))
-    exact = np.einsum("bte,fe->btf", x.astype(float), np.asarray(dequantize(weight), float))
+    exact = np.einsum("bte,fe->btf", x.astype(float), np.asarray(weight.astype("float32"), float))
     parts = np.abs(x).reshape(3, 1, 4, 8).max(-1, keepdims=True)
-    magnitude = np.abs(np.asarray(dequantize(weight), float)).reshape(8, 4, 8)
+    magnitude = np.abs(np.asarray(weight.astype("float32"), float)).reshape(8, 4, 8)
     bound = np.einsum("btnk,fnk->btf", np.broadcast_to(parts / 254, (3, 1, 4, 8)), magnitude)
     together = np.abs(x).max() / 254 * magnitude.sum((1, 2))
     for run, spec in ((shard.matmul_scatter, by_columns),
@@ -2331,18 +2312,18 @@ def test_fsdp_sends_a_layers_weights_three_times(axes, L, tied):
     assert sum(sent for _, sent in weights.values()) == 2 * size * 7 // 8
 
 
-@pytest.mark.parametrize("how, size", [
-    (dict(temperature=0.9), 0), (dict(temperature=0.9, top_k=5), 4 * 5),
-    (dict(temperature=0.9, top_k=5, top_p=0.9), 4 * WIDE.V // 4)])
-def test_a_draw_from_split_logits_sends_two_numbers_a_row_a_largest_and_candidates(how, size):
+@pytest.mark.parametrize("sampling, size", [
+    (Sampling(0.9), 0), (Sampling(0.9, 5), 4 * 5), (Sampling(0.9, 5, 0.9), 4 * WIDE.V // 4)])
+def test_a_draw_from_split_logits_sends_two_numbers_a_row_a_largest_and_candidates(sampling, size):
     """Or all logits where top_p needs them; a greedy draw sends the two numbers alone."""
     B, where = 4, shard.Where(shard.abstract_mesh(tensor=(2, 2)))
     args = (abstract(WIDE), jax.eval_shape(lambda: init_cache(WIDE, B, 24)),
             shaped(B, WIDE.V, dtype="float32"), jax.random.key(0))
-    greedy, drawn = (shard.traced_events(partial(generate, n=1, cfg=WIDE, where=where, **more), *args)
-                     for more in ({}, how))
+    greedy, drawn = (shard.traced_events(
+        partial(generate, n=1, cfg=WIDE, where=where, sampling=how), *args)
+        for how in (GREEDY, sampling))
     numbers = ("all_reduce", B * 4, 4)
-    assert greedy[numbers] == 2 and drawn[numbers] == (3 if "top_p" not in how else 0)
+    assert greedy[numbers] == 2 and drawn[numbers] == (3 if sampling.top_p == 1 else 0)
     assert drawn - Counter({numbers: 3}) == greedy - Counter({numbers: 3}) + shard.gather_comm(
         B * size, (2, 2) if size else ())
 
@@ -2514,17 +2495,14 @@ def test_two_processes_compute_what_one_device_does(beside):
     (lambda c: init_cache(c.cfg, 0, 8), "0 rows"),
     (lambda c: init_cache(c.cfg, 1, 8, "int16"), "int16", "float16"),
     (lambda c: c.speculate(c.filled, n=1), "6 tokens", "8 slots", "S=10"),
-    (lambda c: c.speculate(init_cache(c.cfg, 2, 20), n=9), "width 8", "pad them to 12"),
+    (lambda c: c.speculate(init_cache(c.cfg, 2, 20), n=9), "8 slots", "width 12"),
     (lambda c: c.speculate(c.cache, n=1, n_draft=0), "n_draft=0"),
     (lambda c: c.speculate(c.cache, n=1), "two or more"),
     (lambda c: c.speculate(init_cache(c.cfg, 3, 8), n=1), "cache of 3"),
     (lambda c: c.serve([c.text[0]], n=0), "n=0"),
     (lambda c: c.serve([c.text[0], [c.cfg.V]]), "request 1", grouped.V),
     (lambda c: c.serve([c.text[0]], S=7), "request 0", "S=8"),
-    (lambda c: c.serve([[]]), "request 0"),
-    (lambda c: sample(c.key, c.logits, jnp.zeros(2), 0.0, -1, 1.0), "top_k=-1"),
-    (lambda c: log_probs(c.logits, math.nan), "nan"), (lambda c: log_probs(c.logits, -1.0), -1.0),
-    (lambda c: log_probs(c.logits, 1.0, 0, 0.0), "top_p=0.0")],
+    (lambda c: c.serve([[]]), "request 0")],
     ids=lambda words: " ".join(map(str, words[1:])))
 def test_bad_input_is_refused_by_name_before_work_starts(words):
     class case:
@@ -2857,7 +2835,8 @@ def test_fewer_key_heads_are_trained_beside_each_other(calm, capsys, tmp_path):
     (["train", "--text", "no-such-file"], ["no-such-file"]),
     (["train", "--steps", "0"], ["'0'"]), (["train", "--dtype", "int8"], ["int8", "bfloat16"]),
     (["generate", "--cache", "int4"], ["int4", "int8"]), (["complete", "x"], ["--model"]),
-    (["complete", "--model", "no-such-folder", "x"], ["no-such-folder", "No such file"]),
+    pytest.param(["complete", "--model", "no-such-folder", "x"], ["no-such-folder", "No such file"],
+                 marks=HAS_FILES),
     (["fly"], ["fly", "generate", "plan"]),
     (["plan", "--chip", "tpu-v9"], ["tpu-v9", "tpu-v4", "h100"]),
     (["plan", "--chip", "1,2,3"], ["1,2,3"]), (["plan", "--mfu", "2"], ["2"]),
@@ -3572,8 +3551,8 @@ def copied(name, *neighbours):
     says: their sources, the imports that are not of this project, and gradients' lines."""
     modules = {item: module for module in (shard, infer, minillm) for item in vars(module)
                if item in (name, *neighbours) and vars(module)[item].__module__ == module.__name__}
-    lines = ["import math", "from functools import partial", "from typing import Any, NamedTuple",
-             "import jax", "import jax.numpy as jnp", "from collections import namedtuple",
+    lines = ["import math", "from functools import partial", "from collections import namedtuple",
+             "import jax", "import jax.numpy as jnp", "import numpy as np",
              "from jax import custom_vjp, lax, named_scope, random, tree, vmap",
              "from jax.ad_checkpoint import checkpoint_name",
              "einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)"]
@@ -3595,7 +3574,7 @@ def test_three_functions_run_in_files_of_their_own():
     parts = "Partial", "finite", "scores", "partial_attention", "normalize", "split_blocks", \
         "join_blocks"
     slots, new = jnp.zeros((1, 1, 4, 2)), jnp.ones((1, 1, 1, 2))
-    write = copied("write", *product, "Q8", "quantize", "to_cache")
+    write = copied("write")
     assert same(write(slots, new, jnp.array([[2]])), infer.write(slots, new, jnp.array([[2]])))
     q, k, v = normals((2, 9, 4, 8), (2, 2, 9, 8), (2, 2, 9, 8))
     causal = copied("causal_attention", *parts, "merge", "causal_blocks", "causal_operands",
