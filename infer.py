@@ -43,7 +43,7 @@ class Q8(namedtuple("Q8", "q scale")):
         return (self.q * self.scale).astype(dtype)
 
     def rows(self, index, dtype):
-        """These rows of the table, in a float dtype."""
+        """index, dtype -> array: these rows of the table, as floats."""
         return (self.q[index] * self.scale[index]).astype(dtype)
 
     def matmul(self, x):
@@ -63,11 +63,11 @@ class Q8A8(Q8):
 def quantize(x, axes):
     """BTE, axes -> Q8: one scale for all of `axes`, which maps their largest magnitude to 127.
 
-    q * scale is within scale / 2 of x; zeros stay zeros.
+    q * scale is within scale / 2 of x. Zeros stay zeros, and so become numbers below TINY * 127.
     """
     x = x.astype("float32")
     largest = jnp.max(jnp.abs(x), axes, keepdims=True)
-    scale = jnp.where(largest == 0, 1, largest) / 127
+    scale = jnp.where(largest < 127 * TINY, 1, largest) / 127
     return Q8(jnp.round(x / scale).astype("int8"), scale)
 
 
@@ -105,7 +105,7 @@ def init_cache(cfg, B, S, dtype="float32"):
     """
     dtype = jnp.dtype(dtype)
     require(B > 0 and S > 0 and dtype.name in CACHE_DTYPES, f"a cache of {B} rows and {S} slots of "
-            f"{dtype}: expected at least one of each, of {', '.join(CACHE_DTYPES)}")
+            f"{dtype}: expected 1 or more of each, and one of {', '.join(CACHE_DTYPES)}")
 
     def layer():
         slots = jnp.zeros((B, cfg.K, S, cfg.D), dtype)
@@ -155,7 +155,7 @@ def check_prompts(cache, tokens, lengths):
 def insert(slots, new, row=0):
     """BKSD, BKTD -> BKSD: store whole rows, from `row` on, at slots 0 to T - 1. Also for trees."""
     return tree.map(lambda slots, new: lax.dynamic_update_slice(slots, new, (row, 0, 0, 0)),
-                        slots, new)
+                    slots, new)
 
 
 def resize(cache, S):
@@ -184,9 +184,9 @@ def write(slots, new, pos):
     """BKSD, BKTD, BT -> BKSD: store each row's T new tokens at the slots of their positions. Also
     for trees.
 
-    In place in a donated cache, since every index is named: with a slice for the heads, compilers
-    keep the cache in another layout and copy all of it. (XLA's CPU compiler copies a cache of one
-    row and one head all the same.) Positions outside 0 to S - 1 are dropped.
+    A donated cache is updated in place, because row, head and slot are explicit indices: with a
+    slice for the heads, compilers choose another layout and copy the cache. (XLA's CPU compiler
+    copies a cache of one row and one head all the same.) Positions outside 0 to S - 1 are dropped.
     """
     def store(slots, new):
         B, K, *_ = new.shape
@@ -197,8 +197,8 @@ def write(slots, new, pos):
 
 
 def cached_attention(q, k, v, pos, finish=normalize):
-    """BTHD, BKSD, BKSD, BT -> BTHD: `attention` to a cache, int8 or not, over pieces of the slots:
-    128, or with fewer than 8,192 tokens as many as make 2^20 scores per row and head.
+    """BTHD, BKSD, BKSD, BT -> BTHD: `attention` to a cache, int8 or not, over pieces of
+    max(128, 2^20 / T) slots, one after another.
 
     `finish` makes values of the Partial of all slots: see shard.normalize_over.
     """
@@ -230,15 +230,15 @@ def attend_cache(q, k, v, old, pos):
 
 def attend_prompt(q, k, v, old, pos, row=0, insert=insert):
     """BTHD, BKTD, BKTD, (BKSD, BKSD), BT -> BTHD, (BKSD, BKSD): fill slots 0 to T - 1 of the rows
-    from `row` on, and attend to these tokens alone. They are rounded as in the cache, so that
-    `extend` gives the same in any chunks."""
+    from `row` on, and attend to these tokens alone. Keys and values are rounded as they will be
+    in the cache, so that a prompt that `extend` reads in chunks gives the same."""
     new = tree.map(to_cache, (k, v), old)
     return causal_attention(q, *(a.astype(q.dtype) for a in new)), insert(old, new, row)
 
 
 def run_layers(parts, params, cache, tokens, pos, length, cfg, attend):
     """Parts, Params, Cache, BT, BT, B, cfg, attend -> BTE, Cache: embed tokens and run all blocks,
-    up to the final norm. `attend(q, k, v, old, pos)` returns a layer's BTHD and its pair of
+    without the final norm. `attend(q, k, v, old, pos)` returns a layer's BTHD and its pair of
     BKSD; `length` is that of the new cache."""
     x, table, kv = parts.embed(params, tokens, cfg), rotary(pos, cfg), []
     for w, *old in zip(params.layers, cache.k, cache.v, strict=True):
@@ -258,11 +258,10 @@ def append(parts, params, cache, tokens, cfg):
 def read_prompts(parts, params, cache, tokens, lengths, cfg, **row):
     """Parts, Params, Cache, BT, B, cfg -> BV, Cache: `prefill` on each device, of the rows from
     `row` on where it is given."""
-    pos = jnp.arange(tokens.shape[1])[None]
-    x, cache = run_layers(parts, params, cache, tokens, pos, lengths, cfg,
-                          partial(parts.attend_prompt, **row))
-    last = x[jnp.arange(len(x)), lengths - 1][:, None]
-    return parts.unembed(params, last, cfg)[:, 0], cache
+    x, cache = run_layers(parts, params, cache, tokens, jnp.arange(tokens.shape[1])[None], lengths,
+                          cfg, partial(parts.attend_prompt, **row))
+    x = x[jnp.arange(len(x)), lengths - 1][:, None]
+    return parts.unembed(params, x, cfg)[:, 0], cache
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -288,9 +287,9 @@ class Sampling:
 
     def __post_init__(self):
         require((self.temperature == 0 or TINY <= self.temperature <= 1 / TINY)
-                and 0 <= self.top_k == int(self.top_k) and TINY <= self.top_p <= 1, f"{self}: expected "
-                f"a temperature of 0, or {TINY} to {1 / TINY:.1e}, an integer top_k from 0, and a "
-                f"top_p of {TINY} to 1")
+                and type(self.top_k) is not float and self.top_k >= 0
+                and TINY <= self.top_p <= 1, f"{self}: expected a temperature of 0, or {TINY} to "
+                f"{1 / TINY:.1e}, an integer top_k from 0, and a top_p of {TINY} to 1")
 
 
 GREEDY = Sampling()
@@ -436,7 +435,7 @@ def prefill(params, cache, tokens, lengths, cfg, rows=None, where=HERE):
     B, T = tokens.shape
     require(rows is None or type(rows) is int and rows > 0 and B % rows == 0
             and where == HERE, f"rows={rows!r} at a time of {B} prompts: choose an int "
-            f"that divides {B} (under jit, name it in static_argnames), or on a mesh None")
+            f"that divides {B} (under jit, name it in static_argnames), on one device; else None")
 
     def body(parts, params, cache, tokens, lengths):
         if rows is None:
@@ -478,9 +477,10 @@ def generate(params, cache, logits, key, n, cfg, sampling=GREEDY, end=None, wher
     """Params, Cache, BV, key, n, cfg -> Bn, BV, Cache: n tokens per row, in one scan on the device.
 
     `logits` are those of the next token, from `prefill` or an earlier `generate`; the new ones are
-    returned, to continue with. A row that draws `end` stops: its length stays before it and its
-    logits are all on `end`, so that it draws nothing else, in a later call too. n, cfg, sampling,
-    end and where are static under `jax.jit`. ValueError where the cache has no room for n tokens.
+    returned, to continue with. A row that draws `end` stops: its length excludes that token and its
+    logits become one-hot on `end`, so that it draws nothing else, in a later call too. n, cfg,
+    sampling, end and where are static under `jax.jit`. ValueError where the cache has no room for n
+    tokens.
     """
     check_rows(cache, logits, n)
     body = partial(decode, n=n, cfg=cfg, sampling=sampling, end=end)
@@ -520,14 +520,13 @@ def serve(params, prompts, B, S, n, key, cfg, sampling=GREEDY, end=None, stride=
     Any iterable of prompts goes through B rows of S slots. Each request gets n tokens, or fewer
     where the last is `end`; it is yielded with its number as soon as it is done, and the next
     prompt takes its row while the others go on. The host looks at the rows every `stride` tokens.
-    The tokens of request i do not depend on its neighbours: they are those that `generate` makes
-    in any B rows, with the row's key `jax.random.fold_in(key, i)`. With another number of rows ties
-    within rounding may fall otherwise, more often in bfloat16, since sums run in another order.
+    The tokens of request i do not depend on its neighbours: they are those that `generate` makes in
+    any B rows, with the row's key `jax.random.fold_in(key, i)`. With another B rounding may break
+    ties differently, more often in bfloat16, since sums run in another order.
 
     This is the one loop that runs on the host, so it compiles its two steps itself; prompts are
     padded to powers of two, for few programs. ValueError for a prompt that does not fit, when it is
-    taken; the prompts of a list are all checked before the first is taken, which happens when the
-    iterator is first advanced.
+    taken. Nothing runs before the first `next`; then a list is checked as a whole.
     """
     require(n > 0 and stride > 0, f"n={n}, stride={stride}: expected at least one token of each")
     fill = jax.jit(refill, static_argnames=("cfg", "where"), donate_argnames=("cache", "logits"))
@@ -705,7 +704,7 @@ def speculate(params, cache, tokens, key, n, cfg, draft, state, n_draft, samplin
                     f"of V={cfg.V}: they must share a vocabulary")
             read = jnp.concatenate([last_token(r.tokens, length), proposals], 1)
             x, cache = append(parts, params, r.cache, read, cfg)
-            # `sample` folds positions into keys, which are no negative numbers
+            # `sample` folds in positions, from 0 on: -length gives other keys
             count, token = accept(fold_in(keys, -length), proposals, logp_draft, log_probs(
                 parts.gather(parts.unembed(params, x, cfg)), sampling))
             new = jnp.where(index < count[:, None], jnp.roll(read, -1, 1), token[:, None])
@@ -751,8 +750,8 @@ def kv_bytes(cfg, B, S, dtype="float32"):
 
 
 def array_bytes(name, cfg, dtype):
-    """str, cfg, dtype -> int: of one array of `dims`, or of one number where `name` is empty, where
-    weights are of that dtype.
+    """str, cfg, dtype -> int: bytes of one array of `dims` in a model with weights of that dtype;
+    an empty name means one number.
 
     In int8 each output of a matrix has a float32 scale, and norm scales stay in cfg.dtype.
     """
@@ -888,7 +887,8 @@ def open_tensors(path):
         metadata = header.pop("__metadata__", {})
         tensors = {name: array(**entry) for name, entry in header.items()}
     except (OSError, KeyError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} is no safetensors file of {', '.join(DTYPES)}: {error}") from None
+        raise ValueError(
+            f"{path} is no safetensors file with {', '.join(DTYPES)}: {error}") from None
     return tensors, json.loads(metadata.get("minillm", "{}"))
 
 
@@ -949,8 +949,7 @@ def load(path, dtype=None, shardings=None):
     names = tensor_names(replace(cfg, tied=False))
     head = tensors.get(names.unembed)
     if cfg.tied and head is not None:  # a tied matrix may have either name, or both
-        same = np.array_equal(tensors.setdefault(names.embed, head), head)
-        cfg = replace(cfg, tied=same)
+        cfg = replace(cfg, tied=np.array_equal(tensors.setdefault(names.embed, head), head))
     for name in tensors.keys() - {*tree.leaves(names)}:
         require(prefix or name.endswith("rotary_emb.inv_freq"),  # follows from the config
                 f"{path}: tensor {name} is not part of the model that its config describes")
@@ -1032,11 +1031,11 @@ def save(path, cfg, params):
 
     Writes model.safetensors, then config.json for other programs. `load` takes the config from the
     first file's metadata, and each file is put in place by one rename, so that a kill leaves the
-    old model or the new one, whole. Keys of an earlier config.json that are no fields of Config,
-    such as end tokens, stay, and no other file is touched. Several processes all call it, with
-    whole or global arrays; each holds the whole model in host memory, and the first writes.
-    ValueError, before anything is written, for int8, for parameters that are not cfg's, and for a
-    cfg that `load` would refuse.
+    old model or the new one, whole. Of an earlier config.json the token ids (such as end tokens)
+    and max_position_embeddings are kept, and no other file is touched. Several processes all call
+    it, with whole or global arrays; each holds the whole model in host memory, and the first
+    writes. ValueError, before anything is written, for int8, for parameters that are not cfg's, and
+    for a cfg that `load` would refuse.
     """
     path, arrays = Path(path), host_arrays(cfg, params)
     config = config_json(replace(cfg, dtype=params.embed.dtype.name))

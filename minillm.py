@@ -150,8 +150,8 @@ def partial_attention(q, k, v, visible):
 
     k and v are arrays, or int8 with a scale per slot: k's scales multiply the scores, v's the
     weights. `visible` may be B1MS, where sequences differ. Keys and values of invisible slots must
-    be finite, since they are multiplied by 0. Beside int8, the weights of a float16 model are
-    bfloat16: a scale of 1e-4 times a weight of 1e-4 is 0 in float16.
+    be finite, since they are multiplied by 0. With an int8 cache and float16 queries the softmax
+    weights are bfloat16: a scale of 1e-4 times a weight of 1e-4 is 0 in float16.
     """
     (k, k_scale), (v, v_scale) = ((a.q, a.scale.mT) if hasattr(a, "scale") else (a, 1.0)
                                   for a in (k, v))
@@ -203,8 +203,8 @@ def attention(q, k, v, pos):
 
 
 def causal_blocks(T):
-    """int -> int, int: number and size of the blocks of `causal_attention`, which are equal: at
-    most 128 tokens, or a quarter of T where that is more, but never more than 1,024. Small blocks
+    """int -> int, int: number and size of the blocks of `causal_attention`, which are equal: of at
+    most min(1024, max(128, T / 4)) tokens. Small blocks
     multiply less that is masked, large ones are merged less often."""
     n = -(-T // min(max(-(-T // 4), 128), 1024))
     return n, -(-T // n)
@@ -274,8 +274,9 @@ def causal_backward(saved, dy, strict=0):
     """saved, BTHD -> BTHD, BKTD, BKTD: five matmuls per pair of blocks; the forward pass has two.
 
     The softmax p is recomputed from the scores s. Its gradient is ds = p (dp - sum(p dp)), and that
-    sum is dy . out. Keys come first in all matmuls, so that dk and dv need no transpose. Scores are
-    rounded again: in float32 a score of 1e3 or more costs p its third digit. One row of blocks is
+    sum is dy . out. Keys come first in all matmuls, so that dk and dv need no transpose. Recomputed
+    scores may be rounded otherwise, and exceed the logarithm of their sum: hence the minimum. In
+    float32 the third digit of p is lost for a score of 1e3 or more. One row of blocks is
     summed in float32 at a time: all of dq in float32 would need half a GB more for 32k tokens.
     """
     q, k, v, out, log_total = saved
@@ -432,7 +433,7 @@ def block(x, w, table, cfg, attend, enter=dots, leave=dot):
     takes q as BTHD, k and v as BKTD."""
     with named_scope("qkv"):
         q, k, v = enter(x, (w.wq, w.wk, w.wv), norm=(w.attn_norm, cfg.eps))
-        require(cfg.qk_norm == (w.q_norm is not None), f"params differ from qk_norm={cfg.qk_norm}")
+        require(cfg.qk_norm == (w.q_norm is not None), f"cfg.qk_norm={cfg.qk_norm}: not so params")
         if cfg.qk_norm:
             q, k = rms_norm(q, w.q_norm, cfg.eps), rms_norm(k, w.k_norm, cfg.eps)
         q, k, v = (checkpoint_name(a, "qkv") for a in (
@@ -504,7 +505,7 @@ def unembed(params, x, cfg):
 
 
 def trunk(params, tokens, cfg, block=block):
-    """Params, BT, cfg -> BTE: `forward` up to its final norm."""
+    """Params, BT, cfg -> BTE: `forward` without the final norm and the unembedding."""
     check_tokens(tokens, cfg)
     table = rotary(jnp.arange(tokens.shape[1])[None], cfg)
     x = embed(params, tokens, cfg)
@@ -533,8 +534,8 @@ def cross_entropy(table, x, targets):
 
 
 def loss_chunks(M, V):
-    """int, int -> int: the fewest chunks of M tokens such that a chunk's float32 logits over V take
-    at most 2 GiB (or a chunk is one token)."""
+    """int, int -> int: the smallest number of chunks into which M tokens are divided so that a
+    chunk's float32 logits over V take at most 2 GiB (or a chunk is one token)."""
     return -(-M // max(1, 2 ** 29 // V))
 
 
@@ -626,8 +627,9 @@ def train_step(params, adam, tokens, cfg, lr, loss=loss):
     """Params, Adam, B(T+1), cfg, lr -> Params, Adam, scalar: one step of AdamW; the scalar is the
     loss before it.
 
-    Float32 master weights are cast to `cfg.dtype` once per step, and gradients come back through
-    the cast in float32, whatever the masters' dtype. ValueError in float16.
+    Parameters of any dtype are converted to float32, cast to `cfg.dtype` for the loss, and receive
+    float32 gradients; the update is rounded back to their dtype. ValueError if cfg.dtype is
+    float16.
     """
     value, grads = jax.value_and_grad(lambda p: loss(cast(p, cfg.dtype), tokens, cfg))(
         cast(params, "float32"))
@@ -642,7 +644,7 @@ REGIONS = {"qkv": ("wq", "wk", "wv"), "out": ("wo",), "mlp": ("w_gate", "w_up", 
 def product_flops(cfg, tokens, logits, pairs):
     """cfg, int, int, int -> dict: flops of all matmuls, by region of the model.
 
-    A weight costs 2 flops per token: 2BP. `logits` counts the positions that are unembedded,
+    Each parameter costs 2 flops per token: 2BP. `logits` counts the positions that are unembedded,
     `pairs` the pairs of a query and a slot in attention: 2D flops per head and layer for a score,
     and 2D for a value.
     """
@@ -682,10 +684,10 @@ def traced_counts(fn, args, measure):
     """fn, arrays, measure -> Counter: the sum of `measure(eqn, axes)` over the operations that the
     program `fn(*args)` runs; `axes` are the sizes of the mesh axes around one.
 
-    Counted in the jaxpr, through calls. The body of a scan counts once per iteration, a choice by
-    platform as its default, a `cond` as one branch where all count the same; arguments may be
-    `jax.ShapeDtypeStruct`. ValueError where something countable is inside a `while`, or in a `cond`
-    whose branches differ: how often it runs is unknown.
+    Counted in the jaxpr, through calls. The body of a scan counts once per iteration;
+    `platform_dependent` counts its default branch, and a `cond` one branch, if all count the same.
+    Arguments may be `jax.ShapeDtypeStruct`. ValueError where something countable is inside a
+    `while`, or in a `cond` whose branches differ: how often it runs is unknown.
     """
     def total(jaxpr, axes):
         counts = Counter()
@@ -737,8 +739,8 @@ def few_rows(plain):
     XLA's CPU compiler transposes the second operand: for 2 to 16 rows it is faster to make the rows
     the second operand and transpose the result (weights are read 1.3 to 2 times as fast). For a
     single row in bfloat16 or int8 it runs a scalar loop, 8 to 20 times slower than for two rows, so
-    the row is duplicated. A GPU meets a weight with a single row faster as a sum than as a padded
-    matmul: a decode step takes 0.9 of its time in bfloat16, 0.8 in int8.
+    the row is duplicated. On a GPU a single row times a weight is faster as multiply-and-sum than
+    as a padded matmul: a decode step takes 0.9 of its time in bfloat16, 0.8 in int8.
     """
     def form(x, w, *args, **kwargs):
         def multiply(x, w):
@@ -760,7 +762,7 @@ def few_rows(plain):
 
 def one_query(plain):
     """fn -> fn: the same `partial_attention`. For a single query per key head a TPU would not use
-    its matrix units, and take 2 to 4 times as long, so the query is duplicated there."""
+    its matrix units, and would take 2 to 4 times as long, so the query is duplicated there."""
     def form(q, k, v, visible):
         def attend(q, visible):
             return plain(q, k, v, visible)

@@ -51,9 +51,10 @@ def make_mesh(devices=None, **axes):
     """-> Mesh: with named axes, as `make_mesh(data=2, tensor=4)`.
 
     A tuple makes one axis for each of its sizes: data=(4, 4) is data0 and data1, and collectives go
-    over one after the other. Axes follow the devices' coordinates, where they have some, so that in
-    the shape of a slice each is an axis of its torus. ValueError where there are fewer devices.
-    `jax.config.update("jax_num_cpu_devices", 8)` before anything else simulates 8 of them.
+    over one after the other. Devices are sorted by their coordinates, where they have some, so that
+    a mesh in the shape of a slice has one axis for each axis of the torus. ValueError where there
+    are fewer devices. `jax.config.update("jax_num_cpu_devices", 8)` before anything else simulates
+    8 of them.
     """
     devices, named = jax.devices() if devices is None else devices, mesh_axes(**axes)
     n = math.prod(named.values())
@@ -97,10 +98,10 @@ def check_divides(letter, size, mesh, axes, remedy="choose a multiple"):
 def spec(name, cfg, mesh, rules):
     """str, cfg, Mesh, dict -> P: the mesh axes that split each dimension of one array.
 
-    Rules map letters to axes. The rule "matrix" makes every axis of data and context split one more
-    letter that it divides, the first, or else from the last one backwards: split along a letter
-    between them, a gradient was summed whole. Vectors stay whole. ValueError where an axis divides
-    no letter.
+    Rules map letters to axes. Under the rule "matrix" each axis of data and context also splits one
+    letter of every matrix that it divides: it tries the first letter, then the last, then backwards
+    (along a middle letter the compiler would all-reduce the whole gradient). Vectors stay whole.
+    ValueError where an axis divides no letter.
     """
     letters = name.replace(" ", "")
     split = {letter: [*axes_of(mesh, *as_axes(rules.get(letter)))] for letter in letters}
@@ -161,9 +162,9 @@ def shardings(cfg, mesh, rules):
 def place(params, cfg, mesh, rules):
     """Params, cfg, Mesh, dict -> Params: each array, int8 too, split by the rules.
 
-    With int8 activations (`Q8A8`) each device scales its own part of a row before a scatter, and
-    each part that travels around a ring: the error is at most that of one device, but the result is
-    not equal to it. With `Q8` it is.
+    With int8 activations (`Q8A8`) each device quantizes its own part of a row before a scatter, and
+    each part in a ring, with a scale of its own: the result differs from that of one device, and
+    its error bound is the same. With `Q8` the result is the same.
     """
     return jax.device_put(params, jax.tree.map(partial(jax.NamedSharding, mesh),
                                                specs_of(params, cfg, mesh, rules)))
@@ -204,8 +205,8 @@ def check_contracted(x, ws, n, norm=None):
     contracts, and what the norm scales."""
     for letters, size in [(f"a weight of {w.shape}", w.shape[-1]) for w in ws] + (
             [("a norm", len(norm[0]))] if norm else []):
-        require(size == n * x.shape[-1], f"{n} parts of {x.shape[-1]} numbers for the {size} of "
-                f"{letters}: E must divide by {n}, and each device takes all scales")
+        require(size == n * x.shape[-1], f"x has {n} parts of {x.shape[-1]} numbers, and {letters} "
+                f"takes {size}: E must be divisible by {n}, and each device takes all scales")
 
 
 def check_outputs(size, n, directions=1):
@@ -315,8 +316,8 @@ def split_norm(x, scale, eps, axis="tensor"):
 
 
 def split_embed(params, tokens, cfg, axis="tensor"):
-    """Params, BT, cfg -> BT(E/t): each device looks up the tokens of its part of the vocabulary. A
-    single device has each row, so the sum is exact."""
+    """Params, BT, cfg -> BT(E/t): each device looks up the tokens of its part of the vocabulary.
+    Each row is on exactly one device, so the sum adds zeros and is exact."""
     rows = cfg.V // lax.axis_size(axis)
     local = tokens - lax.axis_index(axis) * rows
     x = embed(params, jnp.clip(local, 0, rows - 1), cfg)
@@ -380,7 +381,7 @@ def check_rows(tokens, mesh):
     over "context"."""
     B, T = tokens.shape[0], tokens.shape[1] - 1
     require(axes_of(mesh, "data"),
-            f"a mesh of {tuple(mesh.shape)}: rows are split over an axis 'data'")
+            f"a mesh of axes {tuple(mesh.shape)} has no axis 'data', over which rows are split")
     require(T > 0, f"tokens of shape {tokens.shape}: a loss takes B(T+1), two or more a row")
     check_divides("B", B, mesh, axes_of(mesh, "data"))
     check_divides("T", T, mesh, axes_of(mesh, "context"))
@@ -390,7 +391,8 @@ def fsdp_loss(params, tokens, cfg, mesh):
     """Params, B(T+1), cfg, Mesh -> scalar: `loss`, fully sharded, the compiler's way.
 
     Parameters are split over "data" by `place(..., FSDP)`, and rows are kept there; the compiler
-    chooses what is gathered when. All logits are held, since chunks of split tokens would travel.
+    chooses what is gathered when. All logits exist at once, since chunks of split rows would move
+    between devices.
     To be jitted.
     """
     check_tokens(tokens, cfg)
@@ -434,12 +436,12 @@ def sharded_loss(params, tokens, cfg, mesh, ring=0, keep=KEPT):
     """Params, B(T+1), cfg, Mesh -> scalar: `loss`, by hand, on a mesh of "data", "tensor" and, for
     long rows, "context".
 
-    Over data (n, 1) is FSDP, (1, n) tensor parallelism, (n, m) both. `params` are `stack`ed. Rows
-    are split over "data", the tokens of each over "context", where device i has every n-th from i
-    on. Each layer's weights are gathered over both before use, and again for its gradient. Over
-    "tensor" weights stay split, and so is x over E between layers, with matmuls by `RINGS[ring]`.
-    Of a layer's values its input and those that `keep` names are saved for the gradient; the others
-    are recomputed. ValueError for what does not divide, and for names that cannot be kept.
+    A mesh (data, tensor) = (n, 1) is FSDP, (1, n) tensor parallelism, (n, m) both. `params` are
+    `stack`ed. Rows are split over "data", the tokens of each over "context", where device i has
+    every n-th from i on. Each layer's weights are gathered over both before use, and again for its
+    gradient. Over "tensor" weights stay split, and so is x over E between layers, with matmuls by
+    `RINGS[ring]`. For the backward pass each layer saves its input and the values named in `keep`;
+    the rest is recomputed. ValueError for what does not divide, and for names that cannot be kept.
     """
     check_kept(keep)
     check_tokens(tokens, cfg)
@@ -492,16 +494,16 @@ def local_loss(params, tokens, cfg, split, mesh, ring, keep):
 def local_positions(T, axis):
     """int, axis -> T/n: this device's positions: every n-th, from its own number on.
 
-    So each device has an equal share of early and late tokens, and with it of what a causal pass
-    multiplies, for any T. arXiv:2311.09431.
+    So each device has an equal share of early and late tokens, and with them of the work of causal
+    attention, for any T. arXiv:2311.09431.
     """
     n = lax.axis_size(axis)
     return lax.axis_index(axis) + n * jnp.arange(-(-T // n))
 
 
 def is_later(i, axis):
-    """int, axis -> int: 1 where the device i places before this one in the ring has a larger
-    number. Then its j-th token comes after this device's j-th, which must not attend to it."""
+    """int, axis -> int: 1 if the device i steps back in the ring has a larger index, else 0. Then
+    its j-th token follows this device's j-th, which must not attend to it."""
     here = lax.axis_index(axis)
     return ((here - i) % lax.axis_size(axis) > here).astype("int32")
 
@@ -640,9 +642,10 @@ def attend_slots(q, k, v, old, pos, axis="tensor"):
 
 
 def insert_local(slots, new, row, axes, data):
-    """BKSD, BKTD, int or None, axes, axes -> BKSD: `insert` what is this device's. Rows are split
-    over `axes`, which share `new`, and over `data`: row None stores all rows of `new`; a number
-    stores its one row, which counts over all parts of data, if this device has it."""
+    """BKSD, BKTD, int or None, axes, axes -> BKSD: `insert` this device's part of `new`. Rows are
+    split over `data` and `axes`. With row=None, `new` holds the rows of this part of data, and the
+    device stores its share; with a number, `new` is the one row with that global index, which only
+    its owner stores."""
     if row is None:
         return insert(slots, local_rows(new, axes))
 
@@ -675,7 +678,8 @@ def fill_ring(q, k, v, old, pos, axis="tensor"):
 
 
 class Layout(NamedTuple):
-    """A way to split a cache over "tensor": over its last axis a letter, K over those before it."""
+    """A way to split a cache: the last axis of "tensor" splits `letter`, those before it split
+    K."""
     letter: str       # of BKSD
     attend: Callable  # axis -> infer.Parts.attend
     fill: Callable    # axis, insert -> infer.Parts.attend_prompt
@@ -727,12 +731,12 @@ class Where:
     A layer goes BT(E/t) -> BT(H/t)D and k, v -> attention -> BT(E/t) -> BT(F/t) -> BT(E/t). The
     cache is split over "heads": attention is local, k and v are BT(K/t)D, and t must divide K; over
     "batch", for fewer key heads than devices; or over "sequence", for a cache too large for a
-    device; "context" is "sequence" whose prompts are split over their tokens (`read_context`). Of
-    tensor=(m, n) the first axis splits K in any layout, and the last one the heads, rows or slots
-    of each group of devices. Rows are split over axes of data, where the mesh has some. `ring`
-    picks the matmuls: 0 for the references, 1 or 2 for rings of so many directions. A cache of
-    another layout is moved first. ValueError for an unknown layout or ring, and for what does not
-    divide.
+    device; "context" is "sequence" whose prompts are split over their tokens (`read_context`). With
+    tensor=(m, n) the first axis splits K in any layout, and the last one splits heads, rows or
+    slots within each of the m groups. Rows are split over axes of data, where the mesh has some.
+    `ring` picks the matmuls: 0 for the references, 1 or 2 for rings of so many directions. A cache
+    in another layout is converted first. ValueError for an unknown layout or ring, and for what
+    does not divide.
     """
     mesh: Any            # with an axis "tensor"
     layout: str = "heads"
