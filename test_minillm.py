@@ -141,8 +141,9 @@ def halves(request):
     yield
     report, _ = process.communicate()
     *_, summary = report.strip().splitlines()
-    request.config.pluginmanager.get_plugin("terminalreporter").write_line(
-        f"\nsecond process: {summary}")
+    plugins = request.config.pluginmanager
+    with plugins.get_plugin("capturemanager").global_and_fixture_disabled():
+        plugins.get_plugin("terminalreporter").write_line(f"\nsecond process: {summary}")
     assert process.returncode == 0, report
 
 

@@ -1,8 +1,9 @@
 """Draws the pictures of README.md and docs/: python docs/draw.py [--json FILE ...].
 
-Their figures are the library's. The roofline of a run and the timeline of a layer are drawn from what
-`bench.py --json FILE` wrote, of a run here and of chips that are not here; without a FILE these
-pictures stay as they are. Each line of output says where a picture went. Needs the extra `plot`.
+Their figures are the library's. The roofline of a run and the timeline of a layer are drawn from
+what `bench.py --json FILE` wrote, of a run here and of chips that are not here; without a FILE
+these pictures stay as they are. Each line of output says where a picture went. Needs the extra
+`plot`.
 """
 import argparse
 import itertools
@@ -176,7 +177,8 @@ def draw_causal():
               "C7" if j > i else "C0" if j < i else "C1", 0.12 if j > i else 0.4)
              for i in range(n) for j in range(n)]
     texts = (f"{T:,} tokens in {n} blocks of {size}: queries down, keys across",
-             f"multiplied: {n * (n + 1) // 2} of {n * n} pairs of blocks, {causal_pairs(T):,} pairs",
+             f"multiplied: {n * (n + 1) // 2} of {n * n} pairs of blocks, {causal_pairs(T):,} "
+             "pairs",
              f"visible: T(T+1)/2 = {T * (T + 1) // 2:,}", f"without blocks: T T = {T * T:,}",
              f"f32 scores in memory, a head and sequence: {si(4 * size * size, 'B')},",
              f"where all of them would take {si(4 * T * T, 'B')}")
