@@ -1265,11 +1265,16 @@ def placed(job, mesh, args):
     return jax.tree.map(partial(jax.NamedSharding, mesh), tuple(map(spec, args)))
 
 
+def mesh_of(job, devices=None):
+    """Job, devices -> Mesh or None: of these devices, or of those here."""
+    return shard.make_mesh(devices, **job.axes) if job.mesh else None
+
+
 def prepare(job, params=None, seed=0):
     """Job, Params or None, int -> namespace: its program and arguments: made here, where they stay,
     or shapes of them for chips that are not here."""
     devices, found = chip_devices(job.chip, job.chips) if job.chip else (jax.devices(), {})
-    mesh = shard.make_mesh(devices, **job.axes) if job.mesh else None
+    mesh = mesh_of(job, devices)
     program, key = PROGRAMS[job.phase](job, mesh), jax.random.key(seed)
 
     def born(key):
@@ -1946,10 +1951,15 @@ def tokenizer(path, cfg):
                            ends=end_tokens(file.parent), settled=settled)
 
 
+def job_values(args):
+    """args -> dict: what they say of the fields of Job."""
+    return {f.name: getattr(args, f.name) for f in fields(Job) if hasattr(args, f.name)}
+
+
 def one_job(args, **changes):
     """args -> Job: of a command that makes no rows. ValueError where an option has several values.
     """
-    values = {f.name: getattr(args, f.name) for f in fields(Job) if hasattr(args, f.name)}
+    values = job_values(args)
     for name, value in values.items():
         require(not isinstance(value, list) or len(value) == 1,
                 f"{args.command} takes one --{name.replace('_', '-')}")
@@ -1981,11 +1991,6 @@ def load_split(args, path, devices=1):
     job = job_of(cfg)
     params = in_dtype(job, params)
     return job, shard.place(params, job.cfg, mesh_of(job), rules_of(job)) if job.mesh else params
-
-
-def mesh_of(job):
-    """Job -> Mesh or None: of devices here."""
-    return shard.make_mesh(**job.axes) if job.mesh else None
 
 
 def draft_of(args, job, prompt, S, sampling):
@@ -2158,6 +2163,7 @@ def parse(argv):
     parser = Parser(prog="bench.py", description=__doc__, parents=[common],
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model, under a minute")
+    parser.set_defaults(text=None, profile=None)
     commands = parser.add_subparsers(dest="command", metavar="|".join(COMMANDS))
     for name, (options, defaults, text, example) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, parents=[common],
@@ -2197,7 +2203,7 @@ def jobs_of(args):
     """args -> list of Job: the product of what its options give."""
     if not args.command:
         return default_jobs(args.quick)
-    values = {f.name: getattr(args, f.name) for f in fields(Job) if hasattr(args, f.name)}
+    values = job_values(args)
     values["model"] = args.model or (SMALL if args.text else DEFAULT)
     values["phase"] = ["generate", "speculate"] if args.command == "speculate" and not args.chip \
         else args.command
@@ -2241,19 +2247,18 @@ def make_row(job, limits, args, params=None):
     return row
 
 
-def print_sent(row):
-    """row -> None: what each device sends in a step, by formula and counted in the program."""
-    if row["sent"] is not None:
-        same = "the program the same" if row["sent"] == row["counted"] else \
-            f"the program {shown_sent(row['counted'])}"
-        print(f"  each of {row['devices'] if not row['chip'] else row['chips']} sends "
-              f"{shown_sent(row['sent'])} by formula, {same}")
-
-
 def shown_sent(sent):
     """dict of (number, bytes) by collective -> str."""
     return "; ".join(f"{number} {kind} {si(size, 'B')}" for kind, (number, size) in sent.items()) \
         or "nothing"
+
+
+def print_sent(row):
+    """row -> None: what each device sends in a step, by formula and counted in the program."""
+    if row["sent"] is not None:
+        program = "the same" if row["sent"] == row["counted"] else shown_sent(row["counted"])
+        print(f"  each of {row['devices'] if not row['chip'] else row['chips']} sends "
+              f"{shown_sent(row['sent'])} by formula, the program {program}")
 
 
 def print_chip_row(row):
@@ -2314,6 +2319,26 @@ def run_chips(args, jobs):
     return {"jax": jax.__version__, "ceilings": sheet(chip, jobs[0].chips), "rows": rows}
 
 
+def profile_worst(jobs, rows, params_of, seed):
+    """jobs, rows, fn, int -> None: adds a profile to the row of the largest gap among phases that
+    are compiled."""
+    pairs = [pair for pair in zip(jobs, rows) if pair[1]["temp_bytes"] is not None]
+    job, row = max(pairs, key=lambda pair: pair[1]["measured_seconds"] / pair[1]["limit_seconds"])
+    prepared = prepare(job, params_of(job), seed)
+    measure(prepared, inspect(prepared, traced=True)[0])
+    row["profile"] = profile(prepared)
+
+
+def print_notes(rows):
+    """rows -> None: their errors, and what was measured on a noisy machine."""
+    for row in rows:
+        for error in row["errors"]:
+            print(f"error: {name_of(row)}: {error}")
+        if row["spread"] > 0.5:
+            print(f"noise: {name_of(row)}: {row['runs']} runs spread by {row['spread']:.0%} of "
+                  "their median: measure again on a calm machine")
+
+
 def run(args):
     """args -> dict: measures what the command line asks for, and prints it."""
     jobs = jobs_of(args)
@@ -2325,22 +2350,20 @@ def run(args):
         return run_chips(args, jobs)
     if args.text:
         return train_on_text(args, jobs)
-    limits = ceilings({part.dtype for job in jobs for part in COSTS[job.phase](job).parts}
-                      | {job.matmul_dtype for job in jobs})
+    limits = ceilings({part.dtype for job in jobs for part in COSTS[job.phase](job).parts})
     device, rows, learned = machine(), [], {}
     print_ceilings(limits, f"{device['device']}, {device['cores']} cores, jax {device['jax']}")
     if not args.command:
         print_attention(jobs[-1])
 
-    @lru_cache(maxsize=1)
-    def drawn(job):
-        return draw(job, jax.random.key(args.seed))
+    drawn = lru_cache(maxsize=1)(partial(draw, key=jax.random.key(args.seed)))
 
     def params_of(job):
-        if job.phase != "speculate" or job.mesh:
-            return None if job.mesh else drawn(Job(
-                model=job.model, layers=job.layers, kv_heads=job.kv_heads, dtype=job.dtype,
-                int8=job.int8))
+        if job.mesh:  # they are made where they stay
+            return None
+        if job.phase != "speculate":
+            return drawn(Job(model=job.model, layers=job.layers, kv_heads=job.kv_heads,
+                             dtype=job.dtype, int8=job.int8))
         if job.kv_heads not in learned:
             learned[job.kv_heads] = learn(job, args.seed)
         return in_dtype(job, learned[job.kv_heads])
@@ -2351,19 +2374,9 @@ def run(args):
             rows.append(make_row(job, limits, args, params_of(job)))
             print_line(TABLE, rows[-1])
             print_sent(rows[-1])
-        if not args.command and not args.profile:  # the largest gap among phases that are compiled
-            pairs = [pair for pair in zip(jobs, rows) if pair[1]["temp_bytes"] is not None]
-            job, row = max(pairs, key=lambda pair: pair[1]["measured_seconds"]
-                           / pair[1]["limit_seconds"])
-            prepared = prepare(job, params_of(job), args.seed)
-            measure(prepared, inspect(prepared, traced=True)[0])
-            row["profile"] = profile(prepared)
-    for row in rows:
-        for error in row["errors"]:
-            print(f"error: {name_of(row)}: {error}")
-        if row["spread"] > 0.5:
-            print(f"noise: {name_of(row)}: {row['runs']} runs spread by {row['spread']:.0%} of "
-                  "their median: measure again on a calm machine")
+        if not args.command and not args.profile:
+            profile_worst(jobs, rows, params_of, args.seed)
+    print_notes(rows)
     if rows:
         explain(rows)
     return {"machine": device, "ceilings": limits, "rows": rows}
@@ -2396,8 +2409,6 @@ def main(argv=None):
     if args.command == "train" and (args.text or args.resume or args.save or args.steps):
         args.text = args.text or Path(__file__).with_name("README.md")
         args.steps = args.steps or 100
-    for name in ("text", "profile"):
-        vars(args).setdefault(name, None)
     stdout = sys.stdout
     try:
         file = args.json and (stdout if args.json == "-" else open(args.json, "a+"))
@@ -2415,7 +2426,6 @@ def main(argv=None):
             file.write(json.dumps(result, default=str) + "\n")
             file.flush()
     except (ValueError, OSError) as error:
-        sys.stdout = stdout
         sys.exit(f"bench.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nbench.py: interrupted before there was anything to print")
