@@ -23,14 +23,16 @@ from jax.ad_checkpoint import checkpoint_name
 from infer import (Cache, Parts, Q8, attend_cache, attend_prompt, cached_attention, filter_logits,
                    init_cache, insert, kth_largest, no_nan, noise, one_hot, read_prompts, row_max,
                    run_layers, sample, slots_of, to_cache, write)
-from minillm import (KEEPABLE, Partial, attend_causally, block, causal_attention, causal_backward,
-                     causal_blocks, causal_forward, check_tokens, chunked_mean, dims, dot, embed,
-                     finite, join_blocks, loss, loss_chunks, merge, normalize, require, rms_norm,
-                     rotary, size_of, split_blocks, traced_counts, unembedding)
+from minillm import (KEEPABLE, Adam, Layer, Params, Partial, attend_causally, block,
+                     causal_attention, causal_backward, causal_blocks, causal_forward, check_tokens,
+                     chunked_mean, dims, dot, embed, finite, join_blocks, loss, loss_chunks, merge,
+                     normalize, require, rms_norm, rotary, size_of, split_blocks, traced_counts,
+                     unembedding)
 
 P = jax.P
 TENSOR = dict(H="tensor", K="tensor", F="tensor", V="tensor")  # letters to mesh axes
 FSDP = dict(matrix="data")  # every matrix, over each axis of data and context: see `spec`
+HOP_SECONDS = 1e-6  # from one device to the next
 KEPT = "attention", "gate"  # of KEEPABLE: saves the most recomputation per byte
 
 # --------------------------------------------------------------------------- meshes and shardings
@@ -81,6 +83,24 @@ def axes_of(mesh, *words):
 def size_over(mesh, axes):
     """Mesh, tuple -> int: the number of devices along these axes together."""
     return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def over_heads(cfg, n):
+    """cfg, int -> int or tuple: n devices of an axis "tensor", or of two where there are fewer key
+    heads: the first over them, the second over rows or slots."""
+    heads = math.gcd(cfg.K, n)
+    return n if heads in (1, n) else (heads, n // heads)
+
+
+def torus_axes(shape, tensor):
+    """str, int -> int or tuple: the axes of a slice, such as 4x4x4, that are left to data, where
+    tensor takes the last ones. ValueError where it cannot."""
+    axes = []
+    for size in map(int, reversed(shape.split("x"))):
+        taken = math.gcd(size, tensor)
+        tensor, axes = tensor // taken, [size // taken] * (size > taken) + axes
+    require(tensor == 1, f"a slice of {shape} has no part of {tensor} more devices for tensor")
+    return tuple(axes) if len(axes) > 1 else math.prod(axes)
 
 
 def as_axes(axes):
@@ -855,6 +875,30 @@ class Where:
                         params, x)[0]
 
 
+def argument_shardings(args, cfg, mesh, rules, where=None):
+    """tuple, cfg, Mesh, dict, Where -> tuple: NamedShardings of a step's arguments, one for what is
+    alike: parameters, also `stack`ed or int8, by the rules, and AdamW's means as they; a cache as
+    `where` splits it, logits over the vocabulary, and all else by rows."""
+    rows = axes_of(mesh, "data") or None
+
+    def leaf(a):
+        match a:
+            case Params(layers=Layer()):
+                return stacked(specs(cfg, mesh, rules))
+            case Params():
+                return specs_of(a, cfg, mesh, rules)
+            case Adam():
+                return Adam(P(), leaf(a.m), leaf(a.v))
+            case Cache():
+                where.check(cfg, a)
+                return where.cache_specs()
+        logits = a.ndim == 2 and a.shape[1] == cfg.V and a.dtype == jnp.float32
+        return P(rows, *[axes_of(mesh, "tensor")] * logits)
+
+    return jax.tree.map(partial(jax.NamedSharding, mesh), jax.tree.map(
+        leaf, args, is_leaf=lambda a: isinstance(a, (Params, Adam, Cache))))
+
+
 # ------------------------------------------------------------------------------ what is sent
 
 
@@ -900,6 +944,25 @@ def traced_comm(fn, *args):
     """fn, arrays -> dict: collective -> (number, bytes that each device sends) of `traced_events`:
     what the formulas below are tested against. An all-reduce is taken as a ring's."""
     return tally(traced_events(fn, *args))
+
+
+def link_seconds(kind, size, n, link, shape, wraps=1):
+    """str, int, int, scalar, tuple, int -> scalar: seconds of a collective among n devices, in which
+    each sends `size` bytes, over links of `link` bytes/s, both directions together.
+
+    Devices stand along the axes of a slice of this shape, the last ones first; an axis of `wraps` or
+    more is a ring. A latency for each hop to the farthest device; an all-reduce goes there twice, a
+    permute one. Bytes go both ways around a ring, or over two axes; else, as a permute's, one.
+    """
+    far, ways, left = 0, 0, n
+    for length in reversed(shape):
+        along = math.gcd(length, left)
+        left //= along
+        rings = along >= wraps
+        far += along // 2 if rings else along - 1
+        ways += (1 + rings) * (along > 1)
+    far, ways = {"permute": (1, 1), "all_reduce": (2 * far, ways)}.get(kind, (far, ways))
+    return far * HOP_SECONDS + size / (link / 2 * min(2, max(1, ways)))
 
 
 def repeat(times, events):
