@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import difflib
 import glob
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -477,7 +478,6 @@ def check(job):
             (train and job.dtype == "int8", "train takes --dtype float32 or bfloat16: int8 has no "
              "gradient"),
             (job.phase == "serve" and job.chip, "serve runs on the host: leave out --chip"),
-            (job.chip and job.devices > 1, "--devices is for this machine: leave out --chip"),
             (job.chip and job.chip not in TARGETS, f"chip {job.chip!r} has no compiler here: one "
              f"of {', '.join(TARGETS)}"),
             (job.flags == "on" and not job.chip.startswith("tpu"), "--flags are a TPU compiler's: "
@@ -717,13 +717,11 @@ def multiplied(cfg):
     return sum(size_of(name, cfg) for name in jax.tree.leaves(read_arrays(cfg)) if " " in name)
 
 
-def critical_batch(job, ceilings, parameters=None):
+def critical_batch(job, ceilings):
     """Job, dict -> float: rows at which a step's matmuls with the weights take as long as reading
     them."""
     peak, read = ceilings["flops_per_second"][job.matmul_dtype], ceilings["read_bytes_per_second"]
-    size = parameters * jnp.dtype(job.dtype).itemsize if parameters else weight_bytes(
-        job.cfg, job.dtype)
-    return size / read * peak / (2 * (parameters or multiplied(job.cfg)))
+    return weight_bytes(job.cfg, job.dtype) / read * peak / (2 * multiplied(job.cfg))
 
 
 # ------------------------------------------------------------------- plan: chips that are not here
@@ -754,13 +752,14 @@ def layer_steps(job, T, n, link):
     for name, (times, events) in shard.step_comm(
             job.cfg, job.batch, T, (n,), layout, prompt=job.phase == "prefill").items():
         before, after = shapes[name]
-        sent = shard.tally(events)
+        sent = [(kind, number, shard.SENT[kind](size, n))
+                for (kind, size, _), number in events.items()]
         rows.append({
             "step": name, "times": times, "before": before, "after": after,
-            "collectives": {kind: number for kind, (number, _) in sent.items()},
-            "bytes": sum(size for _, size in sent.values()),
-            "seconds": sum(number * shard.link_seconds(kind, shard.SENT[kind](size, n), n, link, [n])
-                           for (kind, size, _), number in events.items())})
+            "collectives": {kind: number for kind, number, _ in sent},
+            "bytes": sum(number * size for _, number, size in sent),
+            "seconds": sum(number * shard.link_seconds(kind, size, n, link, [n])
+                           for kind, number, size in sent)})
     return rows
 
 
@@ -822,7 +821,7 @@ def napkin(job, chip, chips, parameters=None, batch=None):
         "cache_bytes_per_token": token, "cache_bytes_per_sequence": sequence,
         "chips_per_replica": n, "replicas": replicas, "max_batch": most * replicas,
         "batch_with_room": roomy * replicas,
-        "critical_batch": critical_batch(job, sheet(chip), parameters), "batch": batch,
+        "critical_batch": critical_batch(job, sheet(chip)), "batch": batch,
         "cache_bytes": replicas * rows * sequence, "fits": needed <= n * chip.memory,
         "chips_needed": 2 ** max(0, math.ceil(math.log2(needed / chip.memory)))}
     for phase in ("prefill", "generate"):
@@ -862,20 +861,20 @@ def million(job, chip, chips, weights, context=1_000_000):
     return [*rows.values()]
 
 
-def training(job, chip, chips, tokens, mfu, parameters=None):
+def training(job, chip, chips, tokens, mfu):
     """Job, Chip, int, float, float -> dict: a step of AdamW and a whole training, with weights
     sharded over all chips (FSDP)."""
     cfg, B, T = job.cfg, job.batch, job.prompt
     require(B % chips == 0, f"a training batch of {B} sequences cannot be split over {chips} chips:"
             f" --batch {-(-B // chips) * chips}")
-    count, flops = parameters or param_count(cfg), train_flops(cfg, B, T)
-    attention = flops["scores"] + flops["values"]
-    weights = 6 * B * T * parameters if parameters else sum(flops.values()) - attention
+    count, flops = param_count(cfg), train_flops(cfg, B, T)
+    attention, total = flops["scores"] + flops["values"], sum(flops.values())
     size, peak = jnp.dtype(cfg.dtype).itemsize, chips * chip.flops[job.dtype]
     sent = 3 * size * count * (chips - 1) / chips  # gathered twice, gradients scattered once
-    compute, links = (weights + attention) / peak, sent / chip.link
-    return {"batch": B, "tokens_per_step": B * T, "step_flops": weights + attention,
-            "weight_flops": weights, "attention_flops": attention, "mfu": mfu, "tokens": tokens,
+    compute, links = total / peak, sent / chip.link
+    return {"batch": B, "tokens_per_step": B * T, "step_flops": total,
+            "weight_flops": total - attention, "attention_flops": attention, "mfu": mfu,
+            "tokens": tokens,
             "step_seconds": compute / mfu, "days": tokens / (B * T) * compute / mfu / 86400,
             "optimizer_bytes": 12 * count, "gradient_bytes": 4 * count,
             "bytes_per_chip": 16 * count / chips, "fits": 16 * count <= chips * chip.memory,
@@ -922,7 +921,7 @@ def plan(args):
                   cache=job.cache, **rounded, exact=exact, steps=steps, million=remedies)
     if args.train:
         job = replace(job, batch=B or 4 * chips, dtype=job.cfg.dtype)
-        result["training"] = training(job, chip, chips, args.tokens, args.mfu, args.parameters)
+        result["training"] = training(job, chip, chips, args.tokens, args.mfu)
         print("\ntraining, with weights sharded over all chips (FSDP):")
         print_facts({"by AdamW": result["training"]})
     return result
@@ -1462,9 +1461,10 @@ def profile(prepared, folder=None):
         busy += max(0, end - max(start, until))
         until = max(until, end)
     total = sum(regions.values()) or 1
+    longest = sorted(groups.items(), key=lambda group: -sum(group[1]))
     return {"operations": [
         dict(share=sum(seconds) / total, times=len(seconds), region=region, kind=kind,
-             source=source) for (region, kind, source), seconds in sorted(groups.items(), key=lambda g: -sum(g[1]))],
+             source=source) for (region, kind, source), seconds in longest],
         "regions": {region: seconds / total for region, seconds in regions.most_common()},
         "wall_seconds": wall, "idle": max(0, 1 - busy / wall)}
 
@@ -1511,8 +1511,8 @@ def name_of(row):
 
 
 def encode(text):
-    """str -> 1T: a byte a token."""
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)[None]
+    """str -> 1T: a byte a token; bytes of the command line that are no UTF-8, too."""
+    return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8).astype(np.int32)[None]
 
 
 def decode(tokens):
@@ -1607,12 +1607,18 @@ def train_on_text(args, jobs, ceilings):
     """args, list of Job, dict -> dict: trains once for each job, saves the model, and continues a
     text."""
     job, rows = jobs[0], []
+    settings = {"text": hashlib.sha256(Path(args.text).read_bytes()).hexdigest(), **{
+        name: getattr(job, name, getattr(args, name, None))
+        for name in ("batch", "prompt", "lr", "seed")}}
     require(not (args.save or args.resume) or len(jobs) == 1 and not (args.resume and job.kv_heads),
             "--save and --resume take one model: one of each option, and the saved number of heads")
     if args.resume:
         cfg, params, adam = load_state(args.resume)
         require(not args.model or replace(job.cfg, dtype=cfg.dtype) == cfg, f"--model {job.model} "
                 f"is not the model in --resume {args.resume}: leave it out")
+        for name, value in read_json(Path(args.resume) / "run.json").items():
+            require(value == settings[name], f"--resume {args.resume} was trained with --{name} "
+                    f"{value}, not {settings[name]}: the two would not be one longer run")
         MODELS[args.resume] = cfg
         jobs = [job] = [replace(job, model=args.resume)]
     require(job.cfg.V == 256, f"V={job.cfg.V}: a model of bytes has V=256")
@@ -1627,6 +1633,7 @@ def train_on_text(args, jobs, ceilings):
         row, params, adam = train_text(args, job, params, adam, ceilings)
         rows.append(row)
     if args.save:
+        (Path(args.save) / "run.json").write_text(json.dumps(settings))
         save_state(args.save, job.cfg, params, adam)
         save(args.save, job.cfg, params)
         say(f"saved to {args.save}")
@@ -1667,6 +1674,10 @@ def tokenizer(path, cfg):
     words.no_truncation()  # which, as padding, was meant for training
     words.no_padding()
 
+    def read(text):
+        require(text.encode(errors="ignore").decode() == text, f"prompt {text!r} is no UTF-8")
+        return words.encode(text).ids
+
     def settled(ids):  # a run of bytes, and of tokens without text, may become other characters
         n = len(ids)
         while n and (re.fullmatch("<0x[0-9A-F]{2}>", words.id_to_token(ids[n - 1]) or "")
@@ -1674,8 +1685,8 @@ def tokenizer(path, cfg):
             n -= 1
         return n
 
-    return SimpleNamespace(encode=lambda text: words.encode(text).ids, decode=words.decode,
-                           ends=end_tokens(file.parent), settled=settled)
+    return SimpleNamespace(encode=read, decode=words.decode, ends=end_tokens(file.parent),
+                           settled=settled)
 
 
 def one_job(args):
@@ -1758,7 +1769,7 @@ def stream(args):
     S = slots(job, T + job.new + STRIDE + job.n_draft + 1)
     check_memory(f"a cache of {S} slots", kv_bytes(job.cfg, 1, S, job.cache), "a smaller --new")
     draft = draft_of(args.draft, args, job, prompt, S, sampling) if args.draft else None
-    end = words.ends[0] if words.ends and prompt[0, -1] not in words.ends else None
+    end = words.ends if words.ends and prompt[0, -1] not in words.ends else None
     read = jax.jit(bound(prefill, job, mesh), donate_argnums=1)
     for _ in range(3):  # compiled; then weights are fetched from wherever they were
         cache, _ = where_of(job, mesh).empty(job.cfg, 1, S, job.cache)
@@ -2028,6 +2039,8 @@ def main(argv=None):
     """The program: bad input is refused in one line."""
     keep_freed_memory()  # before XLA starts its threads
     args = parse(sys.argv[1:] if argv is None else argv)
+    with suppress(AttributeError):  # a terminal may lack characters
+        sys.stdout.reconfigure(errors="replace")
     if args.command == "train" and (args.text or args.resume or args.save or args.steps):
         args.text = args.text or Path(__file__).with_name("README.md")
         args.steps = args.steps or 100

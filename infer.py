@@ -6,9 +6,9 @@ bytes (int8), and a use for the idle flops (`speculate`). Letters as in minillm.
 
 Functions that take `where` run on one device by default; a `shard.Where` splits them over several.
 """
-import itertools
 import json
 import math
+import time
 from collections import namedtuple
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -353,8 +353,9 @@ def row_keys(key, B):
 
 def noise(key, pos, V):
     """key, B, V -> BV: Gumbel noise for each row and position. Added to log-probabilities, the
-    largest sum is a draw."""
-    return vmap(lambda key: random.gumbel(key, (V,), "float32"))(
+    largest sum is a draw. In JAX's default mode noise ends near 16, and tokens whose probability is
+    below 1e-7 of the largest are never drawn."""
+    return vmap(lambda key: random.gumbel(key, (V,), "float32", mode="high"))(
         fold_in(row_keys(key, len(pos)), pos))
 
 
@@ -413,7 +414,7 @@ def extend(params, cache, tokens, cfg, where=HERE):
     result stands before the final norm: `where.unembed` makes logits of it. ValueError for tokens
     outside the vocabulary, another number of rows than the cache's, or more tokens than free slots.
     """
-    check_tokens(tokens, cfg)
+    tokens = check_tokens(tokens, cfg)
     check_rows(cache, tokens, tokens.shape[1])
     return where.run(cfg, partial(append, cfg=cfg), ("x", "cache"), params, cache, tokens)
 
@@ -430,7 +431,7 @@ def prefill(params, cache, tokens, lengths, cfg, rows=None, where=HERE):
     reads all weights again, which the flops of a thousand tokens hide, and temporaries are those of
     one group. (`prefill_flops` of a group, times groups.)
     """
-    check_tokens(tokens, cfg)
+    tokens = check_tokens(tokens, cfg)
     check_prompts(cache, tokens, lengths)
     B, T = tokens.shape
     require(rows is None or type(rows) is int and rows > 0 and B % rows == 0
@@ -454,6 +455,11 @@ def prefill(params, cache, tokens, lengths, cfg, rows=None, where=HERE):
                      jnp.asarray(lengths, "int32"))
 
 
+def is_end(token, end):
+    """B, end -> B: is it the end token, or one of several? None is no token."""
+    return jnp.isin(token, jnp.array(-1 if end is None else end))
+
+
 def decode(parts, params, cache, logits, keys, n, cfg, sampling, end=None, report=lambda x: None):
     """Parts, Params, Cache, BV, keys, n, cfg, Sampling -> Bn, BV, Cache, reports: `generate` on
     each device, and what `report` returns of each token's logits, rows first."""
@@ -463,7 +469,7 @@ def decode(parts, params, cache, logits, keys, n, cfg, sampling, end=None, repor
         x, new = append(parts, params, cache, token[:, None], cfg)
         new_logits = parts.unembed(params, x, cfg)[:, 0]
         if end is not None:
-            goes_on = token != end
+            goes_on = ~is_end(token, end)
             new = new._replace(length=cache.length + goes_on)
             new_logits = jnp.where(goes_on[:, None], new_logits, parts.one_hot(token, cfg.V))
         return (new, new_logits), (token, report(logits))
@@ -477,10 +483,10 @@ def generate(params, cache, logits, key, n, cfg, sampling=GREEDY, end=None, wher
     """Params, Cache, BV, key, n, cfg -> Bn, BV, Cache: n tokens per row, in one scan on the device.
 
     `logits` are those of the next token, from `prefill` or an earlier `generate`; the new ones are
-    returned, to continue with. A row that draws `end` stops: its length excludes that token and its
-    logits become one-hot on `end`, so that it draws nothing else, in a later call too. n, cfg,
-    sampling, end and where are static under `jax.jit`. ValueError where the cache has no room for n
-    tokens.
+    returned, to continue with. A row that draws `end`, or one of a tuple of end tokens, stops: its
+    length excludes that token and its logits become one-hot on it, so that it draws nothing else,
+    in a later call too. n, cfg, sampling, end and where are static under `jax.jit`. ValueError
+    where the cache has no room for n tokens.
     """
     check_rows(cache, logits, n)
     body = partial(decode, n=n, cfg=cfg, sampling=sampling, end=end)
@@ -504,6 +510,8 @@ def generate_reference(params, prompt, n, cfg):
 def refill(params, cache, logits, row, prompt, length, cfg, where=HERE):
     """Params, Cache, BV, int, 1T, 1, cfg -> BV, Cache: one row starts over with a prompt; the other
     rows do not change."""
+    prompt = check_tokens(prompt, cfg)
+
     def body(parts, params, cache, logits, row, prompt, length):
         first, new = read_prompts(parts, params, cache, prompt, length, cfg, row=row)
         row = parts.local_row(row, len(logits))
@@ -517,12 +525,16 @@ def serve(params, prompts, B, S, n, key, cfg, sampling=GREEDY, end=None, stride=
           cache_dtype="float32", where=HERE):
     """Params, prompts, B, S, n, key, cfg -> iterator of (int, tokens): continuous batching.
 
-    Any iterable of prompts goes through B rows of S slots. Each request gets n tokens, or fewer
-    where the last is `end`; it is yielded with its number as soon as it is done, and the next
-    prompt takes its row while the others go on. The host looks at the rows every `stride` tokens.
-    The tokens of request i do not depend on its neighbours: they are those that `generate` makes in
-    any B rows, with the row's key `jax.random.fold_in(key, i)`. With another B rounding may break
-    ties differently, more often in bfloat16, since sums run in another order.
+    Requests go through B rows of S slots. A request is a prompt, or a pair (prompt, n); it gets n
+    tokens, or fewer where the last is an `end` token. It is yielded with its number as soon as it
+    is done, and the next one takes its row while the others go on. The host looks at the rows every
+    `stride` tokens. The tokens of request i do not depend on its neighbours: they are those that
+    `generate` makes in any B rows, with the row's key `jax.random.fold_in(key, i)`. With another B
+    rounding may break ties differently, more often in bfloat16, since sums run in another order.
+
+    `prompts` is any iterable. Where a row is free it is asked for a request, and all rows wait for
+    its answer: a live source that has none yet answers None, and rows that run go on. While a
+    prompt is read, all rows wait for the whole of it.
 
     This is the one loop that runs on the host, so it compiles its two steps itself; prompts are
     padded to powers of two, for few programs. ValueError for a prompt that does not fit, when it is
@@ -532,39 +544,53 @@ def serve(params, prompts, B, S, n, key, cfg, sampling=GREEDY, end=None, stride=
     fill = jax.jit(refill, static_argnames=("cfg", "where"), donate_argnames=("cache", "logits"))
     advance = jax.jit(generate, donate_argnames=("cache", "logits"),
                       static_argnames=("n", "cfg", "sampling", "end", "where"))
+    ends = () if end is None else np.atleast_1d(end).tolist()
 
-    def check(request, prompt):
-        prompt = np.asarray(prompt)[None]
-        try:
-            check_tokens(prompt, cfg)
-            require(prompt.size + n <= S, f"prompt of {prompt.size} tokens + {n} to generate > {S} "
-                    f"slots: serve(S={prompt.size + n})")
-        except ValueError as error:
-            raise ValueError(f"request {request}: {error}") from None
-        return request, prompt
+    def requests():
+        number = 0
+        for request in prompts:
+            if request is None:
+                yield None
+                continue
+            pair = isinstance(request, tuple) and len(request) == 2 and np.ndim(request[0]) == 1
+            prompt, most = request if pair else (request, n)
+            try:
+                prompt = check_tokens(np.asarray(prompt)[None], cfg)
+                require(most > 0 and prompt.size + most <= S, f"prompt of {prompt.size} tokens + "
+                        f"{most} to generate > {S} slots: serve(S={prompt.size + most})")
+            except ValueError as error:
+                raise ValueError(f"request {number}: {error}") from None
+            yield number, prompt, most
+            number += 1
 
-    waiting = map(check, itertools.count(), prompts)
-    waiting = iter([*waiting]) if hasattr(prompts, "__len__") else waiting
-    (cache, logits), active = where.empty(cfg, B, S, cache_dtype), {}  # row -> request, its tokens
+    waiting = iter([*requests()]) if hasattr(prompts, "__len__") else requests()
+    (cache, logits), active = where.empty(cfg, B, S, cache_dtype), {}  # row -> request, n, tokens
     while True:
-        for row, (request, prompt) in zip(sorted({*range(B)} - {*active}), waiting):
-            active[row] = request, []
+        for row in sorted({*range(B)} - {*active}):
+            request = next(waiting, ())
+            if not request:
+                break
+            number, prompt, most = request
+            active[row] = number, most, []
             T = min(S, 1 << max(4, (prompt.size - 1).bit_length()))
             padded = np.pad(prompt, ((0, 0), (0, T - prompt.size)))
             logits, cache = fill(params, cache, logits, row, padded, np.int32([prompt.size]),
                                  cfg=cfg, where=where)
         if not active:
-            return
+            if request == ():
+                return
+            time.sleep(0.001)  # then the source is asked again
+            continue
         # one key after another: vmap gives some kinds of key other results
-        requests = jnp.array([active.get(row, [0])[0] for row in range(B)])
-        keys = lax.map(partial(random.fold_in, key), requests)
+        numbers = jnp.array([active.get(row, [0])[0] for row in range(B)])
+        keys = lax.map(partial(random.fold_in, key), numbers)
         tokens, logits, cache = advance(params, cache, logits, keys, n=min(stride, n), cfg=cfg,
                                         sampling=sampling, end=end, where=where)
-        for row, (request, output) in [*active.items()]:
+        for row, (number, most, output) in [*active.items()]:
             output.extend(np.asarray(tokens)[row])
-            stop = output.index(end) + 1 if end in output else n
+            stop = min([most, *(output.index(token) + 1 for token in ends if token in output)])
             if len(output) >= stop:
-                yield request, np.array(output[:min(stop, n)])
+                yield number, np.array(output[:stop])
                 del active[row]
 
 
@@ -592,9 +618,9 @@ def accept(key, proposals, logp_draft, logp_target):
     drawn from what `acceptance` returns. `key` may also be B keys."""
     def draw(key, probability, residual):
         accept_key, token_key = random.split(key)
-        keep = random.bernoulli(accept_key, probability)
+        keep = random.bernoulli(accept_key, probability, mode="high")
         count = jnp.argmin(jnp.append(keep, False)).astype("int32")  # the first that is rejected
-        token = random.categorical(token_key, jnp.log(residual[count]))
+        token = random.categorical(token_key, jnp.log(residual[count]), mode="high")
         return count, token.astype("int32")
 
     return vmap(draw)(row_keys(key, len(proposals)),
@@ -674,8 +700,8 @@ def speculate(params, cache, tokens, key, n, cfg, draft, state, n_draft, samplin
 
     Row b's first cache.length[b] + 1 tokens are known, and the cache holds all but the last of
     them: after `prefill`, roll one back. The same is true of the results, so that they can be
-    continued. A row stops after n new tokens, up to n_draft more, or at `end`, which then fills the
-    row; a row whose last known token is `end` has stopped.
+    continued. A row stops after n new tokens, up to n_draft more, or at an `end` token, which then
+    fills the row; a row whose last known token is one has stopped.
 
     In a round, `draft(key, tokens, length, state, n_draft, V) -> Bn, BnV, state` proposes n_draft
     tokens, one pass reads them, and each row gets those that it accepts and one more. counts[b, i]
@@ -685,17 +711,16 @@ def speculate(params, cache, tokens, key, n, cfg, draft, state, n_draft, samplin
     n + n_draft more.
     """
     check_speculation(cache, tokens, n, cfg, state, n_draft)
-    slots, index = jnp.arange(tokens.shape[1]), jnp.arange(n_draft + 1)
-    end = -1 if end is None else end  # which is no token
+    slots, index = jnp.arange(jnp.shape(tokens)[1]), jnp.arange(n_draft + 1)
 
     def body(parts, params, cache, tokens, keys, state):
         goal = cache.length + n
 
-        def ended(r):
-            return last_token(r.tokens, r.cache.length + 1)[:, 0] == end
+        def last_known(r):
+            return last_token(r.tokens, r.cache.length + 1)
 
         def goes_on(r):
-            return (r.cache.length < goal) & ~ended(r)
+            return (r.cache.length < goal) & ~is_end(last_known(r), end)[:, 0]
 
         def advance(r):
             length = r.cache.length + 1
@@ -708,7 +733,7 @@ def speculate(params, cache, tokens, key, n, cfg, draft, state, n_draft, samplin
             count, token = accept(fold_in(keys, -length), proposals, logp_draft, log_probs(
                 parts.gather(parts.unembed(params, x, cfg)), sampling))
             new = jnp.where(index < count[:, None], jnp.roll(read, -1, 1), token[:, None])
-            ends = (new == end) | (index == count[:, None])  # nothing counts after an end token
+            ends = is_end(new, end) | (index == count[:, None])  # nothing counts after an end token
             count = jnp.argmax(ends, 1).astype("int32")
             gain = goes_on(r) * (count + 1)
             at = jnp.where(index < gain[:, None], length[:, None] + index, slots.size)
@@ -720,8 +745,9 @@ def speculate(params, cache, tokens, key, n, cfg, draft, state, n_draft, samplin
         counts = jnp.zeros_like(tokens, shape=(len(tokens), index.size))
         r = lax.while_loop(lambda r: jnp.any(goes_on(r)), advance,
                            Round(tokens, cache, state, counts))
-        fill = ended(r)[:, None] & (slots > r.cache.length[:, None])
-        return jnp.where(fill, end, r.tokens), *r[1:]
+        last = last_known(r)
+        fill = is_end(last, end) & (slots > r.cache.length[:, None])
+        return jnp.where(fill, last, r.tokens), *r[1:]
 
     return where.run(cfg, body, ("tokens", "cache", "state", "counts"), params, cache,
                      jnp.asarray(tokens, "int32"), row_keys(key, len(tokens)), state)
@@ -811,6 +837,11 @@ RULES = [  # what is implemented: in words, the types or values, and of which ke
     ("false, or nothing", [False], "attention_bias", "mlp_bias", "quantization_config")]
 
 
+DEFAULTS = {  # of keys that a family's config.json may leave out; null is another matter
+    "mistral": {"num_key_value_heads": 8}, "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "gemma": {"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True}}
+
+
 def tensor_names(cfg):
     """cfg -> Params: each array's name in Hugging Face's files: see `NAMES`."""
     def name(path, _):
@@ -822,10 +853,11 @@ def tensor_names(cfg):
 
 
 def parse_config(config):
-    """dict -> Config: of a config.json, as transformers 4 or 5 writes it; a key that is null counts
-    as absent. ValueError that names the key that is missing, of the wrong type, or not implemented.
-    """
-    flat = {"rope_theta": 1e4, "torch_dtype": "float32", "model_type": "missing"}
+    """dict -> Config: of a config.json, as transformers 4 or 5 writes it; a key that is absent has
+    its family's default, and one that is null none: as many key/value heads as query heads.
+    ValueError that names the key that is missing, of the wrong type, or not implemented."""
+    flat = {"rope_theta": 1e4, "torch_dtype": "float32", "model_type": "missing",
+            "hidden_act": "silu", "rms_norm_eps": 1e-6}
     for place in config, config.get("rope_scaling") or {}, config.get("rope_parameters") or {}:
         require(isinstance(place, dict), f"config.json: rotary settings {place!r} are no object")
         flat |= {ALIASES.get(key, key): place[key] for key in place if place[key] is not None}
@@ -843,8 +875,11 @@ def parse_config(config):
             "max_position_embeddings: only attention to all earlier tokens is implemented")
     try:
         heads = flat["num_attention_heads"]
+        defaults = DEFAULTS.get(flat["model_type"], {})
         flat = {"num_key_value_heads": heads, "head_dim": flat["hidden_size"] // heads,
-                "tie_word_embeddings": gemma, **flat, "rope_theta": flat["rope_theta"] * 1.0}
+                "tie_word_embeddings": False,
+                **{key: defaults[key] for key in defaults.keys() - config.keys()},
+                **flat, "rope_theta": flat["rope_theta"] * 1.0}
         return Config(**{field: flat[key] for field, key in FIELDS.items()},
                       act="silu" if flat["hidden_act"] == "silu" else "gelu",
                       embed_scale=gemma, qk_norm=qwen,
@@ -947,10 +982,13 @@ def load(path, dtype=None, shardings=None):
     config = config or read_json(path / "config.json")
     cfg, prefix = parse_config(config), "params." if "adam_step" in config else ""
     names = tensor_names(replace(cfg, tied=False))
+    whole = {f"model.{name}": array for name, array in tensors.items()}
+    if names.embed in whole:  # a model without a head, whose names lack the prefix
+        tensors = whole
     head = tensors.get(names.unembed)
     if cfg.tied and head is not None:  # a tied matrix may have either name, or both
         cfg = replace(cfg, tied=np.array_equal(tensors.setdefault(names.embed, head), head))
-    for name in tensors.keys() - {*tree.leaves(names)}:
+    for name in sorted(tensors.keys() - {*tree.leaves(names)}):
         require(prefix or name.endswith("rotary_emb.inv_freq"),  # follows from the config
                 f"{path}: tensor {name} is not part of the model that its config describes")
     params = read_params(path, tensors, cfg, shardings, dtype, prefix)
@@ -1026,13 +1064,14 @@ def write_tensors(path, arrays, config):
         "format": "pt", "minillm": json.dumps(config)}))
 
 
-def save(path, cfg, params):
+def save(path, cfg, params, others=None):
     """path, cfg, Params -> None: a folder that `load` and transformers read.
 
     Writes model.safetensors, then config.json for other programs. `load` takes the config from the
     first file's metadata, and each file is put in place by one rename, so that a kill leaves the
-    old model or the new one, whole. Of an earlier config.json the token ids (such as end tokens)
-    and max_position_embeddings are kept, and no other file is touched. Several processes all call
+    old model or the new one, whole. `others` are keys of config.json that `cfg` does not know, as
+    {"eos_token_id": [2, 7]}; of an earlier config.json the token ids and max_position_embeddings
+    are kept, and no other file is touched. Several processes all call
     it, with whole or global arrays; each holds the whole model in host memory, and the first
     writes. ValueError, before anything is written, for int8, for parameters that are not cfg's, and
     for a cfg that `load` would refuse.
@@ -1045,7 +1084,8 @@ def save(path, cfg, params):
             if key.endswith(("_token_id", "max_position_embeddings"))}
     write_tensors(path / WEIGHTS, arrays, config)
     put_in_place(file, lambda new: new.write_text(
-        json.dumps({"max_position_embeddings": 131072, **kept, **config}, indent=2)))
+        json.dumps({"max_position_embeddings": 131072, **kept, **(others or {}), **config},
+                   indent=2)))
 
 
 def save_state(path, cfg, params, adam):

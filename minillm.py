@@ -461,12 +461,16 @@ def value_range(x):
 
 
 def check_tokens(tokens, cfg):
-    """BT, cfg -> None: ValueError unless they are integers of 0 to V - 1 (where values are known).
-    """
+    """BT, cfg -> BT: the tokens as int32. ValueError unless they are integers of 0 to V - 1 (where
+    values are known), in a dtype that can hold V - 1."""
+    tokens = tokens if hasattr(tokens, "dtype") else np.asarray(tokens)
     require(tokens.ndim == 2 and tokens.size and jnp.issubdtype(tokens.dtype, jnp.integer),
             f"tokens of shape {tokens.shape}, {tokens.dtype}: expected integers [B, T], not empty")
+    require(jnp.iinfo(tokens.dtype).max >= cfg.V - 1,
+            f"tokens of {tokens.dtype} cannot hold V={cfg.V} tokens: convert them to int32")
     for token in value_range(tokens):
         require(0 <= token < cfg.V, f"token {token} is outside the vocabulary: 0 to {cfg.V - 1}")
+    return tokens.astype("int32")
 
 
 @custom_vjp
@@ -506,7 +510,7 @@ def unembed(params, x, cfg):
 
 def trunk(params, tokens, cfg, block=block):
     """Params, BT, cfg -> BTE: `forward` without the final norm and the unembedding."""
-    check_tokens(tokens, cfg)
+    tokens = check_tokens(tokens, cfg)
     table = rotary(jnp.arange(tokens.shape[1])[None], cfg)
     x = embed(params, tokens, cfg)
     for w in params.layers:
@@ -587,7 +591,7 @@ def loss(params, tokens, cfg, block=block, chunks=None):
     The logits of the BT tokens are computed in this many `chunks` (None: `loss_chunks`); `block` is
     that of `forward`. ValueError for fewer than one chunk.
     """
-    check_tokens(tokens, cfg)
+    tokens = check_tokens(tokens, cfg)
     require(chunks is None or chunks > 0, f"chunks={chunks}: expected at least one, or None")
     x = rms_norm(trunk(params, tokens[:, :-1], cfg, block), params.out_norm, cfg.eps)
     targets = tokens[:, 1:].reshape(-1)
@@ -602,8 +606,9 @@ Adam = namedtuple("Adam", "step m v")
 
 def adam_init(params):
     """Params -> Adam: zeros in the parameters' shapes, in float32 whatever the parameters are:
-    float16 cannot hold squares of gradients, and bfloat16 loses small changes of a mean."""
-    m, v = tree.map(lambda p: jnp.zeros_like(p, "float32"), (params, params))
+    float16 cannot hold squares of gradients, and bfloat16 loses small changes of a mean. They are
+    computed from the parameters, so that they are sharded as these are, under `jax.jit` too."""
+    m, v = tree.map(lambda p: jnp.where(p == p, jnp.float32(0), 0), (params, params))
     return Adam(jnp.int32(0), m, v)
 
 
@@ -674,6 +679,13 @@ def train_flops(cfg, B, T, remat=False):
             for name, flops in forward.items()}
 
 
+# Operations that run the programs they hold once (a scan and a Pallas kernel: so many times), and
+# names of operations whose flops a jaxpr does not show.
+CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "custom_jvp_call",
+         "custom_vjp_call", "custom_vjp_call_jaxpr", "shard_map", "scan", "pallas_call"}
+OPAQUE = "conv_general", "ragged_dot", "dot_product_attention", "ffi_call", "kernel_call"
+
+
 def inner_jaxprs(eqn):
     """eqn -> list: the programs that an operation calls: of a scan, a jit, a shard_map."""
     items = [getattr(item, "jaxpr", item) for item in tree.leaves(eqn.params)]
@@ -684,10 +696,11 @@ def traced_counts(fn, args, measure):
     """fn, arrays, measure -> Counter: the sum of `measure(eqn, axes)` over the operations that the
     program `fn(*args)` runs; `axes` are the sizes of the mesh axes around one.
 
-    Counted in the jaxpr, through calls. The body of a scan counts once per iteration;
-    `platform_dependent` counts its default branch, and a `cond` one branch, if all count the same.
-    Arguments may be `jax.ShapeDtypeStruct`. ValueError where something countable is inside a
-    `while`, or in a `cond` whose branches differ: how often it runs is unknown.
+    Counted in the jaxpr, through calls. The body of a scan counts once per iteration, that of a
+    Pallas kernel once per point of its grid; `platform_dependent` counts its default branch, and a
+    `cond` one branch, if all count the same. Arguments may be `jax.ShapeDtypeStruct`. ValueError
+    where something countable is inside a `while`, a `cond` whose branches differ, or any other
+    operation that is not in CALLS: how often it runs is unknown.
     """
     def total(jaxpr, axes):
         counts = Counter()
@@ -697,9 +710,11 @@ def traced_counts(fn, args, measure):
             parts = [total(inner, inner_axes) for inner in inner_jaxprs(eqn)]
             if name == "cond" and (params.get("branches_platforms") or parts[1:] == parts[:-1]):
                 parts = parts[-1:]
-            elif any(parts) and name in ("while", "cond"):
+            elif any(parts) and name not in CALLS:
                 raise ValueError(f"how often an operation inside `{name}` runs is unknown")
-            times = params["length"] if name == "scan" else 1
+            grid = params["grid_mapping"].grid if name == "pallas_call" else ()
+            require(all(isinstance(n, int) for n in grid), f"a kernel's grid of {grid} is unknown")
+            times = params["length"] if name == "scan" else math.prod(grid)
             for part in (measure(eqn, axes), *parts):
                 counts.update({key: times * number for key, number in part.items()})
         return counts
@@ -709,9 +724,12 @@ def traced_counts(fn, args, measure):
 
 def traced_flops(fn, *args):
     """fn, arrays -> int: 2MCO of every dot_general that the program `fn(*args)` runs, counted by
-    `traced_counts`: what the formulas above are tested against."""
+    `traced_counts`: what the formulas above are tested against. ValueError, too, for an operation
+    that is OPAQUE: its flops are not shown."""
     def flops(eqn, axes):
-        if eqn.primitive.name != "dot_general":
+        name = eqn.primitive.name
+        require(not any(word in name for word in OPAQUE), f"the flops of `{name}` are unknown")
+        if name != "dot_general":
             return {}
         (contracted, _), _ = eqn.params["dimension_numbers"]
         terms = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)

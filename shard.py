@@ -464,7 +464,7 @@ def sharded_loss(params, tokens, cfg, mesh, ring=0, keep=KEPT):
     the rest is recomputed. ValueError for what does not divide, and for names that cannot be kept.
     """
     check_kept(keep)
-    check_tokens(tokens, cfg)
+    tokens = check_tokens(tokens, cfg)
     check_rows(tokens, mesh)
     tensor = axes_of(mesh, "tensor")
     require(tensor, f"a mesh of {tuple(mesh.shape)}: weights are split over an axis 'tensor', of "
@@ -947,12 +947,13 @@ def traced_comm(fn, *args):
 
 
 def link_seconds(kind, size, n, link, shape, wraps=1):
-    """str, int, int, scalar, tuple, int -> scalar: seconds of a collective among n devices, in which
-    each sends `size` bytes, over links of `link` bytes/s, both directions together.
+    """str, int, int, scalar, tuple, int -> scalar: seconds of a collective among n devices, each of
+    which sends `size` bytes, over links of `link` bytes/s, both directions together.
 
-    Devices stand along the axes of a slice of this shape, the last ones first; an axis of `wraps` or
-    more is a ring. A latency for each hop to the farthest device; an all-reduce goes there twice, a
-    permute one. Bytes go both ways around a ring, or over two axes; else, as a permute's, one.
+    Devices stand along the axes of a slice of this shape, the last ones first; an axis of `wraps`
+    or more is a ring. A latency for each hop to the farthest device; an all-reduce goes there
+    twice, a permute one. Bytes go both ways around a ring, or over two axes; else, as a permute's,
+    one.
     """
     far, ways, left = 0, 0, n
     for length in reversed(shape):

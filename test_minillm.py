@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -363,6 +365,32 @@ def test_a_scan_counts_its_length_and_a_loop_of_unknown_length_is_refused():
         traced_flops(lambda x: jax.lax.while_loop(lambda x: x.sum() < 1, square, x), x)
 
 
+def test_a_kernel_counts_once_a_point_of_its_grid_and_what_is_not_shown_is_refused():
+    """Of a Pallas kernel 4 * 2 blocks are multiplied, also in a scan; an operation that holds a
+    program in another way, or has flops that a jaxpr does not show, is refused."""
+    from jax.experimental import pallas
+
+    def kernel(x, w, out):
+        out[...] = jnp.dot(x[...], w[...])
+
+    def multiply(x, w):
+        return pallas.pallas_call(kernel, jax.ShapeDtypeStruct((64, 32), x.dtype), grid=(4, 2),
+                                  in_specs=[pallas.BlockSpec((16, 8), lambda i, j: (i, 0)),
+                                            pallas.BlockSpec((8, 16), lambda i, j: (0, j))],
+                                  out_specs=pallas.BlockSpec((16, 16), lambda i, j: (i, j)))(x, w)
+
+    x, w = shaped(64, 8, dtype="float32"), shaped(8, 32, dtype="float32")
+    assert traced_flops(multiply, x, w) == 2 * 64 * 8 * 32
+    assert traced_flops(lambda x, w: jax.lax.scan(
+        lambda c, _: (c, multiply(x, w)), 0, length=3), x, w) == 3 * 2 * 64 * 8 * 32
+    square = shaped(8, 8, dtype="float32")
+    check(lambda: traced_flops(lambda a: jax.lax.custom_linear_solve(
+        lambda x: a @ x, a[0], lambda matvec, b: matvec(b), symmetric=True), square),
+        "custom_linear_solve", "unknown")
+    check(lambda: traced_flops(lambda a: jax.lax.conv(a[None, None], a[None, None], (1, 1), "SAME"),
+                               square), "conv_general_dilated", "unknown")
+
+
 # ---------------------------------------------------------------------------------- minillm: values
 
 
@@ -454,20 +482,16 @@ def test_attention_to_slots_in_pieces_is_attention_to_all_at_once(S, dtype):
     assert traced_flops(infer.cached_attention, q, k, v, pos) == 2 * 2 * 8192 * S * 2 * 4
 
 
-@pytest.mark.parametrize("what, growth", [("gradient", 2), ("chunk", 1)])
-def test_the_memory_of_attention_grows_as_its_tokens_do(what, growth, optimised):
-    """Twice the tokens take twice the temporaries, not four times; a chunk of 1,024 tokens behind S
-    slots takes the same for twice the slots. A tenth more is left for what depends on neither."""
+def test_the_memory_of_attention_grows_as_its_tokens_do(optimised):
+    """Twice the tokens take twice the temporaries, not four times; a tenth more is left for what
+    does not depend on them."""
     def temporaries(T):
         q, k = shaped(1, T, 4, 16, dtype="float32"), shaped(1, 2, T, 16, dtype="float32")
-        if what == "chunk":
-            q = shaped(1, 1024, 4, 16, dtype="float32")
-            return memory(infer.cached_attention, q, k, k, shaped(1, 1024)).temp_size_in_bytes
         return memory(partial(output_and_gradient, causal_attention), q, q, k,
                       k).temp_size_in_bytes
 
     once, twice = temporaries(4096), temporaries(8192)
-    assert once < 4096 * 4096 * 4 and twice < 1.1 * growth * once
+    assert once < 4096 * 4096 * 4 and twice < 1.1 * 2 * once
 
 
 @pytest.mark.parametrize("name, M, dtype, platforms", [
@@ -512,9 +536,10 @@ def act_by_hand(x, act):
 
 
 def test_cosines_of_positions_are_computed_once_for_all_layers():
-    counts = minillm.traced_counts(partial(forward, cfg=grouped), (abstract(grouped), shaped(2, 9)),
-                                   lambda eqn, axes: {eqn.primitive.name: 1})
-    assert counts["cos"] == counts["sin"] == 1
+    counts = minillm.traced_counts(
+        partial(forward, cfg=grouped), (abstract(grouped), shaped(2, 9)), lambda eqn, axes: {
+            name: 1 for name in ("cos", "sin") if eqn.primitive.name == name})
+    assert counts == {"cos": 1, "sin": 1}
 
 
 def norm_by_hand(x, scale, eps):
@@ -635,6 +660,31 @@ def test_adamw_is_the_textbook_over_several_steps():
         step = [a / (1 - 0.9 ** t) / (np.sqrt(b / (1 - 0.95 ** t)) + 1e-8) for a, b in zip(m, v)]
         p = [w - lr * (a + 0.1 * w * (w.ndim > 1)) for w, a in zip(p, step)]  # norms do not decay
     jax.tree.map(close, jax.tree.leaves((params, adam)), [*p, 5, *m, *v])
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda fn: fn])
+def test_a_state_is_sharded_as_its_parameters(jit):
+    mesh = shard.make_mesh(data=8)
+    params = shard.place(weights(WIDE), WIDE, mesh, shard.FSDP)
+    adam = jit(adam_init)(params)
+    for p, m, v in zip(*map(jax.tree.leaves, (params, adam.m, adam.v))):
+        assert m.sharding.is_equivalent_to(p.sharding, p.ndim) and not np.any(m)
+        assert v.sharding.is_equivalent_to(p.sharding, p.ndim)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32", list])
+def test_tokens_of_any_integer_dtype_are_those_of_int32_or_refused_by_name(dtype):
+    cfg, params, tokens = small, weights(small), draw_tokens(small, 2, 6)
+    other = tokens.tolist() if dtype is list else tokens.astype(dtype)
+    cache, mesh = init_cache(cfg, 2, 8), shard.make_mesh(data=1, tensor=1)
+    assert same(minillm.check_tokens(other, cfg), tokens)
+    for call in (lambda t: loss(params, t, cfg), lambda t: extend(params, cache, t, cfg),
+                 lambda t: prefill(params, cache, t, np.array([6, 2]), cfg),
+                 lambda t: shard.sharded_loss(shard.stack(params), t, cfg, mesh)):
+        used = jax.make_jaxpr(lambda: call(other))()
+        assert str(used) == str(jax.make_jaxpr(lambda: call(tokens))())
+    if dtype == "int8":
+        check(lambda: loss(params, other, replace(cfg, V=256)), "int8", "V=256", "int32")
 
 
 @pytest.mark.parametrize("dtype, limit", [("float32", TOLERANCE), ("bfloat16", 2 ** -6)])
@@ -948,6 +998,12 @@ def test_draws_have_the_frequencies_of_log_probs():
     assert chi_square(np.bincount(tokens, minlength=6), expected) < 20.5
 
 
+def test_noise_reaches_the_tail():
+    """One of 2**22 numbers is above 17 once in six times, as for this key. JAX's default mode ends
+    at log(2**23) = 15.9, so that tokens of probability 3e-8 would never be drawn."""
+    assert infer.noise(jax.random.key(9), jnp.zeros(1, int), 2 ** 22).max() > 17
+
+
 @pytest.mark.parametrize("kind", ["threefry2x32", "rbg", "unsafe_rbg"])
 def test_with_any_kind_of_key_a_row_draws_the_same_beside_any_other_rows(kind):
     """And other rows draw other tokens: 64 rows of 50 tokens hit 36 of them on average, and fewer
@@ -1258,6 +1314,32 @@ def test_a_request_gets_the_tokens_that_generate_makes_in_any_row_beside_any_oth
     assert np.array_equal(served[i], tokens[row, :until])
 
 
+def test_a_live_source_stalls_no_row_and_a_request_has_its_own_length_and_several_ends():
+    cfg, params, asked = small, weights(small), []
+    prompts = [draw_tokens(cfg, 3, seed=i) for i in range(3)]
+
+    def source():
+        yield prompts[0]
+        while len(asked) < 5:
+            asked.append(len(served))
+            yield None
+        yield prompts[1], 2
+        yield prompts[2]
+
+    served, run = {}, partial(serve, params, B=2, S=16, n=6, key=jax.random.key(0), cfg=cfg)
+    for number, tokens in run(source(), stride=2):
+        served[number] = tokens
+    expected = dict(run([*prompts]))
+    assert asked == [0, 0, 0, 1, 1]  # the first request was done before the second came
+    for i, n in enumerate((6, 2, 6)):
+        assert np.array_equal(served[i], expected[i][:n])
+    first, second = expected[0][3], expected[2][2]
+    ends = int(first), int(second)
+    for i, tokens in dict(run([*prompts], end=ends)).items():
+        stop = min([6, *([*expected[i]].index(end) + 1 for end in ends if end in expected[i])])
+        assert np.array_equal(tokens, expected[i][:stop])
+
+
 def rounding(cfg, dtype):
     """cfg, dtype -> block: keys and values as a cache of `dtype` gives them back."""
     slots = init_cache(cfg, 1, 1, dtype).k[0]
@@ -1485,6 +1567,11 @@ def test_published_configs_are_understood_as_transformers_4_and_5_spell_them(nam
     version_5 |= {"layer_types": ["full_attention"] * cfg.L, "rope_parameters": {
         "rope_type": "default", "rope_theta": cfg.rope_base, **(config.get("rope_scaling") or {})}}
     assert infer.parse_config(version_5) == cfg
+    if defaults := infer.DEFAULTS.get(config["model_type"]):
+        few = {key: value for key, value in config.items() if key not in defaults}
+        few = infer.parse_config(few | {"num_attention_heads": 32})
+        assert few.K == defaults["num_key_value_heads"]
+        assert few.D == defaults.get("head_dim", config["hidden_size"] // 32)
     edited = {**config, "num_key_value_heads": None, "sliding_window": 2 ** 17,
               "max_position_embeddings": 2 ** 17}
     assert infer.parse_config(edited) == replace(cfg, K=cfg.H)
@@ -1529,6 +1616,9 @@ def test_a_folder_without_the_whole_model_is_refused_by_name(tmp_path, monkeypat
         check(lambda: load(tmp_path), tmp_path, *words)
     write_file(tmp_path, {**tensors, "model.rotary_emb.inv_freq": scales})  # of old files
     assert load(tmp_path)[0] == cfg
+    for prefix in ("_orig_mod.", "base_model.model."):
+        write_file(tmp_path, {prefix + name: a for name, a in tensors.items()})
+        check(lambda: load(tmp_path), prefix + min(tensors), "not part")
     for text in (b"{", b"[" * 10 ** 5, b"[]", b"\xff"):
         (tmp_path / "config.json").write_bytes(text)
         check(lambda: load(tmp_path), "config.json", "JSON")
@@ -1555,7 +1645,6 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path):
     for write in (save, partial(save_state, adam=adam_init(params))):
         check(lambda: write(tmp_path, replace(cfg, qk_norm=False), params), "qk_norm")
         check(lambda: write(tmp_path, replace(cfg, F=21), params), "gate_proj", 20, 21)
-        check(lambda: write(tmp_path, replace(cfg, rope_base=math.nan), params), "rope_theta=nan")
         check(lambda: write(tmp_path, cfg, quantize_params(params, cfg)), "int8")
     check(lambda: save_state(tmp_path, cfg, params, adam_init(weights(grouped))), "params")
     assert not [*tmp_path.iterdir()]
@@ -1579,6 +1668,14 @@ def test_a_head_that_differs_counts_and_a_tied_table_stands_under_either_name(tm
     edit_config(tmp_path, tie_word_embeddings=False)
     write_file(tmp_path, tensors)
     check(lambda: load(tmp_path), "lm_head.weight", "missing")
+
+
+@files
+def test_a_model_without_a_head_needs_no_prefix(tmp_path):
+    save(tmp_path, grouped, weights(grouped))
+    write_file(tmp_path, {name.removeprefix("model."): a for name, a in read_file(
+        tmp_path).items()})
+    assert same(load(tmp_path)[1], weights(grouped))
 
 
 @files
@@ -1697,6 +1794,11 @@ def test_keys_of_an_earlier_config_that_config_does_not_know_stay(tmp_path):
     config = infer.read_json(tmp_path / "config.json")
     assert infer.parse_config(config) == grouped and config["eos_token_id"] == [1, 7]
     assert config["max_position_embeddings"] == 64 and "quantization_config" not in config
+    save(tmp_path / "new", grouped, weights(grouped), dict(eos_token_id=[3], vocab_size=9))
+    config = infer.read_json(tmp_path / "new" / "config.json")
+    assert (config["eos_token_id"], config["vocab_size"]) == ([3], grouped.V)
+
+
 def test_llama_3_scaling_slows_slow_pairs_and_leaves_fast_ones():
     """Llama 3.2 1B: of 32 pairs, those that turn more than 4 times in 8,192 tokens stay as they
     are, those that turn less than once become 32 times slower, and the 3 between are interpolated.
@@ -1868,9 +1970,6 @@ def test_fsdp_by_the_compiler_is_the_loss_of_one_device():
     expected = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, tokens, WIDE)
     placed = shard.place(params, WIDE, mesh, shard.FSDP)
     assert placed.layers[0].wq.addressable_shards[3].data.shape == (1, 4, 16)
-    init_split = jax.jit(init, static_argnums=1,
-                         out_shardings=shard.shardings(WIDE, mesh, shard.FSDP))
-    assert init_split(jax.random.key(0), WIDE).embed.sharding == placed.embed.sharding
     run = jax.jit(jax.value_and_grad(partial(shard.fsdp_loss, cfg=WIDE, mesh=mesh)))
     jax.tree.map(close, run(placed, tokens), expected)
 
@@ -2366,6 +2465,9 @@ def test_a_resumed_run_is_one_longer_run_bit_for_bit(calm, capsys, tmp_path):
     train(2, "--resume", tmp_path / "part", "--save", tmp_path / "part")
     assert same(*(load_state(tmp_path / name)[1:] for name in ("whole", "part")))
     for more, word in ((["--resume", tmp_path], "state.safetensors"),
+                       (["--resume", tmp_path / "part", "--batch", "4"], "--batch 3"),
+                       (["--resume", tmp_path / "part", "--lr", "0.1"], "--lr 0.001"),
+                       (["--resume", tmp_path / "part", "--text", __file__], "--text"),
                        (["--resume", tmp_path / "part", "--model", "L1,E8,H2,K1,D4,F8,V256"],
                         "--model"), (["--resume", tmp_path / "part", "--kv-heads", "1"], "heads")):
         with pytest.raises(SystemExit) as caught:
@@ -2416,6 +2518,44 @@ def test_text_is_printed_once_and_whole_however_it_is_spelled(seed, capsys, tmp_
     text, speed = out[:-1].rsplit("\n", 1)
     assert text == result["text"] and text.startswith(prompt)
     assert "prefill of 9 tokens" in speed and "\u6c34hb" in text[len(prompt):]
+
+
+@lru_cache(maxsize=1)
+def byte_words():
+    folder = pathlib.Path(tempfile.mkdtemp())
+    _, V = byte_fallback(folder)
+    return bench.tokenizer(folder, Config(L=1, E=8, H=2, K=1, D=4, F=8, V=V))
+
+
+@files
+@given(st.lists(st.integers(0, 266), min_size=1, max_size=12))
+def test_what_is_final_is_a_prefix_of_the_text_for_any_cut_of_any_ids(ids):
+    words = byte_words()
+    for cut in range(len(ids) + 1):
+        final = words.decode(ids[:words.settled(ids[:cut])]).rstrip("\ufffd")
+        assert words.decode(ids).startswith(final)
+
+
+@files
+def test_every_terminal_and_every_prompt(tmp_path, monkeypatch):
+    """A terminal of ASCII shows what it lacks as `?`; a model of bytes takes bytes that are no
+    UTF-8, and a tokenizer refuses them."""
+    cfg = bench.config_of(TINY)
+    save(tmp_path / "bytes", cfg, weights(cfg))
+    (tmp_path / "words").mkdir()
+    _, V = byte_fallback(tmp_path / "words")
+    cfg = Config(L=1, E=8, H=2, K=1, D=4, F=8, V=V)
+    save(tmp_path / "words", cfg, weights(cfg))
+
+    def run(folder, text):
+        screen = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+        monkeypatch.setattr(sys, "stdout", screen)
+        bench.main(["complete", "--model", str(tmp_path / folder), text, "--new", "4"])
+        return screen.buffer.getvalue().decode()
+
+    assert run("words", "a\u6c34b").startswith("a?b") and "tokens/s" in run("bytes", "a\udcffb")
+    with pytest.raises(SystemExit, match="no UTF-8"):
+        run("words", "a\udcffb")
 
 
 @files
@@ -3053,23 +3193,6 @@ def test_all_pictures_are_drawn(calm, capsys, tmp_path, monkeypatch):
     assert {path.stem for path in tmp_path.glob("*.svg")} == {
         "product", "phases", "roofline", "layer", "layouts", "causal", "memory", "roofline_run",
         "timeline_ring"}
-
-
-def test_freed_memory_is_kept():
-    """A second 64 MB is had without asking the kernel for a page."""
-    source = """
-import resource, bench, numpy as np
-kept = bench.keep_freed_memory()
-for _ in range(2):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    np.full(64 << 20, 1, np.int8)
-print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    done = subprocess.run([sys.executable, "-c", source], text=True, capture_output=True,
-                          cwd=pathlib.Path(bench.__file__).parent)
-    assert done.returncode == 0, done.stderr
-    kept, faults = map(int, done.stdout.split())
-    assert kept == (bench.platform.libc_ver()[0] == "glibc") and (faults < 8 or not kept)
 
 
 def copied(name, *neighbours):
