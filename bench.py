@@ -144,16 +144,16 @@ CHIPS = {
 }
 
 
-def find(what, known, text):
-    """str, names, str -> str: the name in `known`, in any case; an empty text, or one with commas,
+def find(what, values, text):
+    """str, names, str -> str: the name in `values`, in any case; an empty text, or one with commas,
     as it is. ValueError with the nearest names, or with all."""
-    if not text or "," in text or text in known:
+    if not text or "," in text or text in values:
         return text
-    names = {name.lower(): name for name in known}
+    names = {name.lower(): name for name in values}
     near = difflib.get_close_matches(text.lower(), names, cutoff=0.7)
     require(text.lower() in names, f"{what} {text!r} is unknown: " + (
         f"did you mean {' or '.join(names[name] for name in near)}?" if near else
-        f"one of {', '.join(known)}"))
+        f"one of {', '.join(values)}"))
     return names[text.lower()]
 
 
@@ -275,18 +275,18 @@ def chip_devices(name, chips):
     check_compiler(name)
     target, shape = TARGETS[name], slice_of(name, chips)
     package = EXTRAS[target.extra].replace("_", "-")
-    found = {"compiler": f"{package} {version(package)}, jax {jax.__version__}",
+    facts = {"compiler": f"{package} {version(package)}, jax {jax.__version__}",
              "slice": f"{target.name} {shape}"}
     if target.extra == "gpu":
         text = GPU.format(*GPUS[name], name)
         devices = get_topology_desc(name, "cuda", topology=shape, target_config=text).devices
-        return devices, found | {"memory_bytes": GPUS[name][7]}
+        return devices, facts | {"memory_bytes": GPUS[name][7]}
     megacore = {"chip_config_name": "megacore"} if name in ("tpu-v4", "tpu-v5p") else {}
     devices = get_topology_desc(f"{target.name}:{shape}", "tpu", **megacore).devices
     large = jax.ShapeDtypeStruct((1 << 40,), jnp.float32,
                                  sharding=jax.sharding.SingleDeviceSharding(devices[0]))
     _, refusal = compiled_with(jax.jit(lambda x: x + 1).lower(large), {})
-    return devices[:chips * target.devices], found | {"memory_bytes": refusal["memory_bytes"]}
+    return devices[:chips * target.devices], facts | {"memory_bytes": refusal["memory_bytes"]}
 
 
 # ------------------------------------------------------------------------- a job and its options
@@ -539,9 +539,9 @@ def print_rows(rows):
                         for word, width in zip(line, widths)).rstrip())
 
 
-def say(*words, end="\n"):
-    """words -> None: progress, to stderr."""
-    print(*words, file=sys.stderr, end=end, flush=True)
+def say(text):
+    """str -> None: progress, to stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
 # -------------------------------------------------------------------------- this machine's ceilings
@@ -1095,19 +1095,19 @@ def prepare(job, params=None, seed=0):
     mesh, key = mesh_of(job, devices), jax.random.key(seed)
     step, make = PROGRAMS[job.phase](job, mesh)
 
-    def born(key):
+    def make_all(key):
         return make(draw(job, key), key)
 
     if not job.chip and mesh is None or job.phase == "serve":
         args = make(draw(job, key) if params is None else params, key)
     else:
         where, rules = where_of(job, mesh), {**shard.TENSOR, **shard.FSDP}
-        sharding = shard.argument_shardings(
-            jax.eval_shape(born, key), job.cfg, mesh, where.rules if job.layout else rules
-            if job.by == "hand" else shard.FSDP, where) \
+        rules = where.rules if job.layout else rules if job.by == "hand" else shard.FSDP
+        shardings = shard.argument_shardings(jax.eval_shape(make_all, key), job.cfg, mesh, rules,
+                                             where) \
             if mesh else jax.sharding.SingleDeviceSharding(devices[0])
-        made = jax.jit(born, out_shardings=sharding)
-        args = made.eval_shape(key) if job.chip else made(key)
+        placed = jax.jit(make_all, out_shardings=shardings)
+        args = placed.eval_shape(key) if job.chip else placed(key)
     return SimpleNamespace(job=job, mesh=mesh, step=step, args=args, facts=facts, ops=None)
 
 
@@ -1149,8 +1149,7 @@ def measure(prepared, step):
     facts = {"steps": 1} | outcome(prepared.job, call())
     times = [seconds / facts["steps"] for seconds in seconds_of(
         call, seconds=0.3 if jax.process_count() == 1 else 0)]  # as many runs in every process
-    low, middle, high = np.quantile(times, (0.1, 0.5, 0.9)).tolist()
-    return facts | {"measured_seconds": middle, "runs": len(times), "spread": (high - low) / middle}
+    return facts | {"measured_seconds": statistics.median(times), "runs": len(times)}
 
 
 def shares(row, seconds, ceilings, name):
@@ -1259,9 +1258,9 @@ def group_size(line, devices):
     if mesh := re.search(r"groups=@?mesh\[(.*?)\] ?\{(.*?)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    first = re.search(r"(?:groups|pairs)=\{\{?([\d,]*)\}", line)
-    require(first, f"a collective among unknown devices: {line.strip()[:200]}")
-    return len(re.findall(r"\d+", first[1])) or devices
+    group = re.search(r"(?:groups|pairs)=\{\{?([\d,]*)\}", line)
+    require(group, f"a collective among unknown devices: {line.strip()[:200]}")
+    return len(re.findall(r"\d+", group[1])) or devices
 
 
 def transfer(op, devices):
@@ -1471,7 +1470,7 @@ def profile(prepared, folder=None):
 
 def explain(rows):
     """list of rows -> None: prints, in at most twenty lines, how far limit and measurement differ,
-    why where it is most, what cannot be, and what was measured on a noisy machine."""
+    why where it is most, and what cannot be."""
     ratios = {name_of(row): row["measured_seconds"] / row["limit_seconds"] for row in rows}
     worst = max(ratios, key=ratios.get)
     print(f"\nof {len(rows)} rows: took/limit median {statistics.median(ratios.values()):.2f}, "
@@ -1480,9 +1479,6 @@ def explain(rows):
         if None in (row["mfu"], row["mbu"]):
             print(f"error: {name}: faster than a ceiling: it was measured too low (was another "
                   "program running?), or what is read stays in a cache (choose a larger model)")
-        if row["spread"] > 0.5:
-            print(f"noise: {name}: {row['runs']} runs spread by {row['spread']:.0%} of their "
-                  "median: measure again on a calm machine")
         if row["phase"] == "speculate":
             plain = [r["tokens_per_second"] for r in rows if r["phase"] == "generate" and all(
                 r[key] == row[key] for key in ("model", "kv_heads", "dtype", "cache", "batch"))]

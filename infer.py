@@ -521,6 +521,26 @@ def refill(params, cache, logits, row, prompt, length, cfg, where=HERE):
     return where.run(cfg, body, ("logits", "cache"), params, cache, logits, row, prompt, length)
 
 
+def read_requests(prompts, n, S, cfg):
+    """prompts, n, S, cfg -> iterator of (int, 1T, n) or None: each request of `serve` with its
+    number, checked."""
+    number = 0
+    for request in prompts:
+        if request is None:
+            yield None
+            continue
+        pair = isinstance(request, tuple) and len(request) == 2 and np.ndim(request[0]) == 1
+        prompt, most = request if pair else (request, n)
+        try:
+            prompt = check_tokens(np.asarray(prompt)[None], cfg)
+            require(most > 0 and prompt.size + most <= S, f"prompt of {prompt.size} tokens + {most}"
+                    f" to generate > {S} slots: serve(S={prompt.size + most})")
+        except ValueError as error:
+            raise ValueError(f"request {number}: {error}") from None
+        yield number, prompt, most
+        number += 1
+
+
 def serve(params, prompts, B, S, n, key, cfg, sampling=GREEDY, end=None, stride=8,
           cache_dtype="float32", where=HERE):
     """Params, prompts, B, S, n, key, cfg -> iterator of (int, tokens): continuous batching.
@@ -545,25 +565,8 @@ def serve(params, prompts, B, S, n, key, cfg, sampling=GREEDY, end=None, stride=
     advance = jax.jit(generate, donate_argnames=("cache", "logits"),
                       static_argnames=("n", "cfg", "sampling", "end", "where"))
     ends = () if end is None else np.atleast_1d(end).tolist()
-
-    def requests():
-        number = 0
-        for request in prompts:
-            if request is None:
-                yield None
-                continue
-            pair = isinstance(request, tuple) and len(request) == 2 and np.ndim(request[0]) == 1
-            prompt, most = request if pair else (request, n)
-            try:
-                prompt = check_tokens(np.asarray(prompt)[None], cfg)
-                require(most > 0 and prompt.size + most <= S, f"prompt of {prompt.size} tokens + "
-                        f"{most} to generate > {S} slots: serve(S={prompt.size + most})")
-            except ValueError as error:
-                raise ValueError(f"request {number}: {error}") from None
-            yield number, prompt, most
-            number += 1
-
-    waiting = iter([*requests()]) if hasattr(prompts, "__len__") else requests()
+    waiting = read_requests(prompts, n, S, cfg)
+    waiting = iter([*waiting]) if hasattr(prompts, "__len__") else waiting
     (cache, logits), active = where.empty(cfg, B, S, cache_dtype), {}  # row -> request, n, tokens
     while True:
         for row in sorted({*range(B)} - {*active}):

@@ -742,9 +742,9 @@ CONTRACT_CFG = Config(L=2, **{letter: SIZE[letter] for letter in "EHKDFV"})
 INTEGERS = {"BT", "B(T+1)", "B", "Bn", "BS", "1T", "1", "B(n+1)", "M"}  # tokens and lengths
 HOST_WORDS = ("path module tensor slices iterator prompts names shardings Mesh AbstractMesh Where "
               "P specs axis strs").split()  # of files, of a mesh, or of a loop on the host
-ON_THE_HOST = {"serve", "library", "read_json", "open_tensors", "find_tensors", "part_of", "load",
-               "read_params", "load_state", "host_arrays", "put_in_place", "write_tensors", "save",
-               "save_state"}
+ON_THE_HOST = {"serve", "read_requests", "library", "read_json", "open_tensors", "find_tensors",
+               "load", "read_params", "load_state", "host_arrays", "put_in_place", "write_tensors",
+               "save", "save_state"}
 CONTRACTS = [fn for module in (minillm, infer, shard) for name, fn in inspect.getmembers(module)
              if callable(fn) and not inspect.isclass(fn) and not name.startswith("_")
              and getattr(fn, "__module__", "") == module.__name__]
