@@ -681,8 +681,8 @@ def train_flops(cfg, B, T, remat=False):
 
 # Operations that run the programs they hold once (a scan and a Pallas kernel: so many times), and
 # names of operations whose flops a jaxpr does not show.
-CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "custom_jvp_call",
-         "custom_vjp_call", "custom_vjp_call_jaxpr", "shard_map", "scan", "pallas_call"}
+CALLS = {"jit", "call", "closed_call", "eval_jaxpr", "remat2", "custom_jvp_call", "custom_vjp_call",
+         "shard_map", "xla_metadata_call", "scan", "pallas_call"}
 OPAQUE = "conv_general", "ragged_dot", "dot_product_attention", "ffi_call", "kernel_call"
 
 
