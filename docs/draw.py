@@ -265,12 +265,12 @@ def main():
     for file in parser.parse_args().json:
         result = json.loads(Path(file).read_text())
         rows = [row for row in result["rows"] if row.get("layer")]
-        if "machine" in result:
-            draw_run(result)
-        elif rows:
+        if rows:
             draw_timeline(rows, f"timeline_{Path(file).stem}.svg")
             if (rows[0]["phase"], rows[0]["model"]) == ("generate", "gemma-7b"):
                 draw_memory(rows[0])
+        else:
+            draw_run(result)
 
 
 if __name__ == "__main__":
