@@ -352,8 +352,7 @@ class Job:
                        partial(find, "chip", CHIPS))
     chips: int = option("how many of them", 1, number)
     devices: int = option("devices here; a CPU simulates them", 1, number)
-    mesh: str = option("how devices are divided, as data=2,tensor=4 (train: all data; others: all "
-                       "tensor)", "")
+    mesh: str = option("of devices, as data=2,tensor=4 (training: data; others: tensor)", "")
     layout: str = option("of a cache on several devices (the first that divides)", "",
                          choices=tuple(shard.LAYOUTS))
     ring: int = option("collective matmuls: 0 references, 1 or 2 rings of so many directions", 0,
@@ -903,12 +902,13 @@ def plan(args):
           f"{si(chip.link, 'B/s')} an axis ({chip.axes})\n({chip.source})\n"
           f"weights {job.dtype}, cache {job.cache}, context {job.prompt}; times are limits; room: "
           f"{RESERVE:.0%} of the memory; hidden: if matmuls hid the links")
-    for facts in (rounded, exact):
+    columns = {f"{args.parameters:g} parameters": rounded} if args.parameters else {}
+    columns["exact"] = exact
+    for name, facts in columns.items():
         if not facts["fits"]:
-            print(f"DOES NOT FIT: batch {facts['batch']} takes more memory: --chips "
+            print(f"DOES NOT FIT ({name}): batch {facts['batch']} takes more memory: --chips "
                   f"{facts['chips_needed']}, or a smaller --batch, --dtype or --cache")
-    heading = f"{args.parameters:g} parameters" if args.parameters else "exact"
-    print_facts({heading: rounded, "exact": exact})
+    print_facts(columns)
     for title, table in (
             ("prefill", rounded["prefill_parts"]), ("decode step", rounded["generate_parts"]),
             (f"what each of {n} devices sends in a decode step at B={rows}", steps),
@@ -1629,7 +1629,7 @@ def train_on_text(args, jobs, ceilings):
         row, params, adam = train_text(args, job, params, adam, ceilings)
         rows.append(row)
     if args.save:
-        (Path(args.save) / "run.json").write_text(json.dumps(settings))
+        Path(args.save, "run.json").write_text(json.dumps(settings))
         save_state(args.save, job.cfg, params, adam)
         save(args.save, job.cfg, params)
         say(f"saved to {args.save}")
@@ -1822,8 +1822,7 @@ OPTIONS = {f.name: f for f in fields(Job) if f.name != "phase"} | {
     "text": option("a file to train on", None),
     "steps": option("training steps", None, number), "lr": option("learning rate", 1e-3, above),
     "save": option("write what was trained there", None),
-    "resume": option("continue what --save wrote, as one longer run: with the same --text, "
-                     "--batch, --prompt, --lr and --seed", None),
+    "resume": option("continue what --save wrote there, with the same options", None),
     "parameters": option("a rounded count, as 7e9, beside the exact one", None, above),
     "train": field(default=False, metadata=dict(help="plan training, too", action="store_true")),
     "tokens": option("to train on", 1e12, above),
@@ -1874,8 +1873,7 @@ def parse(argv):
             command.add_argument(f"--{word.replace('_', '-')}", **how)
         if name == "complete":
             command.add_argument("text", help="the text to continue")
-            command.add_argument("--model", required=True, metavar="DIR", help="config.json, "
-                                 "model.safetensors and tokenizer.json, or what --save wrote")
+            command.add_argument("--model", required=True, help="a folder of --save or the Hub")
     named = argv and (argv[0][0] != "-" or argv[0] in ("-h", "--help"))
     return parser.parse_args(argv if named else ["all", *argv])
 
@@ -1994,10 +1992,12 @@ def run(args):
         check(job)
     require(not ((text or args.profile) and first.chip or text and first.mesh),
             "--text and --profile are for this machine, and --text for one device")
+    if text:
+        read_text(text, first.prompt)  # refused before anything is measured
     limits = sheet(CHIPS[first.chip], first.chips) if first.chip else ceilings(
         {part.dtype for job in jobs for part in COSTS[job.phase](job).parts})
     result = {"machine": machine(), "ceilings": limits, "rows": rows}
-    print(heading(first, limits), flush=True)
+    print(heading(first, limits))
     if text:
         return result | train_on_text(args, jobs, limits)
     if not first.chip:
@@ -2005,7 +2005,7 @@ def run(args):
                    "MFU", "MBU", "tokens/s"))
     with suppress(KeyboardInterrupt):  # what was measured so far is printed
         for job in jobs:
-            rows.append(make_row(job, limits, args, bool(args.profile)))
+            rows.append(make_row(job, limits, args, args.profile))
             print_row(rows[-1])
         if args.command == "all":  # profile the largest gap
             gaps = {row["measured_seconds"] / row["limit_seconds"]: (row, job)
