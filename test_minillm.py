@@ -1991,17 +1991,6 @@ def test_ring_attention_and_its_gradient_are_those_of_causal_attention(n, H, K, 
         close(np.asarray(a, np.float32), np.asarray(b, np.float32), tolerance)
 
 
-@pytest.mark.parametrize("n", [2, 3, 4, 8])
-def test_ring_attention_gives_all_devices_the_same_work(n):
-    """Each runs the same program; and of the T(T+1)/2 pairs that matter, device i has i(T/n) more
-    than device 0: one per token and place."""
-    T, mesh = 768, shard.make_mesh(context=n)
-    pairs = jax.jit(jax.shard_map(lambda: jnp.sum(shard.local_positions(T, "context") + 1)[None],
-                                  mesh=mesh, in_specs=(), out_specs=jax.P("context")))()
-    assert sum(pairs) == T * (T + 1) // 2
-    assert np.array_equal(pairs - pairs[0], np.arange(n) * (T // n))
-
-
 def where_of(axes, layout="heads", ring=0):
     return shard.Where(shard.make_mesh(**axes), layout, ring)
 
@@ -2205,7 +2194,6 @@ def test_what_cannot_be_split_is_refused_by_name_before_compiling():
 
     for call, *words in (
             (lambda: shard.make_mesh(tensor=9), "9 devices", "there are 8", "jax_num_cpu_devices"),
-            (lambda: shard.make_mesh(), "at least one"),
             (lambda: shard.place(params, WIDE, mesh, dict(E="model")), "'model'", "data"),
             (lambda: shard.shardings(WIDE, mesh, dict(Q="data")), "Q=", "EHKDFV"),
             (lambda: shard.shardings(WIDE, mesh, dict(H=("tensor", "model"))), "model", "tensor"),
@@ -2249,15 +2237,12 @@ def test_what_cannot_be_split_is_refused_by_name_before_compiling():
     (lambda c: replace(c.cfg, dtype="int3"), "int3", "bfloat16"),
     (lambda c: replace(c.cfg, rope_scaling=(8, 4, 1, 64)), "(8, 4, 1, 64)", "low < high"),
     (lambda c: forward(c.params, c.text + c.cfg.V, c.cfg), "vocabulary", grouped.V - 1),
-    (lambda c: loss(c.params, c.text + c.cfg.V, c.cfg), "vocabulary"),
     (lambda c: loss(c.params, c.text, c.cfg, chunks=0), "chunks=0", "at least one"),
     (lambda c: forward(c.params, c.text[0], c.cfg), "[B, T]"),
-    (lambda c: forward(c.params, c.text * 1.0, c.cfg), "float"),
     (lambda c: forward(c.params, c.text[:, :0], c.cfg), "empty"),
     (lambda c: c.prefill(c.text[:, :0], [1, 1]), "empty"),
     (lambda c: c.prefill(c.text, [1, 7]), "length 7", "padded to 6"),
     (lambda c: c.prefill(c.text, [6]), "2 prompts"),
-    (lambda c: c.prefill(c.text, [6, 6], S=5), "S=6"),
     (lambda c: c.prefill(c.text, [6, 6], B=3), "cache of 3"),
     (lambda c: prefill(c.params, c.cache, c.text, np.full(2, 6), c.cfg, rows=3), "rows=3", "of 2"),
     (lambda c: extend(c.params, c.filled, c.text[:, :3], c.cfg), "6 tokens", "8 slots", "S=9"),
@@ -2270,7 +2255,6 @@ def test_what_cannot_be_split_is_refused_by_name_before_compiling():
     (lambda c: c.speculate(c.cache, n=1, n_draft=0), "n_draft=0"),
     (lambda c: c.speculate(c.cache, n=1), "two or more"),
     (lambda c: c.serve([c.text[0], [c.cfg.V]]), "request 1", grouped.V),
-    (lambda c: c.serve([c.text[0]], S=7), "request 0", "S=8"),
     (lambda c: c.serve([[]]), "request 0")],
     ids=lambda words: " ".join(map(str, words[1:])))
 def test_bad_input_is_refused_by_name_before_work_starts(words):
@@ -3092,8 +3076,6 @@ def test_the_axes_of_a_slice_that_tensor_leaves_are_data(shape, tensor):
     if n % tensor == 0:
         data = shard.torus_axes(shape, tensor)
         assert math.prod(shard.as_axes(data)) * tensor == n
-        if tensor == 1:
-            assert shard.as_axes(data) in (tuple(size for size in sizes if size > 1), (1,))
     check(lambda: shard.torus_axes(shape, 2 * n), shape, "tensor")
 
 
