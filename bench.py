@@ -1604,8 +1604,8 @@ def train_on_text(args, jobs, ceilings):
     text."""
     job, rows = jobs[0], []
     settings = {"text": hashlib.sha256(Path(args.text).read_bytes()).hexdigest(), **{
-        name: getattr(job, name, getattr(args, name, None))
-        for name in ("batch", "prompt", "lr", "seed")}}
+        name: (vars(args) | vars(job))[name]
+        for name in ("batch", "prompt", "dtype", "lr", "seed")}}
     require(not (args.save or args.resume) or len(jobs) == 1 and not (args.resume and job.kv_heads),
             "--save and --resume take one model: one of each option, and the saved number of heads")
     if args.resume:

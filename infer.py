@@ -533,6 +533,7 @@ def read_requests(prompts, n, S, cfg):
         prompt, most = request if pair else (request, n)
         try:
             prompt = check_tokens(np.asarray(prompt)[None], cfg)
+            require(isinstance(most, (int, np.integer)), f"n={most!r} of a pair is no integer")
             require(most > 0 and prompt.size + most <= S, f"prompt of {prompt.size} tokens + {most}"
                     f" to generate > {S} slots: serve(S={prompt.size + most})")
         except ValueError as error:
@@ -588,7 +589,7 @@ def serve(params, prompts, B, S, n, key, cfg, sampling=GREEDY, end=None, stride=
         numbers = jnp.array([active.get(row, [0])[0] for row in range(B)])
         keys = lax.map(partial(random.fold_in, key), numbers)
         tokens, logits, cache = advance(params, cache, logits, keys, n=min(stride, n), cfg=cfg,
-                                        sampling=sampling, end=end, where=where)
+                                        sampling=sampling, end=(*ends,) or None, where=where)
         for row, (number, most, output) in [*active.items()]:
             output.extend(np.asarray(tokens)[row])
             stop = min([most, *(output.index(token) + 1 for token in ends if token in output)])
