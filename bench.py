@@ -144,6 +144,21 @@ CHIPS = {
 }
 
 
+def number(text, least=1, most=2 ** 31 - 1):
+    """str -> int. ValueError outside of the two limits."""
+    require(text.isascii() and text.isdigit() and least <= int(text) <= most,
+            f"{text!r}: expected a whole number from {least} to {most}")
+    return int(text)
+
+
+def above(text, most=math.inf):
+    """str -> float, above 0. ValueError for another."""
+    value = float(text)
+    require(0 < value <= most and value < math.inf, f"{text!r}: expected a number above 0"
+            + f", at most {most}" * (most < math.inf))
+    return value
+
+
 def find(what, values, text):
     """str, names, str -> str: the name in `values`, in any case; an empty text, or one with commas,
     as it is. ValueError with the nearest names, or with all."""
@@ -303,21 +318,6 @@ def option(text, default, parse=str, several=False, **how):
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return field(default=default, metadata=dict(help=text, type=read, **how))
-
-
-def number(text, least=1, most=2 ** 31 - 1):
-    """str -> int. ValueError outside of the two limits."""
-    require(text.isascii() and text.isdigit() and least <= int(text) <= most,
-            f"{text!r}: expected a whole number from {least} to {most}")
-    return int(text)
-
-
-def above(text, most=math.inf):
-    """str -> float, above 0. ValueError for another."""
-    value = float(text)
-    require(0 < value <= most and value < math.inf, f"{text!r}: expected a number above 0"
-            + f", at most {most}" * (most < math.inf))
-    return value
 
 
 def parse_mesh(text):
@@ -640,6 +640,12 @@ def train_cost(job):
                 Part("optimizer", 0, 28 * count, "float32"))
 
 
+def slots(job, S):
+    """Job, int -> int: S, or where slots are split the next number that divides."""
+    n = shard.as_axes(job.axes.get("tensor", 1))[-1]
+    return -(-S // n) * n if job.layout and shard.LAYOUTS[job.layout].letter == "S" else S
+
+
 def prefill_cost(job):
     """Job -> Cost: all weights once, and the cache written once."""
     cfg, B, T, S = job.cfg, job.batch, job.prompt, slots(job, job.prompt)
@@ -684,10 +690,9 @@ COSTS = {"train": train_cost, "prefill": prefill_cost, "generate": generate_cost
          "verify": verify_cost, "speculate": verify_cost, "serve": serve_cost}
 
 
-def slots(job, S):
-    """Job, int -> int: S, or where slots are split the next number that divides."""
-    n = shard.as_axes(job.axes.get("tensor", 1))[-1]
-    return -(-S // n) * n if job.layout and shard.LAYOUTS[job.layout].letter == "S" else S
+def in_all(parts):
+    """list of dict -> seconds: of parts that follow one another."""
+    return sum(part["seconds"] for part in parts)
 
 
 def limit(cost, ceilings):
@@ -777,11 +782,6 @@ def step_parts(job, chip, n, parameters=None):
         job, cost.T, n, chip.link)) for key in ("bytes", "seconds"))
     return parts + [{"name": "communication", "flops": 0, "bytes": n * size, "dtype": "",
                      "seconds": seconds, "bound": "links"}]
-
-
-def in_all(parts):
-    """list of dict -> seconds: of parts that follow one another."""
-    return sum(part["seconds"] for part in parts)
 
 
 def useful_degree(job, chip, parameters):
@@ -1574,11 +1574,10 @@ def held_out_loss(params, cfg, text, T):
     return total / (len(text) - 1)
 
 
-def train_text(args, job, params, adam, ceilings):
-    """args, Job, Params, Adam, dict -> row, Params, Adam: trains on a text, and measures each step.
-    """
-    cfg, T, times = job.cfg, job.prompt, []
-    text, held_out = read_text(args.text, T)
+def train_text(args, job, params, adam, ceilings, texts):
+    """args, Job, Params, Adam, dict, `read_text` -> row, Params, Adam: trains on a text, and
+    measures each step."""
+    cfg, T, times, (text, held_out) = job.cfg, job.prompt, [], texts
     row = ROW | asdict(job) | predict(job, ceilings) | {
         "parameters": param_count(cfg), "cache_bytes_per_token": kv_bytes(cfg, 1, 1, job.cache),
         "loss_before": held_out_loss(params, cfg, held_out, T)}
@@ -1599,9 +1598,9 @@ def train_text(args, job, params, adam, ceilings):
     return row, params, adam
 
 
-def train_on_text(args, jobs, ceilings):
-    """args, list of Job, dict -> dict: trains once for each job, saves the model, and continues a
-    text."""
+def train_on_text(args, jobs, ceilings, texts):
+    """args, list of Job, dict, `read_text` -> dict: trains once for each job, saves the model, and
+    continues the text that is held out."""
     job, rows = jobs[0], []
     settings = {"text": hashlib.sha256(Path(args.text).read_bytes()).hexdigest(), **{
         name: (vars(args) | vars(job))[name]
@@ -1618,7 +1617,7 @@ def train_on_text(args, jobs, ceilings):
         MODELS[args.resume] = cfg
         jobs = [job] = [replace(job, model=args.resume)]
     require(job.cfg.V == 256, f"V={job.cfg.V}: a model of bytes has V=256")
-    _, held_out = read_text(args.text, job.prompt)
+    _, held_out = texts
     if args.save:
         library()
         Path(args.save).mkdir(parents=True, exist_ok=True)
@@ -1626,7 +1625,7 @@ def train_on_text(args, jobs, ceilings):
         if not args.resume:
             params = init(jax.random.key(args.seed), job.cfg)
             adam = adam_init(params)
-        row, params, adam = train_text(args, job, params, adam, ceilings)
+        row, params, adam = train_text(args, job, params, adam, ceilings, texts)
         rows.append(row)
     if args.save:
         Path(args.save, "run.json").write_text(json.dumps(settings))
@@ -1917,8 +1916,6 @@ ROW = dict.fromkeys((*PREDICTED, *COMPILED, "measured_seconds", "mfu", "mbu", "t
                      "layer"))  # what stages add to a row, each None where it does not apply
 
 drawn = lru_cache(maxsize=1)(lambda job, seed: draw(job, jax.random.key(seed)))
-
-
 learned = lru_cache(maxsize=1)(learn)
 
 
@@ -1986,20 +1983,19 @@ def make_row(job, limits, args, traced):
 
 def run(args):
     """args -> dict: measures, or compiles, what the command line asks for, and prints it."""
-    jobs, rows, text = [*map(settle, jobs_of(args))], [], getattr(args, "text", None)
+    jobs, rows, path = [*map(settle, jobs_of(args))], [], getattr(args, "text", None)
     first = jobs[0]
     for job in jobs:
         check(job)
-    require(not ((text or args.profile) and first.chip or text and first.mesh),
+    require(not ((path or args.profile) and first.chip or path and first.mesh),
             "--text and --profile are for this machine, and --text for one device")
-    if text:
-        read_text(text, first.prompt)  # refused before anything is measured
+    text = read_text(path, first.prompt) if path else None  # refused before anything is measured
     limits = sheet(CHIPS[first.chip], first.chips) if first.chip else ceilings(
         {part.dtype for job in jobs for part in COSTS[job.phase](job).parts})
     result = {"machine": machine(), "ceilings": limits, "rows": rows}
     print(heading(first, limits))
     if text:
-        return result | train_on_text(args, jobs, limits)
+        return result | train_on_text(args, jobs, limits, text)
     if not first.chip:
         print(LINE("phase", "dtype", "cache", "B", "T/S", "limit", "bound", "took", "took/limit",
                    "MFU", "MBU", "tokens/s"))
