@@ -58,7 +58,7 @@ from infer import (CACHE_DTYPES, HERE, Q8, Q8A8, Cache, Sampling, array_bytes, d
                    decode_flops, extend, generate, init_cache, kv_bytes, library, load, load_state,
                    model_draft, ngram_draft, prefill, prefill_flops, quantize_params, read_arrays,
                    read_json, save, save_state, serve, slots_of, speculate, weight_bytes)
-from minillm import (KEEPABLE, Adam, Config, Params, adam_init, cast, check_tokens, init,
+from minillm import (KEEPABLE, Adam, Config, Params, adam_init, cast, check_tokens, dims, init,
                      loss, param_count, require, size_of, traced_flops, train_flops, train_step)
 
 MB, GB = 1e6, 1e9
@@ -212,7 +212,6 @@ class Target(NamedTuple):
     slices: str    # shapes that exist
     clock: float = 0.0  # cycles/s; 0 where its estimates are worth nothing
     devices: int = 1    # that JAX sees, a chip
-    wraps: int = 4      # the size from which an axis of a slice is a ring
 
 
 TORUS, PLANE = "2x2x1 2x2x2 2x2x4 4x4x4 4x4x8", "2x2 2x4 4x4 4x8 8x8"
@@ -233,9 +232,9 @@ GPUS = {  # what stands in it: openxla/xla, xla/backends/gpu/target_config/specs
     "b200": (148, 128, 233472, 232448, 7672320000000, 132644864, 1.965, 191514411008, 10, FAST)}
 TARGETS = {  # clocks: the sheet's peak over what the matrix units multiply a cycle
     "tpu-v4": Target("tpu", "v4", TORUS, 1.05e9),
-    "tpu-v5e": Target("tpu", "v5e", PLANE + " 16x16", 1.5e9, wraps=16),
+    "tpu-v5e": Target("tpu", "v5e", PLANE + " 16x16", 1.5e9),
     "tpu-v5p": Target("tpu", "v5p", TORUS, 1.75e9),
-    "tpu-v6e": Target("tpu", "v6e", PLANE, 1.75e9, wraps=16),
+    "tpu-v6e": Target("tpu", "v6e", PLANE, 1.75e9),
     "tpu-v7x": Target("tpu", "tpu7x", TORUS, 2.2e9, devices=2),
     **{name: Target("gpu", name, HOSTS) for name in GPUS}}
 EXTRAS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}  # and the module that each brings
@@ -257,6 +256,7 @@ def slice_of(name, chips):
 
 def check_compiler(name):
     """str -> None: ValueError unless its compiler is here."""
+    require(name in TARGETS, f"chip {name!r} has no compiler: one of {', '.join(TARGETS)}")
     extra, here = TARGETS[name].extra, (sys.platform, platform.machine()) == ("linux", "x86_64")
     require(here and importlib.util.find_spec(EXTRAS[extra]),
             f'{name} needs its compiler, the extra {extra}: pip install ".[{extra}]"'
@@ -302,245 +302,6 @@ def chip_devices(name, chips):
                                  sharding=jax.sharding.SingleDeviceSharding(devices[0]))
     _, refusal = compiled_with(jax.jit(lambda x: x + 1).lower(large), {})
     return devices[:chips * target.devices], facts | {"memory_bytes": refusal["memory_bytes"]}
-
-
-# ------------------------------------------------------------------------- a job and its options
-
-
-def option(text, default, parse=str, several=False, **how):
-    """-> a field of Job that is an option: `parse` reads its text, and raises ValueError for a bad
-    one; where it takes `several`, with commas between them, each makes a job. `how` goes to
-    argparse."""
-    def read(text):
-        try:
-            return [*map(parse, text.split(","))] if several else parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return field(default=default, metadata=dict(help=text, type=read, **how))
-
-
-def parse_mesh(text):
-    """str -> dict: axes and sizes, from text such as data=16,tensor=4x4."""
-    axes = dict(re.findall(r"(data|context|tensor)=(\d+(?:x\d+)*)", text))
-    require(",".join(map("=".join, axes.items())) == text, f"--mesh {text!r}: expected axes and "
-            "sizes, each once, as data=16,tensor=4, or tensor=4x4")
-    return {name: tuple(map(int, sizes.split("x"))) if "x" in sizes else int(sizes)
-            for name, sizes in axes.items()}
-
-
-def mesh_text(axes):
-    """dict -> str: undo `parse_mesh`."""
-    return ",".join(f"{name}={'x'.join(map(str, shard.as_axes(sizes)))}"
-                    for name, sizes in axes.items())
-
-
-@dataclass(frozen=True)
-class Job:
-    """What makes one row: scalars, each an option of the command line."""
-    phase: str = "generate"
-    model: str = option("a name, or a shape in letters", DEFAULT, partial(find, "model", MODELS))
-    kv_heads: int = option("in place of the model's", 0, number, several=True)
-    batch: int = option("sequences", 1, number, several=True)
-    prompt: int = option("tokens of a sequence", 256, number)
-    new: int = option("tokens to generate", 32, number)
-    dtype: str = option("of the weights", "float32", partial(find, "dtype", DTYPES), several=True)
-    cache: str = option("dtype of the cache (the fastest)", "", choices=CACHE_DTYPES)
-    int8: str = option("weight-only int8 (Q8), or W8A8 (Q8A8)", "", choices=tuple(INT8))
-    n_draft: int = option("proposed tokens", 4, number)
-    chip: str = option("compile for this chip, and measure nothing", "",
-                       partial(find, "chip", CHIPS))
-    chips: int = option("how many of them", 1, number)
-    devices: int = option("devices here; a CPU simulates them", 1, number)
-    mesh: str = option("of devices, as data=2,tensor=4 (training: data; others: tensor)", "")
-    layout: str = option("of a cache on several devices (the first that divides)", "",
-                         choices=tuple(shard.LAYOUTS))
-    ring: int = option("collective matmuls: 0 references, 1 or 2 rings of so many directions", 0,
-                       partial(number, least=0, most=2), several=True)
-    by: str = option("who chooses training's collectives", "hand", choices=("hand", "compiler"))
-    keep: str = option("what a layer keeps for its gradient on several devices, of "
-                       f"{', '.join(KEEPABLE)}, or none", ",".join(shard.KEPT))
-    flags: str = option("compile with the lecture's flags for a TPU: off, on", "off",
-                        partial(find, "flags", ("off", "on")), several=True)
-
-    @property
-    def cfg(self):
-        """-> Config: of the model, with the dtype of its activations."""
-        cfg, low = config_of(self.model), "float32" if self.here else "bfloat16"
-        return replace(cfg, K=self.kv_heads or cfg.K,
-                       dtype=low if self.dtype == "int8" else self.dtype)
-
-    @property
-    def here(self):
-        """-> bool: does it run on this machine's CPU?"""
-        return not self.chip and on_cpu()
-
-    @property
-    def axes(self):
-        """-> dict: of the mesh."""
-        return parse_mesh(self.mesh)
-
-    @property
-    def copies(self):
-        """-> int: of the weights: devices of axes other than "tensor" read them once each."""
-        return math.prod(n for name, sizes in self.axes.items() if name != "tensor"
-                         for n in shard.as_axes(sizes))
-
-    @property
-    def most_slots(self):
-        """-> int: for the prompt, the new tokens, and a draft."""
-        return self.prompt + self.new + self.n_draft + 1
-
-    @property
-    def kept(self):
-        """-> tuple: what a layer keeps for its gradient."""
-        return () if self.keep == "none" else tuple(self.keep.split(","))
-
-    @property
-    def matmul_dtype(self):
-        """-> str: in which its weights are multiplied."""
-        return self.cfg.dtype if (self.dtype, self.int8) == ("int8", "Q8") else self.dtype
-
-
-def settle(job):
-    """Job -> Job: with the fastest choice for what is not given. A CPU copies bf16 slots and widens
-    int8 ones at every step, computes in float32 around int8 weights, and multiplies int8 with int8
-    fastest; elsewhere fewer bytes are faster, and weight-only int8 is faster on a TPU."""
-    wide = "float32" if job.here or job.dtype == "float32" else "bfloat16"
-    kind = ("Q8A8" if job.here else "Q8") * (job.dtype == "int8")
-    return split(replace(job, cache=job.cache or wide, int8=job.int8 or kind))
-
-
-def split(job):
-    """Job -> Job: with its mesh and the layout of its cache. Where none is given, training is FSDP
-    over all devices, and all else is tensor parallel (`shard.over_heads`), its cache split over
-    heads if they divide, else rows, else slots. ValueError where it cannot be."""
-    target, train = TARGETS.get(job.chip), job.phase == "train"
-    n = job.chips * target.devices if target else job.devices
-    shape = f"{slice_of(job.chip, job.chips)}x{target.devices}" if target else str(n)
-    if n == 1:
-        return job
-    axes = job.axes or ({"data": n} if train else {"tensor": shard.over_heads(job.cfg, n)})
-    data, context, tensor = (math.prod(shard.as_axes(axes.get(name, 1)))
-                             for name in ("data", "context", "tensor"))
-    alone = train and job.by == "compiler"
-    for right, why in (
-            (data * context * tensor == n, f"a mesh of {mesh_text(axes)} has "
-             f"{data * context * tensor} devices: {n} are asked for"),
-            (train or context == 1, "--mesh context=: only training has this axis"),
-            (job.batch % data == 0, f"B={job.batch} rows over {data} devices of data: --batch "
-             f"{-(-job.batch // data) * data}"),
-            (not alone or n == data, "by the compiler training is split over data alone")):
-        require(right, why)
-    sizes = {"data": shard.torus_axes(shape, context * tensor) if target else axes.get("data", 1),
-             "context": context, "tensor": axes.get("tensor", 1)}
-    needed = {"data": train or data > 1, "context": context > 1, "tensor": not alone}
-    job = replace(job, mesh=mesh_text({name: sizes[name] for name in sizes if needed[name]}))
-    *first, last = shard.as_axes(sizes["tensor"])
-    heads, rows = job.cfg.K // math.prod(first), job.batch // data  # for the last axis to split
-    fit = ["heads"] * (heads % last == 0) + ["batch"] * (rows % last == 0) + ["sequence", "context"]
-    require(job.layout in ("", *fit), f"layout {job.layout!r} does not divide over {tensor} "
-            f"devices of tensor with K={job.cfg.K} and B={rows} rows a copy: --layout "
-            f"{' or '.join(fit)}")
-    return job if train else replace(job, layout=job.layout or fit[0])
-
-
-def free_memory():
-    """-> bytes that are free here: of the device where it tells, else of this machine; None where
-    neither does."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    with suppress(AttributeError, ValueError, OSError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if on_cpu() else None
-
-
-def needed_bytes(job):
-    """Job -> int: weights and cache; in training float32 masters, two means and a gradient."""
-    cfg, train = job.cfg, job.phase == "train"
-    wide = jnp.dtype(cfg.dtype).itemsize  # int8 weights are made from wide ones
-    weights = param_count(cfg) * (wide + (job.dtype == "int8") + 16 * train)
-    return weights + (0 if train else kv_bytes(cfg, job.batch, job.prompt + job.new, job.cache))
-
-
-def check_memory(what, size, remedy):
-    """str, bytes, str -> None: ValueError unless so much memory is free here."""
-    free = free_memory()
-    require(free is None or size <= free, f"{what} holds {size / GB:.1f} GB and "
-            f"{(free or 0) / GB:.1f} GB are free: {remedy}")
-
-
-def check(job):
-    """Job -> None: ValueError, in one line, for what cannot be."""
-    train, mesh = job.phase == "train", bool(job.mesh)
-    for wrong, why in (
-            (train and job.dtype == "int8", "train takes --dtype float32 or bfloat16: int8 has no "
-             "gradient"),
-            (job.phase == "serve" and job.chip, "serve runs on the host: leave out --chip"),
-            (job.chip and job.chip not in TARGETS, f"chip {job.chip!r} has no compiler here: one "
-             f"of {', '.join(TARGETS)}"),
-            (job.flags == "on" and not job.chip.startswith("tpu"), "--flags are a TPU compiler's: "
-             "choose a --chip tpu-..."),
-            (not mesh and (job.layout or job.ring or job.by == "compiler"),
-             "--layout, --ring and --by take several devices: --devices, or --chip and --chips"),
-            (job.kept != shard.KEPT and (not mesh or job.by == "compiler"),
-             "--keep is for training on several devices by hand"),
-            (job.int8 and job.dtype != "int8", f"--int8 {job.int8}: for --dtype int8")):
-        require(not wrong, why)
-    shard.check_kept(job.kept)
-    if not job.chip:
-        check_memory(f"{job.phase} of {job.model} in {job.dtype} at B={job.batch}",
-                     needed_bytes(job), "a smaller --model, --batch or --dtype")
-
-
-# ------------------------------------------------------------------------------------------ tables
-
-
-def si(x, unit):
-    """number, unit -> str: three digits and a prefix."""
-    for power, prefix in zip(range(18, -10, -3), "EPTGMk mun"):
-        size = 10.0 ** power
-        if abs(x) >= 0.9995 * size:
-            digits = max(0, 2 - int(math.log10(max(1, x / size * 1.0005))))
-            return f"{x / size:.{digits}f} {prefix.strip()}{unit}"
-    return f"0 {unit}"
-
-
-UNITS = {"seconds": "s", "regions": "s", "bytes": "B", "formula": "B", "copies": "B",
-         "flops": "FLOP"}  # of what has this word in its name
-
-
-def cell(key, value):
-    """str, value -> str: three digits and the unit that the key names; whole numbers in full; of a
-    tally the number of collectives and what they send."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} ({cell(key, item)})" if isinstance(item, dict) else
-                         f"{name} {cell(f'{key} {name}', item)}" for name, item in value.items())
-    if isinstance(value, tuple):
-        return f"{value[0]} of {si(value[1], 'B')}"
-    if value is None or isinstance(value, (str, bool)):
-        return "-" if value in (None, "") else str(value)
-    if unit := next((unit for word, unit in UNITS.items() if word in key), None):
-        return si(value, unit)
-    return f"{value:.0%}" if key[-3:] in ("mfu", "mbu") else f"{value:,}" if isinstance(
-        value, int) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def print_rows(rows):
-    """list of dict with the same keys -> None: prints a table; a list in a row is left out."""
-    keys = [key for key, value in rows[0].items() if not isinstance(value, list)]
-    lines = [[key.replace("_", " ") for key in keys],
-             *([cell(key, row[key]) for key in keys] for row in rows)]
-    widths = [max(map(len, column)) * (1 if isinstance(rows[0][key], (str, dict)) else -1)
-              for key, column in zip(keys, zip(*lines))]
-    for line in lines:
-        print("  ".join(word.ljust(width) if width > 0 else word.rjust(-width)
-                        for word, width in zip(line, widths)).rstrip())
-
-
-def say(text):
-    """str -> None: progress, to stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 # -------------------------------------------------------------------------- this machine's ceilings
@@ -598,6 +359,265 @@ def machine():
             "cores": os.cpu_count(), "jax": jax.__version__, "python": platform.python_version()}
 
 
+# ------------------------------------------------------------------------- a job and its options
+
+
+def option(text, default, parse=str, several=False, **how):
+    """-> a field of Job that is an option: `parse` reads its text, and raises ValueError for a bad
+    one; where it takes `several`, with commas between them, each makes a job. `how` goes to
+    argparse."""
+    def read(text):
+        try:
+            return [*map(parse, text.split(","))] if several else parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return field(default=default, metadata=dict(help=text, type=read, **how))
+
+
+def parse_mesh(text):
+    """str -> dict: axes and sizes, from text such as data=16,tensor=4x4."""
+    axes = dict(re.findall(r"(data|context|tensor)=(\d+(?:x\d+)*)", text))
+    require(",".join(map("=".join, axes.items())) == text, f"--mesh {text!r}: expected axes and "
+            "sizes, each once, as data=16,tensor=4, or tensor=4x4")
+    return {name: tuple(map(int, sizes.split("x"))) if "x" in sizes else int(sizes)
+            for name, sizes in axes.items()}
+
+
+def mesh_text(axes):
+    """dict -> str: undo `parse_mesh`."""
+    return ",".join(f"{name}={'x'.join(map(str, shard.as_axes(sizes)))}"
+                    for name, sizes in axes.items())
+
+
+@dataclass(frozen=True)
+class Job:
+    """What makes one row: scalars, each an option of the command line."""
+    phase: str = "generate"
+    model: str = option("a name, or a shape in letters", DEFAULT, partial(find, "model", MODELS))
+    kv_heads: int = option("in place of the model's", 0, number, several=True)
+    batch: int = option("sequences", 1, number, several=True)
+    prompt: int = option("tokens of a sequence", 256, number)
+    new: int = option("tokens to generate", 32, number)
+    dtype: str = option("of the weights", "float32", partial(find, "dtype", DTYPES), several=True)
+    cache: str = option("dtype of the cache (the fastest)", "", choices=CACHE_DTYPES)
+    int8: str = option("weight-only int8 (Q8), or W8A8 (Q8A8)", "", choices=tuple(INT8))
+    n_draft: int = option("proposed tokens", 4, number)
+    chip: str = option("compile for this chip, and measure nothing", "",
+                       partial(find, "chip", CHIPS))
+    chips: int = option("how many of them", 1, number)
+    devices: int = option("devices here; a CPU simulates them", 1, number)
+    mesh: str = option("of devices, as data=2,tensor=4 (training: data; others: tensor)", "")
+    layout: str = option("of a cache on several devices (the first that divides)", "",
+                         choices=tuple(shard.LAYOUTS))
+    ring: int = option("collective matmuls: 0 references, 1 or 2 rings of so many directions", 0,
+                       partial(number, least=0, most=2), several=True)
+    by: str = option("who chooses training's collectives", "hand", choices=("hand", "compiler"))
+    keep: str = option("what a layer keeps for its gradient on several devices, of "
+                       f"{', '.join(KEEPABLE)}, or none ({','.join(shard.KEPT)})", "")
+    flags: str = option("compile with the lecture's flags for a TPU: off, on", "off",
+                        partial(find, "flags", ("off", "on")), several=True)
+
+    @property
+    def cfg(self):
+        """-> Config: of the model, with the dtype of its activations."""
+        cfg, low = config_of(self.model), "float32" if self.here else "bfloat16"
+        return replace(cfg, K=self.kv_heads or cfg.K,
+                       dtype=low if self.dtype == "int8" else self.dtype)
+
+    @property
+    def here(self):
+        """-> bool: does it run on this machine's CPU?"""
+        return not self.chip and on_cpu()
+
+    @property
+    def axes(self):
+        """-> dict: of the mesh."""
+        return parse_mesh(self.mesh)
+
+    @property
+    def tensor(self):
+        """-> tuple: sizes of the mesh's axes of "tensor"."""
+        return shard.as_axes(self.axes.get("tensor", 1))
+
+    @property
+    def copies(self):
+        """-> int: of the weights: devices of axes other than "tensor" read them once each."""
+        return math.prod(n for name, sizes in self.axes.items() if name != "tensor"
+                         for n in shard.as_axes(sizes))
+
+    @property
+    def most_slots(self):
+        """-> int: for the prompt, the new tokens, and a draft."""
+        return self.prompt + self.new + self.n_draft + 1
+
+    @property
+    def kept(self):
+        """-> tuple or None: what a layer keeps for its gradient; None where it keeps all."""
+        return None if not self.keep else () if self.keep == "none" else tuple(self.keep.split(","))
+
+    @property
+    def matmul_dtype(self):
+        """-> str: in which its weights are multiplied."""
+        return self.cfg.dtype if (self.dtype, self.int8) == ("int8", "Q8") else self.dtype
+
+
+def rows_at_a_time(job):
+    """Job -> int or None: of a prefill. On this machine's CPU the largest divisor of B, from 2 on,
+    whose rows hold 1,024 to 2,048 tokens; elsewhere, or where there is none, all."""
+    B, T = job.batch, job.prompt
+    fit = [rows for rows in range(2, B) if B % rows == 0 and 1024 <= rows * T <= 2048]
+    return max(fit, default=None) if job.here and B * T > 2048 else None
+
+
+def settle(job):
+    """Job -> Job: with the fastest choice for what is not given. A CPU copies bf16 slots and widens
+    int8 ones at every step, computes in float32 around int8 weights, and multiplies int8 with int8
+    fastest; elsewhere fewer bytes are faster, and weight-only int8 is faster on a TPU."""
+    wide = "float32" if job.here or job.dtype == "float32" else "bfloat16"
+    kind = ("Q8A8" if job.here else "Q8") * (job.dtype == "int8")
+    return split(replace(job, cache=job.cache or wide, int8=job.int8 or kind))
+
+
+def layouts(job):
+    """Job -> list of str: layouts of its cache that divide over the last axis of "tensor", the best
+    one first."""
+    *first, last = job.tensor
+    heads, rows = job.cfg.K // math.prod(first), job.batch // job.copies
+    return ["heads"] * (heads % last == 0) + ["batch"] * (rows % last == 0) + [
+        "sequence", "context"]
+
+
+def split(job):
+    """Job -> Job: with its mesh and the layout of its cache. Where none is given, training is FSDP
+    over all devices, and all else is tensor parallel (`shard.over_heads`), its cache split over
+    heads if they divide, else rows, else slots. ValueError where it cannot be."""
+    target, train = TARGETS.get(job.chip), job.phase == "train"
+    n = job.chips * target.devices if target else job.devices
+    shape = f"{slice_of(job.chip, job.chips)}x{target.devices}" if target else str(n)
+    if n == 1:
+        return job
+    axes = job.axes or ({"data": n} if train else {"tensor": shard.over_heads(job.cfg, n)})
+    data, context, tensor = (math.prod(shard.as_axes(axes.get(name, 1)))
+                             for name in ("data", "context", "tensor"))
+    alone = train and job.by == "compiler"
+    for right, why in (
+            (data * context * tensor == n, f"a mesh of {mesh_text(axes)} has "
+             f"{data * context * tensor} devices: {n} are asked for"),
+            (train or context == 1, "--mesh context=: only training has this axis"),
+            (job.batch % data == 0, f"B={job.batch} rows over {data} devices of data: --batch "
+             f"{-(-job.batch // data) * data}"),
+            (not alone or n == data, "by the compiler training is split over data alone")):
+        require(right, why)
+    sizes = {"data": shard.torus_axes(shape, context * tensor) if target else axes.get("data", 1),
+             "context": context, "tensor": axes.get("tensor", 1)}
+    needed = {"data": train or data > 1, "context": context > 1, "tensor": not alone}
+    job = replace(job, mesh=mesh_text({name: sizes[name] for name in sizes if needed[name]}))
+    if train:
+        return replace(job, keep=job.keep or ("" if alone else ",".join(shard.KEPT)))
+    fit = layouts(job)
+    require(job.layout in ("", *fit), f"layout {job.layout!r} does not divide over {tensor} "
+            f"devices of tensor with K={job.cfg.K} and B={job.batch // data} rows a copy: --layout "
+            f"{' or '.join(fit)}")
+    return replace(job, layout=job.layout or fit[0])
+
+
+def free_memory():
+    """-> bytes that are free here: of the device where it tells, else of this machine; None where
+    neither does."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    with suppress(AttributeError, ValueError, OSError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if on_cpu() else None
+
+
+def needed_bytes(job):
+    """Job -> int: weights and cache; in training float32 masters, two means and a gradient."""
+    cfg, train = job.cfg, job.phase == "train"
+    wide = jnp.dtype(cfg.dtype).itemsize  # int8 weights are made from wide ones
+    weights = param_count(cfg) * (wide + (job.dtype == "int8") + 16 * train)
+    return weights + (0 if train else kv_bytes(cfg, job.batch, job.prompt + job.new, job.cache))
+
+
+def check_memory(what, size, remedy):
+    """str, bytes, str -> None: ValueError unless so much memory is free here."""
+    free = free_memory()
+    require(free is None or size <= free, f"{what} holds {size / GB:.1f} GB and "
+            f"{(free or 0) / GB:.1f} GB are free: {remedy}")
+
+
+def check(job):
+    """Job -> None: ValueError, in one line, for what cannot be."""
+    train, mesh = job.phase == "train", bool(job.mesh)
+    for wrong, why in (
+            (train and job.dtype == "int8", "train takes --dtype float32 or bfloat16: int8 has no "
+             "gradient"),
+            (job.phase == "serve" and job.chip, "serve runs on the host: leave out --chip"),
+            (job.flags == "on" and not job.chip.startswith("tpu"), "--flags are a TPU compiler's: "
+             "choose a --chip tpu-..."),
+            (not mesh and (job.layout or job.ring or job.by == "compiler"),
+             "--layout, --ring and --by take several devices: --devices, or --chip and --chips"),
+            (job.keep and not (train and mesh and job.by == "hand"),
+             "--keep is for training on several devices by hand"),
+            (job.int8 and job.dtype != "int8", f"--int8 {job.int8}: for --dtype int8")):
+        require(not wrong, why)
+    shard.check_kept(job.kept or ())
+    if not job.chip:
+        check_memory(f"{job.phase} of {job.model} in {job.dtype} at B={job.batch}",
+                     needed_bytes(job), "a smaller --model, --batch or --dtype")
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def si(x, unit):
+    """number, unit -> str: three digits and a prefix."""
+    for power, prefix in zip(range(18, -10, -3), "EPTGMk mun"):
+        size = 10.0 ** power
+        if abs(x) >= 0.9995 * size:
+            digits = max(0, 2 - int(math.log10(max(1, x / size * 1.0005))))
+            return f"{x / size:.{digits}f} {prefix.strip()}{unit}"
+    return f"0 {unit}"
+
+
+UNITS = {"seconds": "s", "regions": "s", "bytes": "B", "formula": "B", "copies": "B",
+         "flops": "FLOP"}  # of what has this word in its name
+
+
+def cell(key, value):
+    """str, value -> str: three digits and the unit that the key names; whole numbers in full; of a
+    tally the number of collectives and what they send."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} ({cell(key, item)})" if isinstance(item, dict) else
+                         f"{name} {cell(f'{key} {name}', item)}" for name, item in value.items())
+    if isinstance(value, tuple):
+        return f"{value[0]} of {si(value[1], 'B')}"
+    if value is None or isinstance(value, (str, bool)):
+        return "-" if value in (None, "") else str(value)
+    if unit := next((unit for word, unit in UNITS.items() if word in key), None):
+        return si(value, unit)
+    return f"{value:.0%}" if key[-3:] in ("mfu", "mbu") else f"{value:,}" if isinstance(
+        value, int) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def print_rows(rows):
+    """list of dict with the same keys -> None: prints a table; a list in a row is left out."""
+    keys = [key for key, value in rows[0].items() if not isinstance(value, list)]
+    lines = [[key.replace("_", " ") for key in keys],
+             *([cell(key, row[key]) for key in keys] for row in rows)]
+    widths = [max(map(len, column)) * (1 if isinstance(rows[0][key], (str, dict)) else -1)
+              for key, column in zip(keys, zip(*lines))]
+    for line in lines:
+        print("  ".join(word.ljust(width) if width > 0 else word.rjust(-width)
+                        for word, width in zip(line, widths)).rstrip())
+
+
+def say(text):
+    """str -> None: progress, to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
 # ------------------------------------------------------------------------------------------ predict
 
 
@@ -614,10 +634,10 @@ class Cost(NamedTuple):
     T: int             # new tokens a row
     S: int             # slots a row that attention attends to
     tokens: int        # made or read, in all rows
-    flops: int         # as the program multiplies
+    flops: int         # of the model: MFU counts no recomputation
     weight_bytes: int
     cache_bytes: int
-    parts: tuple       # of Part
+    parts: tuple       # of Part, with what the program multiplies
 
 
 def cost(job, T, S, tokens, flops, weight_bytes, cache_bytes, attention_dtype, *parts):
@@ -636,8 +656,9 @@ def train_cost(job):
     What is saved between the passes is not predicted: it need not leave the chip."""
     cfg, B, T = job.cfg, job.batch, job.prompt
     size, count = jnp.dtype(cfg.dtype).itemsize, param_count(cfg)
-    return cost(job, T, T, B * T, train_flops(cfg, B, T), 3 * size * count, 0, cfg.dtype,
-                Part("optimizer", 0, 28 * count, "float32"))
+    model_flops = sum(train_flops(cfg, B, T).values())
+    return cost(job, T, T, B * T, train_flops(cfg, B, T, job.kept), 3 * size * count, 0, cfg.dtype,
+                Part("optimizer", 0, 28 * count, "float32"))._replace(flops=model_flops)
 
 
 def slots(job, S):
@@ -674,14 +695,18 @@ def verify_cost(job):
     return extend_cost(job, job.n_draft + 1, job.most_slots)
 
 
+def serve_steps(job):
+    """Job -> list of (int, Job): how often to serve takes which step."""
+    return [(REQUESTS * job.batch, replace(job, phase="prefill", batch=1)),
+            (REQUESTS * job.new, replace(job, phase="generate"))]
+
+
 def serve_cost(job):
     """Job -> Cost: a prefill for each request, and decode steps for B at a time."""
-    requests = REQUESTS * job.batch
-    each = [(requests, prefill_cost(replace(job, batch=1))),
-            (REQUESTS * job.new, generate_cost(job))]
+    each = [(times, COSTS[step.phase](step)) for times, step in serve_steps(job)]
     flops, weights, slots = (sum(n * getattr(cost, name) for n, cost in each)
                              for name in ("flops", "weight_bytes", "cache_bytes"))
-    return Cost(1, job.prompt + job.new, requests * job.new, flops, weights, slots, tuple(
+    return Cost(1, job.prompt + job.new, REQUESTS * job.batch * job.new, flops, weights, slots, tuple(
         part._replace(flops=n * part.flops, bytes=n * part.bytes)
         for n, cost in each for part in cost.parts))
 
@@ -695,24 +720,124 @@ def in_all(parts):
     return sum(part["seconds"] for part in parts)
 
 
-def limit(cost, ceilings):
-    """Cost, dict -> dict: the least seconds of a step: its parts follow one another, and each takes
-    its flops' time or its bytes' time, whichever is longer. It is bound by what its longest part
-    is bound by."""
-    parts = []
+def step_events(job):
+    """Job -> dict: what each step of a tensor-parallel model sends: see `shard.step_comm`."""
+    return shard.step_comm(job.cfg, job.batch // job.copies, COSTS[job.phase](job).T, job.tensor,
+                           job.layout, job.ring, job.phase == "prefill")
+
+
+def links_of(job):
+    """Job -> bytes/s, tuple: of a chip's links, an axis; and the shape of the slice. A switch, and
+    a number of chips that is no slice, have one axis."""
+    target, shape = TARGETS.get(job.chip), str(job.chips)
+    if target and target.extra == "tpu":
+        with suppress(ValueError):
+            shape = slice_of(job.chip, job.chips)
+    return chip_of(job.chip).link, tuple(map(int, shape.split("x")))
+
+
+def layer_steps(job):
+    """Job -> list of dict: what each device sends in each step of a tensor-parallel model, and the
+    least time that its links take; of two axes of devices m is the first one. Empty where nothing
+    waits for links: in training gathers, and in a ring permutes, run beside matmuls. No prompt that
+    is split over its tokens."""
+    *first, n = job.tensor
+    letter = shard.LAYOUTS[job.layout].letter if job.layout else ""
+    if not job.chip or not letter or job.ring or (
+            job.phase == "prefill" and shard.LAYOUTS[job.layout].by_token):
+        return []
+    t, K = ("mn", "K/m") if first else ("n", "K")
+    slots = {"K": f"[B,K/{t},S,D]", "B": f"[B/n,{K},S,D]", "S": f"[B,{K},S/n,D]"}[letter]
+    keys = f"2 x [B,T,{f'K/{t}' if letter == 'K' else K},D]"
+    x, heads, hidden, last = f"[B,T,E/{t}]", f"[B,T,H/{t},D]", f"[B,T,F/{t}]", f"[B,1,V/{t}]"
+    shapes = {
+        "embed": ("[B,T]", x), "q, k, v": (x, f"{heads}, {keys}"),
+        "attention": (f"{heads}, 2 x {slots}", heads), "out": (heads, x),
+        "gate, up": (x, f"2 x {hidden}"), "down": (hidden, x), "logits": (x, last),
+        "draw": (last, "[B]")}
+    rows = []
+    for name, (times, events) in step_events(job).items():
+        tally = shard.tally(events)
+        rows.append({
+            "step": name, "times": times, "before": shapes[name][0], "after": shapes[name][1],
+            "collectives": {kind: number for kind, (number, _) in tally.items()},
+            "bytes": sum(size for _, size in tally.values()),
+            "seconds": sum(number * shard.link_seconds(
+                kind, shard.SENT[kind](size, n), n, *links_of(job))
+                for (kind, size, n), number in events.items())})
+    return rows
+
+
+# What good programs take of a chip: `fit` of PUBLISHED.
+EXPECTED = {
+    # seconds for each second that the data sheet gives
+    "reading": 1.16,      # of weights, cache and optimizer: they reach 86% of its bandwidth
+    "matmuls": 1.14,      # they reach 88% of its peak
+    "links": 1.24,        # 81%
+    "activations": 4.08,  # of reading each matmul's input and writing its output once: norms, gates,
+                          # softmax and casts read and write them again
+    # more seconds on a GPU
+    "GPU, 8 bits": 0.214,    # for a second of matmuls with 8-bit weights: scales, and conversions
+    "GPU, training": 0.433,  # for a second of matmuls: collectives run on the same cores
+    # seconds a layer of inference
+    "GPU, layer": 53.3e-6,    # kernels start and end
+    "links, layer": 14.7e-6}  # collectives start and end, where a layer is on several chips
+LEAST = np.array([1, 1, 1, 1, 0, 0, 0, 0])  # nothing is faster than the sheet
+
+
+def terms(job, ceilings, tokens, parts):
+    """Job, dict, int, parts -> dict: what each number of EXPECTED multiplies. Reading and matmuls
+    follow one another: in the limit one of them hides the other."""
+    cfg, gpu, train = job.cfg, job.chip in GPUS, job.phase == "train"
+    matmuls, reading, links = (sum(part[name] for part in parts) for name in (
+        "matmul_seconds", "byte_seconds", "link_seconds"))
+    sizes = [size_of(letters, cfg) for name in jax.tree.leaves(dims(cfg).layers) if " " in name
+             for letters in name.split()]
+    activations = (1 + 2 * train) * tokens * sum(sizes) * jnp.dtype(cfg.dtype).itemsize
+    layers = cfg.L * (not train)
+    return dict(zip(EXPECTED, (
+        reading, matmuls, links, activations / ceilings["read_bytes_per_second"],
+        gpu * (job.dtype == "int8") * (parts[0]["matmul_seconds"] + parts[0]["byte_seconds"]),
+        gpu * train * matmuls, gpu * layers, (job.chips > 1) * layers)))
+
+
+def expected(terms):
+    """dict -> seconds: of a good program."""
+    return sum(EXPECTED[name] * term for name, term in terms.items())
+
+
+def predict(job, ceilings, parameters=None):
+    """Job, dict, number -> dict: the part of a row that is known before anything is compiled.
+
+    The limit is the least seconds of a step: its parts follow one another, and each takes its
+    flops' time or its bytes' time, whichever is longer. It is bound by what its longest part is
+    bound by. Chips that are not here also wait for links, and `expected_seconds` are those of a
+    good program. `parameters` replaces the exact count of what is multiplied.
+    """
+    cost, parts = COSTS[job.phase](job), []
     for part in cost.parts:
-        seconds, bound = max((part.flops / ceilings["flops_per_second"][part.dtype], "flops"),
-                             (part.bytes / ceilings["read_bytes_per_second"], "bytes"))
-        parts.append({**part._asdict(), "seconds": seconds, "bound": bound})
-    return {"limit_seconds": in_all(parts), "parts": parts,
-            "bound": max(parts, key=lambda part: part["seconds"])["bound"]}
-
-
-def predict(job, ceilings):
-    """Job, dict -> dict: the part of a row that is known before anything is compiled."""
-    cost = COSTS[job.phase](job)
-    return {**cost._asdict(), **limit(cost, ceilings), "byte_seconds": sum(
-        part.bytes for part in cost.parts) / ceilings["read_bytes_per_second"]}
+        if parameters and part.name == "weights":
+            part = part._replace(flops=2 * job.batch * cost.T * parameters,
+                                 bytes=parameters * jnp.dtype(job.dtype).itemsize)
+        seconds = {"flops": part.flops / ceilings["flops_per_second"][part.dtype],
+                   "bytes": part.bytes / ceilings["read_bytes_per_second"]}
+        bound = max(seconds, key=seconds.get)
+        parts.append({**part._asdict(), "matmul_seconds": seconds["flops"],
+                      "byte_seconds": seconds["bytes"], "link_seconds": 0,
+                      "seconds": seconds[bound], "bound": bound})
+    if steps := layer_steps(job):
+        size, seconds = (sum(step["times"] * step[key] for step in steps)
+                         for key in ("bytes", "seconds"))
+        parts.append({"name": "links", "flops": 0, "bytes": job.chips * size, "dtype": "",
+                      "matmul_seconds": 0, "byte_seconds": 0, "link_seconds": seconds,
+                      "seconds": seconds, "bound": "links"})
+    row = {**cost._asdict(), "parts": parts, "limit_seconds": in_all(parts),
+           "bound": max(parts, key=lambda part: part["seconds"])["bound"],
+           "byte_seconds": sum(part["byte_seconds"] for part in parts)}
+    if not job.chip:
+        return row
+    row["terms"] = terms(job, ceilings, cost.tokens, parts)
+    return row | {"expected_seconds": expected(row["terms"])}
 
 
 def multiplied(cfg):
@@ -738,105 +863,76 @@ def degree(cfg, chips):
                if not any(size % n for size in (chips, cfg.E, cfg.F, cfg.H, cfg.V)))
 
 
-def layer_steps(job, T, n, link):
-    """Job, int, int, bytes/s -> list of dict: what each step of T tokens a row sends among n
-    devices, with the cache over heads where it can be, else over rows, else over slots. The
-    collectives are `shard.step_comm`, the links a ring."""
-    layout = next(name for name, size in (("heads", job.cfg.K), ("batch", job.batch),
-                                          ("sequence", n)) if size % n == 0)
-    slots = {"heads": "[B,K/n,S,D]", "batch": "[B/n,K,S,D]", "sequence": "[B,K,S/n,D]"}[layout]
-    keys = "[B,T,K/n,D]" if layout == "heads" else "[B,T,K,D]"
-    x, heads, last = "[B,T,E/n]", "[B,T,H/n,D]", "[B,1,V/n]"
-    shapes = {
-        "embed": ("[B,T]", x), "q, k, v": (x, f"{heads}, 2 x {keys}"),
-        "attention": (f"{heads}, 2 x {slots}", heads), "out": (heads, x),
-        "gate, up": (x, "2 x [B,T,F/n]"), "down": ("[B,T,F/n]", x), "logits": ("[B,1,E/n]", last),
-        "draw": (last, "[B]")}
-    rows = []
-    for name, (times, events) in shard.step_comm(
-            job.cfg, job.batch, T, (n,), layout, prompt=job.phase == "prefill").items():
-        before, after = shapes[name]
-        sent = [(kind, number, shard.SENT[kind](size, n))
-                for (kind, size, _), number in events.items()]
-        rows.append({
-            "step": name, "times": times, "before": before, "after": after,
-            "collectives": {kind: number for kind, number, _ in sent},
-            "bytes": sum(number * size for _, number, size in sent),
-            "seconds": sum(number * shard.link_seconds(kind, size, n, link, [n])
-                           for kind, number, size in sent)})
-    return rows
+def tensor_parallel(job, n):
+    """Job, int -> Job: on n chips that share one copy of the weights."""
+    job = replace(job, chips=n, mesh=mesh_text({"tensor": shard.over_heads(job.cfg, n)}))
+    return replace(job, layout=layouts(job)[0] if n > 1 else "")
 
 
-def step_parts(job, chip, n, parameters=None):
-    """Job, Chip, int -> list of dict: weights, attention and communication of one step, all chips'
-    flops and bytes together. `parameters` replaces the exact count of what is multiplied."""
-    cost = COSTS[job.phase](job)
-    weights, attention = cost.parts
-    if parameters:
-        weights = weights._replace(flops=2 * job.batch * cost.T * parameters,
-                                   bytes=parameters * jnp.dtype(job.dtype).itemsize)
-    parts = limit(cost._replace(parts=(weights, attention)), sheet(chip, n))["parts"]
-    if n == 1:
-        return parts
-    size, seconds = (sum(step["times"] * step[key] for step in layer_steps(
-        job, cost.T, n, chip.link)) for key in ("bytes", "seconds"))
-    return parts + [{"name": "communication", "flops": 0, "bytes": n * size, "dtype": "",
-                     "seconds": seconds, "bound": "links"}]
+def on_chips(job, parameters=None):
+    """Job, number -> dict: `predict` on its own chips."""
+    return predict(job, sheet(chip_of(job.chip), job.chips), parameters)
 
 
-def useful_degree(job, chip, parameters):
-    """Job, Chip -> int: the most chips, in powers of two, whose links take no longer than their
+def useful_degree(job, parameters):
+    """Job, number -> int: the most chips, in powers of two, whose links take no longer than their
     memory and matmuls do. More would wait for links."""
-    best = 1
-    while degree(job.cfg, 2 * best) == 2 * best:
-        *parts, sent = step_parts(job, chip, 2 * best, parameters)
-        if sent["seconds"] > in_all(parts):
+    n = 2
+    while degree(job.cfg, n) == n:
+        *parts, links = on_chips(tensor_parallel(job, n), parameters)["parts"]
+        if links["seconds"] > in_all(parts):
             break
-        best *= 2
-    return best
+        n *= 2
+    return n // 2
 
 
-def napkin(job, chip, chips, parameters=None, batch=None):
-    """Job, Chip, int -> dict: memory, batch and times, from the sheet alone. `parameters` is a
-    rounded count in place of the exact one; job.prompt is the context, job.new is 0. Replicas of
-    the model that share no chips share the batch. `hidden` times are those of a step whose matmuls
-    hide its links."""
-    cfg, n = job.cfg, degree(job.cfg, chips)
-    replicas, size = chips // n, array_bytes("", cfg, job.dtype)
+def napkin(job, parameters=None, batch=None):
+    """Job, number, int -> dict: memory, batch and times, from the sheet alone. `parameters` is a
+    rounded count in place of the exact one; job.prompt is the context, job.new is 0. Copies of the
+    model that share no chips share the batch. `hidden` times are those of a step whose matmuls hide
+    its links."""
+    cfg, chip, chips = job.cfg, chip_of(job.chip), job.chips
+    n, size = degree(cfg, chips), array_bytes("", cfg, job.dtype)
+    copies = chips // n
     weights = parameters * size if parameters else (
         weight_bytes(cfg, job.dtype) + (not cfg.tied) * cfg.V * cfg.E * size)
     token, sequence = (kv_bytes(cfg, 1, S, job.cache) for S in (1, job.prompt))
     most, roomy = (max(0, int((share * n * chip.memory - weights) // sequence))
                    for share in (1, 1 - RESERVE))
-    rows = -(-batch // replicas) if batch else max(1, roomy)  # of each
-    needed, batch = weights + rows * sequence, batch or rows * replicas
+    rows = -(-batch // copies) if batch else max(1, roomy)  # of each
+    batch = batch or rows * copies
 
-    def parts_of(phase, rows):
-        return step_parts(replace(job, phase=phase, batch=rows), chip, n, parameters)
+    def fits(chips):
+        n = degree(cfg, chips)
+        return weights + -(-batch // (chips // n)) * sequence <= n * chip.memory
+
+    def predicted(phase, rows):
+        return on_chips(tensor_parallel(replace(job, phase=phase, batch=rows), n), parameters)
 
     facts = {
         "parameters": parameters or param_count(cfg),
         "multiplied_parameters": parameters or multiplied(cfg), "weight_bytes": weights,
         "cache_bytes_per_token": token, "cache_bytes_per_sequence": sequence,
-        "chips_per_replica": n, "replicas": replicas, "max_batch": most * replicas,
-        "batch_with_room": roomy * replicas,
-        "critical_batch": critical_batch(job, sheet(chip)), "batch": batch,
-        "cache_bytes": replicas * rows * sequence, "fits": needed <= n * chip.memory,
-        "chips_needed": 2 ** max(0, math.ceil(math.log2(needed / chip.memory)))}
+        "chips_per_replica": n, "replicas": copies, "max_batch": most * copies,
+        "batch_with_room": roomy * copies, "critical_batch": critical_batch(job, sheet(chip)),
+        "batch": batch, "cache_bytes": copies * rows * sequence, "fits": fits(chips),
+        "chips_needed": next((2 ** i for i in range(15) if fits(2 ** i)), None)}
     for phase in ("prefill", "generate"):
-        parts = parts_of(phase, rows)
-        moved, seconds = sum(part["bytes"] for part in parts[:2]), in_all(parts)
+        row = predicted(phase, rows)
+        parts, seconds, expected = row["parts"], row["limit_seconds"], row["expected_seconds"]
+        moved = sum(part["bytes"] for part in parts[:2])
         hidden = min(part["seconds"] for part in parts if part["name"] != "attention") * (n > 1)
-        facts |= {f"{phase}_bytes": replicas * moved, f"{phase}_seconds": seconds,
+        facts |= {f"{phase}_bytes": copies * moved, f"{phase}_seconds": seconds,
+                  f"{phase}_expected_seconds": expected,
                   f"{phase}_hidden_seconds": seconds - hidden,
                   f"{phase}_mfu": sum(part["flops"] for part in parts) / seconds / (
                       n * chip.flops[job.matmul_dtype]),
                   f"{phase}_mbu": moved / seconds / (n * chip.read), f"{phase}_parts": parts}
     return facts | {
-        "tokens_per_second": batch / seconds,
-        "seconds_per_token_alone": in_all(parts_of("generate", 1)),
-        "first_token_seconds": in_all(parts_of("prefill", 1)),
-        "useful_degree": useful_degree(replace(job, batch=rows), chip, parameters),
+        "tokens_per_second": batch / seconds, "expected_tokens_per_second": batch / expected,
+        "seconds_per_token_alone": predicted("generate", 1)["limit_seconds"],
+        "first_token_seconds": predicted("prefill", 1)["limit_seconds"],
+        "useful_degree": useful_degree(replace(job, phase="generate", batch=rows), parameters),
         "weights_over_memory_seconds": weights / n / chip.read,
         "weights_over_links_seconds": weights * (chips - 1) / chips / chip.link}
 
@@ -860,24 +956,26 @@ def million(job, chip, chips, weights, context=1_000_000):
     return [*rows.values()]
 
 
-def training(job, chip, chips, tokens, mfu):
-    """Job, Chip, int, float, float -> dict: a step of AdamW and a whole training, with weights
-    sharded over all chips (FSDP)."""
-    cfg, B, T = job.cfg, job.batch, job.prompt
+def training(job, tokens, mfu):
+    """Job, float, float -> dict: a step of AdamW and a whole training, with weights sharded over
+    all chips (FSDP)."""
+    cfg, B, T, chips = job.cfg, job.batch, job.prompt, job.chips
     require(B % chips == 0, f"a training batch of {B} sequences cannot be split over {chips} chips:"
             f" --batch {-(-B // chips) * chips}")
-    count, flops = param_count(cfg), train_flops(cfg, B, T)
+    chip, count, flops = chip_of(job.chip), param_count(cfg), train_flops(cfg, B, T)
     attention, total = flops["scores"] + flops["values"], sum(flops.values())
     size, peak = jnp.dtype(cfg.dtype).itemsize, chips * chip.flops[job.dtype]
     sent = 3 * size * count * (chips - 1) / chips  # gathered twice, gradients scattered once
     compute, links = total / peak, sent / chip.link
     return {"batch": B, "tokens_per_step": B * T, "step_flops": total,
-            "weight_flops": total - attention, "attention_flops": attention, "mfu": mfu,
-            "tokens": tokens,
-            "step_seconds": compute / mfu, "days": tokens / (B * T) * compute / mfu / 86400,
+            "weight_flops": total - attention, "attention_flops": attention,
+            "compute_seconds": compute, "expected_seconds": on_chips(replace(
+                job, phase="train", mesh=f"data={chips}"))["expected_seconds"],
+            "mfu": mfu, "step_seconds": compute / mfu, "tokens": tokens,
+            "days": tokens / (B * T) * compute / mfu / 86400,
             "optimizer_bytes": 12 * count, "gradient_bytes": 4 * count,
             "bytes_per_chip": 16 * count / chips, "fits": 16 * count <= chips * chip.memory,
-            "fsdp_bytes_per_chip": sent, "fsdp_seconds": links, "compute_seconds": compute,
+            "fsdp_bytes_per_chip": sent, "fsdp_seconds": links,
             "communication_bound": links > compute}
 
 
@@ -893,21 +991,27 @@ def plan(args):
     job = replace(one_job(args), new=0)
     chip, chips, B = chip_of(job.chip), job.chips, job.batch
     job = replace(job, batch=B or 1, int8=job.int8 or "Q8" * (job.dtype == "int8"))
-    exact, rounded = (napkin(job, chip, chips, count, B) for count in (None, args.parameters))
+    check(job)
+    trained = replace(job, batch=B or 4 * chips, dtype=job.cfg.dtype, int8="")
+    trainings = [training(trained, args.tokens, args.mfu)] if args.train else []
+    exact, rounded = (napkin(job, count, B) for count in (None, args.parameters))
     n, rows = exact["chips_per_replica"], -(-rounded["batch"] // exact["replicas"])
-    steps = layer_steps(replace(job, batch=rows), 1, n, chip.link) if n > 1 else []
+    steps = layer_steps(tensor_parallel(replace(job, phase="generate", batch=rows), n))
     remedies = million(job, chip, chips, rounded["weight_bytes"])
     print(f"{job.model} on {chips} x {job.chip}: {si(chip.flops[job.matmul_dtype], 'FLOP/s')} in "
           f"{job.matmul_dtype}, {si(chip.read, 'B/s')}, {si(chip.memory, 'B')}, links "
           f"{si(chip.link, 'B/s')} an axis ({chip.axes})\n({chip.source})\n"
-          f"weights {job.dtype}, cache {job.cache}, context {job.prompt}; times are limits; room: "
-          f"{RESERVE:.0%} of the memory; hidden: if matmuls hid the links")
+          f"weights {job.dtype}, cache {job.cache}, context {job.prompt}. Times are limits, which no "
+          "program beats; expected: what good programs reach;\nhidden: the limit if matmuls hid "
+          f"the links. Batch with room: {RESERVE:.0%} of the memory is left free")
     columns = {f"{args.parameters:g} parameters": rounded} if args.parameters else {}
     columns["exact"] = exact
     for name, facts in columns.items():
         if not facts["fits"]:
-            print(f"DOES NOT FIT ({name}): batch {facts['batch']} takes more memory: --chips "
-                  f"{facts['chips_needed']}, or a smaller --batch, --dtype or --cache")
+            chips_needed = facts["chips_needed"]
+            print(f"DOES NOT FIT ({name}): batch {facts['batch']} takes more memory: "
+                  + f"--chips {chips_needed}, or " * bool(chips_needed)
+                  + "a smaller --batch, --prompt, --dtype or --cache")
     print_facts(columns)
     for title, table in (
             ("prefill", rounded["prefill_parts"]), ("decode step", rounded["generate_parts"]),
@@ -917,14 +1021,203 @@ def plan(args):
         if table:
             print(f"\n{title}:")
             print_rows(table)
-    result = dict(model=job.model, chip=job.chip, chips=chips, context=job.prompt, dtype=job.dtype,
-                  cache=job.cache, **rounded, exact=exact, steps=steps, million=remedies)
-    if args.train:
-        job = replace(job, batch=B or 4 * chips, dtype=job.cfg.dtype)
-        result["training"] = training(job, chip, chips, args.tokens, args.mfu)
+    for facts in trainings:
         print("\ntraining, with weights sharded over all chips (FSDP):")
-        print_facts({"by AdamW": result["training"]})
+        print_facts({"by AdamW": facts})
+    return dict(model=job.model, chip=job.chip, chips=chips, context=job.prompt, dtype=job.dtype,
+                cache=job.cache, **rounded, exact=exact, steps=steps, million=remedies,
+                **({"training": trainings[0]} if trainings else {}))
+
+
+# ---------------------------------------------------------------- published: what others measured
+
+
+# PUBLISHED begins: what others measured. `seconds` of a step; of `prompt` tokens in each row, which
+# are the slots that a decode step attends to on average. Where `made` is given, seconds are those of
+# a whole run over the tokens that it made, so they hold a share of reading `read` tokens a row. Rows
+# of fp8 are counted as int8 with int8 (its peak and bytes are alike). `keep` is the nearest to what
+# the program saved. MaxText's own models have no gate: F is 2/3 of theirs, with as many flops.
+PUBLISHED = [
+    dict(system="gpt-fast (330 W)", seconds=0.0095329, phase="generate", model="llama-2-7b",
+         chip="a100", chips=1, batch=1, prompt=205, dtype="bfloat16", cache="bfloat16",
+         source="meta-pytorch/gpt-fast README.md @6ecad9b5b"),
+    dict(system="gpt-fast (330 W)", seconds=0.0064276, phase="generate", model="llama-2-7b",
+         chip="a100", chips=1, batch=1, prompt=205, dtype="int8", cache="bfloat16", int8="Q8",
+         source="meta-pytorch/gpt-fast README.md @6ecad9b5b"),
+    dict(system="gpt-fast (330 W)", seconds=0.0030448, phase="generate", model="llama-2-7b",
+         chip="a100", chips=8, batch=1, prompt=205, dtype="bfloat16", cache="bfloat16",
+         source="meta-pytorch/gpt-fast README.md @6ecad9b5b"),
+    dict(system="gpt-fast (330 W)", seconds=0.010651, phase="generate", model="llama-3-8b",
+         chip="a100", chips=1, batch=1, prompt=205, dtype="bfloat16", cache="bfloat16",
+         source="meta-pytorch/gpt-fast README.md @6ecad9b5b"),
+    dict(system="gpt-fast (330 W)", seconds=0.052274, phase="generate", model="llama-2-70b",
+         chip="a100", chips=1, batch=1, prompt=205, dtype="int8", cache="bfloat16", int8="Q8",
+         source="meta-pytorch/gpt-fast README.md @6ecad9b5b"),
+    dict(system="gpt-fast (330 W)", seconds=0.064103, phase="generate", model="llama-3.1-405b",
+         chip="a100", chips=8, batch=1, prompt=205, dtype="int8", cache="bfloat16", int8="Q8",
+         source="meta-pytorch/gpt-fast README.md @6ecad9b5b"),
+    dict(system="lmdeploy v0.1.0a1 TurboMind, fp16", seconds=0.015832, phase="generate",
+         model="llama-2-7b", chip="a100", chips=1, batch=16, prompt=1152, dtype="bfloat16",
+         cache="bfloat16", read=128, made=2048,
+         source="InternLM/lmdeploy docs/en/benchmark/a100_fp16.md @3e391df46"),
+    dict(system="lmdeploy v0.1.0a1 TurboMind, fp16", seconds=0.045984, phase="generate",
+         model="llama-2-70b", chip="a100", chips=4, batch=64, prompt=1152, dtype="bfloat16",
+         cache="bfloat16", read=128, made=2048,
+         source="InternLM/lmdeploy docs/en/benchmark/a100_fp16.md @3e391df46"),
+    dict(system="TensorRT-LLM v0.6.1, fp16", seconds=0.03112, phase="generate", model="llama-2-7b",
+         chip="a100", chips=1, batch=60, prompt=1152, dtype="bfloat16", cache="bfloat16", read=128,
+         made=2048,
+         source="NVIDIA/TensorRT-LLM docs/source/performance.md @138f96d45"),
+    dict(system="TensorRT-LLM v0.6.1, fp8", seconds=0.016427, phase="generate", model="llama-2-7b",
+         chip="h100", chips=1, batch=112, prompt=1152, dtype="int8", cache="int8", int8="Q8A8",
+         read=128, made=2048, fp8=True,
+         source="NVIDIA/TensorRT-LLM docs/source/performance.md @138f96d45"),
+    dict(system="TensorRT-LLM v0.7a, fp8", seconds=0.25243, phase="generate", model="llama-2-70b",
+         chip="h200", chips=1, batch=960, prompt=192, dtype="int8", cache="int8", int8="Q8A8",
+         read=128, made=128, fp8=True,
+         source="NVIDIA/TensorRT-LLM docs/source/blogs/Falcon180B-H200.md @3c44cb974"),
+    dict(system="PyTorch/XLA 2.1 nightly (2023-06)", seconds=0.0047, phase="generate",
+         model="llama-2-7b", chip="tpu-v4", chips=4, batch=1, prompt=256, dtype="bfloat16",
+         cache="bfloat16",
+         source="pytorch/pytorch.github.io _posts/"
+                "2023-06-28-path-achieve-low-inference-latency.md @14a982404"),
+    dict(system="PyTorch/XLA 2.1 nightly (2023-06), Llama 65B", seconds=0.0145, phase="generate",
+         model="L80,E8192,H64,K64,D128,F22016,V32000,untied", chip="tpu-v4", chips=16, batch=1,
+         prompt=256, dtype="bfloat16", cache="bfloat16",
+         source="pytorch/pytorch.github.io _posts/"
+                "2023-06-28-path-achieve-low-inference-latency.md @14a982404"),
+    dict(system="jax-llm-examples llama3, jax 0.6.0, TP 16", seconds=0.0062893, phase="generate",
+         model="llama-3-70b", chip="tpu-v5e", chips=16, batch=8, prompt=2048, dtype="int8",
+         cache="int8", int8="Q8",
+         source="jax-ml/jax-llm-examples llama3/README.md @8b4b24602"),
+    dict(system="jax-llm-examples llama3, jax 0.6.0, TP 16", seconds=0.025445, phase="generate",
+         model="llama-3-70b", chip="tpu-v5e", chips=16, batch=128, prompt=2048, dtype="int8",
+         cache="int8", int8="Q8",
+         source="jax-ml/jax-llm-examples llama3/README.md @8b4b24602"),
+    dict(system="TensorRT-LLM v0.5, fp16", seconds=0.133, phase="prefill", model="llama-2-7b",
+         chip="a100", chips=1, batch=1, prompt=2048, dtype="bfloat16", cache="bfloat16",
+         source="NVIDIA/TensorRT-LLM docs/source/performance.md @138f96d45"),
+    dict(system="TensorRT-LLM v0.5, fp8", seconds=0.036, phase="prefill", model="llama-2-7b",
+         chip="h100", chips=1, batch=1, prompt=2048, dtype="int8", cache="int8", int8="Q8A8",
+         fp8=True,
+         source="NVIDIA/TensorRT-LLM docs/source/performance.md @138f96d45"),
+    dict(system="TensorRT-LLM v0.5, fp8", seconds=0.109, phase="prefill", model="llama-2-70b",
+         chip="h100", chips=4, batch=1, prompt=2048, dtype="int8", cache="int8", int8="Q8A8",
+         fp8=True,
+         source="NVIDIA/TensorRT-LLM docs/source/performance.md @138f96d45"),
+    dict(system="lmdeploy v0.1.0a1 TurboMind, fp16", seconds=0.242, phase="prefill",
+         model="llama-2-13b", chip="a100", chips=1, batch=1, prompt=2048, dtype="bfloat16",
+         cache="bfloat16",
+         source="InternLM/lmdeploy docs/en/benchmark/a100_fp16.md @3e391df46"),
+    dict(system="lmdeploy v0.1.0a1 TurboMind, fp16", seconds=0.401, phase="prefill",
+         model="llama-2-70b", chip="a100", chips=4, batch=1, prompt=2048, dtype="bfloat16",
+         cache="bfloat16",
+         source="InternLM/lmdeploy docs/en/benchmark/a100_fp16.md @3e391df46"),
+    dict(system="torchtitan FSDP2, selective op AC", seconds=2.7555, phase="train",
+         model="llama-3-8b", chip="a100", chips=64, batch=64, prompt=8192, dtype="bfloat16",
+         keep="attention,gate",
+         source="pytorch/torchtitan docs/performance.md @041336434"),
+    dict(system="torchtitan FSDP2, no AC", seconds=3.7891, phase="train", model="llama-2-13b",
+         chip="a100", chips=64, batch=128, prompt=4096, dtype="bfloat16",
+         source="pytorch/torchtitan docs/performance.md @041336434"),
+    dict(system="torchtitan 2024-12 FSDP + compile, selective AC (an H100 of 2.4 TB/s)",
+         seconds=2.4575, phase="train", model="llama-3-8b", chip="h100", chips=8, batch=16,
+         prompt=8192, dtype="bfloat16", keep="attention,gate",
+         source="pytorch/torchtitan benchmarks/llama3_h100_202412_torchtitan.md @b5bcd76c6"),
+    dict(system="MaxText 2025-03 (JAX 0.5.1), A3 Ultra, FSDP", seconds=15.516, phase="train",
+         model="llama-3-70b", chip="h200", chips=256, batch=512, prompt=8192, dtype="bfloat16",
+         keep="attention,qkv",
+         source="AI-Hypercomputer/gpu-recipes training/a3ultra/llama3-1-70b/"
+                "maxtext-pretraining-gke/README.md @2e1fd5efb"),
+    dict(system="Megatron-Bridge 25.11, FP8-CS, GBS 128", seconds=4.28, phase="train",
+         model="llama-3-8b", chip="b200", chips=8, batch=128, prompt=8192, dtype="int8",
+         int8="Q8A8", fp8=True,
+         source="NVIDIA-NeMo/Megatron-Bridge docs/performance-summary-archive.md @067f987df"),
+    dict(system="Megatron-Bridge 25.11, FP8-CS, GBS 128", seconds=9.0701, phase="train",
+         model="llama-3-8b", chip="h100", chips=8, batch=128, prompt=8192, dtype="int8",
+         int8="Q8A8", fp8=True,
+         source="NVIDIA-NeMo/Megatron-Bridge docs/performance-summary-archive.md @067f987df"),
+    dict(system="MaxText 22B", seconds=13.829, phase="train",
+         model="L48,E6144,H24,K24,D256,F16384,V32768", chip="tpu-v4", chips=64, batch=1024,
+         prompt=1024, dtype="bfloat16", keep="none",
+         source="AI-Hypercomputer/maxtext src/maxtext/configs/tpu/v4/README.md @e591f30cb"),
+    dict(system="MaxText 16B", seconds=10.658, phase="train",
+         model="L32,E5120,H32,K32,D256,F21845,V32768", chip="tpu-v5e", chips=256, batch=1536,
+         prompt=2048, dtype="bfloat16", keep="none",
+         source="AI-Hypercomputer/maxtext src/maxtext/configs/tpu/v5e/README.md @e591f30cb"),
+    dict(system="MaxText 32B", seconds=12.52, phase="train",
+         model="L32,E10240,H32,K32,D256,F21845,V32768", chip="tpu-v5e", chips=256, batch=1024,
+         prompt=2048, dtype="bfloat16", keep="none",
+         source="AI-Hypercomputer/maxtext src/maxtext/configs/tpu/v5e/README.md @e591f30cb"),
+    dict(system="MaxText, remat save_dot_except_mlpwi", seconds=23.676, phase="train",
+         model="llama-2-70b", chip="tpu-v5p", chips=512, batch=2048, prompt=4096, dtype="bfloat16",
+         keep="attention,qkv",
+         source="AI-Hypercomputer/maxtext docs/reference/models/tiering.md @e591f30cb"),
+    dict(system="MaxText tpu-recipes-v0.1.4 (JAX 0.6.1)", seconds=4.5465, phase="train",
+         model="llama-3-8b", chip="tpu-v6e", chips=256, batch=1024, prompt=8192, dtype="bfloat16",
+         keep="qkv",
+         source="AI-Hypercomputer/tpu-recipes training/trillium/Llama3.1-8B-MaxText/v6e-256/"
+                "README.md @c8cfe2f68")]
+# PUBLISHED ends
+
+
+def published_row(row):
+    """dict of PUBLISHED -> dict: its limit, and `terms`, of all chips."""
+    job = Job(**{name: value for name, value in row.items() if hasattr(Job, name)}, new=0)
+    job = replace(job, mesh=f"data={job.chips}") if job.phase == "train" else tensor_parallel(
+        job, job.chips)
+    result = on_chips(job)
+    if made := row.get("made"):
+        read = on_chips(replace(job, phase="prefill", prompt=row["read"]))
+        result["limit_seconds"] += read["limit_seconds"] / made
+        result["terms"] = {name: term + read["terms"][name] / made
+                           for name, term in result["terms"].items()}
     return result
+
+
+def fit(rows):
+    """list of (`terms`, seconds) -> array: the numbers for EXPECTED with the least sum of relative
+    errors, of which those below a tenth count less: least squares, with new weights until they
+    converge. Numbers that would be lower than LEAST stay there."""
+    x = np.array([[term / seconds for term in terms.values()] for terms, seconds in rows])
+    numbers, free = LEAST.astype(float), np.ones(len(LEAST), bool)
+    while True:
+        weights = np.ones(len(x))
+        for _ in range(30):
+            numbers[free] = np.linalg.lstsq(x[:, free] * weights[:, None], (
+                1 - x[:, ~free] @ numbers[~free]) * weights)[0]
+            weights = np.maximum(abs(x @ numbers - 1), 0.1) ** -0.5
+        low = free & (numbers < LEAST)
+        if not low.any():
+            return numbers
+        free, numbers = free & ~low, np.maximum(numbers, LEAST)
+
+
+def published(args):
+    """args -> dict: prints what others measured beside its limit and what was expected."""
+    rows = []
+    for row in PUBLISHED:
+        result = published_row(row)
+        good = expected(result["terms"])
+        rows.append({
+            "phase": row["phase"], "system": row["system"], "model": row["model"].split(",")[0],
+            "dtype": "fp8" if row.get("fp8") else row["dtype"], "B": row["batch"],
+            "chips": f"{row['chips']} x {row['chip']}", "limit_seconds": result["limit_seconds"],
+            "expected_seconds": good, "published_seconds": row["seconds"],
+            "published/limit": row["seconds"] / result["limit_seconds"],
+            "expected/published": good / row["seconds"]})
+    print_rows(rows)
+    phases = {}
+    for row in rows:
+        phases.setdefault(row["phase"], []).append(row)
+    table = [{"phase": phase, "rows": len(some), "published/limit": statistics.median(
+        row["published/limit"] for row in some), **{
+            f"{name} error": f"{choose(abs(row['expected/published'] - 1) for row in some):.0%}"
+            for name, choose in (("median", statistics.median), ("worst", max))}}
+        for phase, some in [*phases.items(), ("all", rows)]]
+    print()
+    print_rows(table)
+    return {"rows": rows, "phases": table, "expected": EXPECTED}
 
 
 # ------------------------------------------------------------------------------------------ program
@@ -954,14 +1247,6 @@ def empty_cache(job, mesh, S):
     """Job, Mesh or None, int -> Cache: of S slots a row, or as many more as their split needs."""
     cache = init_cache(job.cfg, job.batch, slots(job, S), job.cache)
     return where_of(job, mesh).move(cache) if mesh else cache
-
-
-def rows_at_a_time(job):
-    """Job -> int or None: of a prefill. On this machine's CPU the largest divisor of B, from 2 on,
-    whose rows hold 1,024 to 2,048 tokens; elsewhere, or where there is none, all."""
-    B, T = job.batch, job.prompt
-    fit = [rows for rows in range(2, B) if B % rows == 0 and 1024 <= rows * T <= 2048]
-    return max(fit, default=None) if job.here and B * T > 2048 else None
 
 
 def at_length(cache, length):
@@ -1114,16 +1399,11 @@ def prepare(job, params=None, seed=0):
 def sent(job):
     """Job -> dict or None: what a step sends, by the closed forms: of FSDP's weights, or of tensor
     parallelism; None where there is no closed form."""
-    tensor, data, context = (shard.as_axes(job.axes.get(name, 1))
-                             for name in ("tensor", "data", "context"))
-    by_token = job.phase == "prefill" and shard.LAYOUTS[job.layout].by_token
-    if by_token or job.phase == "train" and tensor + context != (1, 1):
+    train, whole = job.phase == "train", math.prod(job.tensor + (job.axes.get("context", 1),)) == 1
+    if not whole if train else job.phase == "prefill" and shard.LAYOUTS[job.layout].by_token:
         return None
-    if job.phase == "train":
-        return shard.tally(shard.fsdp_comm(job.cfg, data))
-    B, T = job.batch // math.prod(data), COSTS[job.phase](job).T
-    return shard.tally(sum((shard.repeat(times, events) for times, events in shard.step_comm(
-        job.cfg, B, T, tensor, job.layout, job.ring, job.phase == "prefill").values()), Counter()))
+    return shard.tally(shard.fsdp_comm(job.cfg, shard.as_axes(job.axes["data"])) if train else sum(
+        (shard.repeat(times, events) for times, events in step_events(job).values()), Counter()))
 
 
 def argument_kinds(args):
@@ -1357,12 +1637,12 @@ def by_cycles(ops, job):
     asynchronous; and the operations of one layer. They are estimates, and no sum of them is a time.
     """
     target, regions, waits = TARGETS[job.chip], Counter(), Counter()
-    link = CHIPS[job.chip].link / target.devices
-    shape = [int(size) for size in slice_of(job.chip, job.chips).split("x")]
+    link, shape = links_of(job)
+    links = link / target.devices, (*shape, target.devices)
     for op in ops:
         op.seconds = op.cycles / target.clock
         if op.number:
-            op.seconds = shard.link_seconds(op.kind, op.sent, op.n, link, shape, target.wraps)
+            op.seconds = shard.link_seconds(op.kind, op.sent, op.n, *links)
             waits[op.asynchronous] += op.times * op.seconds
         elif op.cycles:
             regions[op.region or "?"] += op.times * op.seconds
@@ -1468,39 +1748,40 @@ def profile(prepared, folder=None):
         "wall_seconds": wall, "idle": max(0, 1 - busy / wall)}
 
 
+def name_of(row):
+    """row -> str: what tells it apart."""
+    keys = ["phase", "dtype"] + ["cache"] * (row["cache"] == "int8")
+    return " ".join(row[key] for key in keys) + f" B={row['batch']}" + "".join(
+        f" {key}={row[key]}" for key in ("kv_heads", "ring") if row[key])
+
+
 def explain(rows):
     """list of rows -> None: prints, in at most twenty lines, how far limit and measurement differ,
     why where it is most, and what cannot be."""
-    ratios = {name_of(row): row["measured_seconds"] / row["limit_seconds"] for row in rows}
-    worst = max(ratios, key=ratios.get)
-    print(f"\nof {len(rows)} rows: took/limit median {statistics.median(ratios.values()):.2f}, "
-          f"worst {ratios[worst]:.2f} ({worst})")
-    for name, row in zip(ratios, rows):
+    ratios = [row["measured_seconds"] / row["limit_seconds"] for row in rows]
+    worst = max(ratios)
+    print(f"\nof {len(rows)} rows: took/limit median {statistics.median(ratios):.2f}, worst "
+          f"{worst:.2f} ({name_of(rows[ratios.index(worst)])})")
+    for ratio, row in zip(ratios, rows):
         if None in (row["mfu"], row["mbu"]):
-            print(f"error: {name}: faster than a ceiling: it was measured too low (was another "
-                  "program running?), or what is read stays in a cache (choose a larger model)")
+            print(f"error: {name_of(row)}: faster than a ceiling: it was measured too low (was "
+                  "another program running?), or what is read stays in a cache (choose a larger "
+                  "model)")
         if row["phase"] == "speculate":
-            plain = [r["tokens_per_second"] for r in rows if r["phase"] == "generate" and all(
+            plain = [r for r in rows if r["phase"] == "generate" and all(
                 r[key] == row[key] for key in ("model", "kv_heads", "dtype", "cache", "batch"))]
-            print(f"{name}: {row['acceptance']:.0%} of {row['n_draft']} proposals accepted, "
+            print(f"{name_of(row)}: {row['acceptance']:.0%} of {row['n_draft']} proposals accepted, "
                   f"{row['tokens_per_round']:.2f} tokens a round" + "".join(
-                      f", {row['tokens_per_second'] / speed:.2f} times the speed of generate"
-                      for speed in plain))
+                      f", {row['tokens_per_second'] / r['tokens_per_second']:.2f} times the speed "
+                      f"of generate with {r['S']} slots" for r in plain))
         if profile := row.get("profile"):
-            print(f"{name} takes {ratios[name]:.2f} times its limit: "
+            print(f"{name_of(row)} takes {ratio:.2f} times its limit: "
                   + ", ".join(f"{share:.0%} {region}" for region, share in
                               profile["regions"].items())
                   + f"; no operation runs for {profile['idle']:.0%} of the time")
             for op in profile["operations"][:3]:
                 print(f"  {op['share']:6.1%} x{op['times']:<5} {op['region']:10} {op['kind']:12} "
                       f"{op['source']}")
-
-
-def name_of(row):
-    """row -> str: what tells it apart."""
-    keys = ["phase", "dtype"] + ["cache"] * (row["cache"] == "int8")
-    return " ".join(row[key] for key in keys) + f" B={row['batch']}" + "".join(
-        f" {key}={row[key]}" for key in ("kv_heads", "ring") if row[key])
 
 
 # ---------------------------------------------------------------------------------------- real text
@@ -1847,6 +2128,8 @@ COMMANDS = {  # its options, their defaults where they differ, what it does, and
              dict(model="gemma-7b", batch=0, prompt=2048, dtype="bfloat16", cache="bfloat16",
                   chip="tpu-v4"),
              "predict, without running anything", "--model gemma-7b --chips 4 --train"),
+    "published": ([], {}, "what others measured, beside its limit and what was expected",
+                  "--json FILE"),
     "complete": (["new", "dtype", "cache", "int8", "n_draft", "devices", "temperature", "top_k",
                   "top_p", "draft"], dict(new=64, dtype=""), "continue a text with a real model",
                  '--model DIR "So long" --temperature 0.8')}
@@ -1906,7 +2189,7 @@ def jobs_of(args):
     return [Job(**dict(zip(values, each))) for each in itertools.product(*lists)]
 
 
-PREDICTED = ("T", "S", "limit_seconds", "bound", "flops", "program_flops", "weight_bytes",
+PREDICTED = ("T", "S", "limit_seconds", "bound", "expected_seconds", "flops", "program_flops", "weight_bytes",
              "cache_bytes", "byte_seconds")
 COMPILED = ("compiler", "slice", "formula", "formula_bytes", "argument_bytes", "output_bytes",
             "alias_bytes", "temp_bytes", "peak_bytes", "memory_bytes", "fits", "message",
@@ -1984,9 +2267,13 @@ def make_row(job, limits, args, traced):
 def run(args):
     """args -> dict: measures, or compiles, what the command line asks for, and prints it."""
     jobs, rows, path = [*map(settle, jobs_of(args))], [], getattr(args, "text", None)
+    require(jobs, "no model of the default run fits the memory that is free: --quick, or a phase "
+            "with a smaller --model")
     first = jobs[0]
     for job in jobs:
         check(job)
+    if first.chip:
+        check_compiler(first.chip)
     require(not ((path or args.profile) and first.chip or path and first.mesh),
             "--text and --profile are for this machine, and --text for one device")
     text = read_text(path, first.prompt) if path else None  # refused before anything is measured
@@ -2003,11 +2290,11 @@ def run(args):
         for job in jobs:
             rows.append(make_row(job, limits, args, args.profile))
             print_row(rows[-1])
-        if args.command == "all":  # profile the largest gap
-            gaps = {row["measured_seconds"] / row["limit_seconds"]: (row, job)
-                    for row, job in zip(rows, jobs) if job.phase != "serve"}
-            row, job = gaps[max(gaps)]
-            row["profile"] = make_row(job, limits, args, True)["profile"]
+        gaps = [(row["measured_seconds"] / row["limit_seconds"], i) for i, row in enumerate(rows)
+                if args.command == "all" and row["phase"] != "serve"]
+        if gaps:  # profile the largest one
+            _, i = max(gaps)
+            rows[i]["profile"] = make_row(jobs[i], limits, args, True)["profile"]
     if rows and not first.chip:
         explain(rows)
     return result
@@ -2046,7 +2333,7 @@ def main(argv=None):
                 jax.config.update("jax_num_cpu_devices", args.devices)
         quiet = args.json == "-" or jax.process_index() > 0
         with redirect_stdout(open(os.devnull, "w")) if quiet else nullcontext():
-            result = {"plan": plan, "complete": complete}.get(args.command, run)(args)
+            result = {"plan": plan, "published": published, "complete": complete}.get(args.command, run)(args)
         if args.json and jax.process_index() == 0:
             text = json.dumps(result, default=str) + "\n"
             print(text, end="") if args.json == "-" else Path(args.json).write_text(text)

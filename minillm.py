@@ -346,7 +346,7 @@ class Config:
 
 # Names under which a layer's values can be saved for the backward pass by a policy of
 # `jax.checkpoint`; what is not saved is recomputed. "attention" is its result and log-sum-exp,
-# "qkv" are q, k and v after their rotation, "gate" and "up" the two matmuls of the gated MLP.
+# "qkv" are the matmuls before it, "gate" and "up" the two of the gated MLP.
 KEEPABLE = ("attention", "qkv", "gate", "up")
 
 # One layer's arrays, or anything with one entry for each of them: see `dims`.
@@ -432,12 +432,12 @@ def block(x, w, table, cfg, attend, enter=dots, leave=dot):
     """BTE, Layer, table, cfg, attend -> BTE, state: one layer: attention, then an MLP. `attend`
     takes q as BTHD, k and v as BKTD."""
     with named_scope("qkv"):
-        q, k, v = enter(x, (w.wq, w.wk, w.wv), norm=(w.attn_norm, cfg.eps))
+        q, k, v = (checkpoint_name(a, "qkv") for a in enter(
+            x, (w.wq, w.wk, w.wv), norm=(w.attn_norm, cfg.eps)))
         require(cfg.qk_norm == (w.q_norm is not None), f"cfg.qk_norm={cfg.qk_norm}: not so params")
         if cfg.qk_norm:
             q, k = rms_norm(q, w.q_norm, cfg.eps), rms_norm(k, w.k_norm, cfg.eps)
-        q, k, v = (checkpoint_name(a, "qkv") for a in (
-            rope(q, table), finite(rope(k, table)), finite(v)))
+        q, k, v = rope(q, table), finite(rope(k, table)), finite(v)
     with named_scope("attention"):
         out, state = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
     with named_scope("out"):
@@ -666,17 +666,21 @@ def forward_flops(cfg, B, T):
     return product_flops(cfg, B * T, B * T, B * causal_pairs(T))
 
 
-def train_flops(cfg, B, T, remat=False):
-    """cfg, int, int -> dict: flops of the matmuls in a training step: three times `forward`'s.
+def train_flops(cfg, B, T, keep=None):
+    """cfg, int, int, names -> dict: flops of the matmuls in a training step: three times
+    `forward`'s.
 
     Each matmul runs once forwards and twice backwards, so the weights cost 6BP; scores run a fourth
-    time, since the softmax is recomputed. With `remat` each block is recomputed, but for its last
-    matmul, whose result no gradient needs.
+    time, since the softmax is recomputed. With rematerialization `keep` names what of KEEPABLE a
+    block saves: () nothing, None all. The rest of it is recomputed, but for its last matmul, whose
+    result no gradient needs.
     """
-    forward = forward_flops(cfg, B, T)
-    recomputed = forward | {"mlp": forward["mlp"] * 2 // 3, "unembed": 0}
-    return {name: (3 + (name == "scores")) * flops + remat * recomputed[name]
-            for name, flops in forward.items()}
+    keep = ("out", *KEEPABLE) if keep is None else keep
+    values = {"qkv": ["qkv"], "scores": ["attention"], "values": ["attention"], "out": ["out"],
+              "mlp": ["gate", "up", "down"], "unembed": []}
+    return {name: (3 + (name == "scores")) * flops + sum(
+        flops // len(values[name]) for value in values[name] if value not in (*keep, "down"))
+        for name, flops in forward_flops(cfg, B, T).items()}
 
 
 # Operations that run the programs they hold once (a scan and a Pallas kernel: so many times), and

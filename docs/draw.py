@@ -24,8 +24,8 @@ from matplotlib import pyplot  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shard  # noqa: E402
-from bench import (CHIPS, COSTS, GB, MODELS, Job, layer_steps, limit, sheet,  # noqa: E402
-                   si)
+from bench import (CHIPS, GB, MODELS, Job, layer_steps, predict, sheet, si,  # noqa: E402
+                   tensor_parallel)
 from infer import kv_bytes, weight_bytes  # noqa: E402
 from minillm import causal_blocks, causal_pairs, matmul, traced_flops  # noqa: E402
 
@@ -114,7 +114,7 @@ def draw_roofline():
     xs = np.logspace(-1, 3.5, 100)
     lines = [(xs, np.minimum(peak, read * xs), "k-")]
     for B in (1, 110, 224):
-        for part in limit(COSTS["generate"](lecture(B)), limits)["parts"]:
+        for part in predict(lecture(B), limits)["parts"][:2]:
             x, y = part["flops"] / part["bytes"], part["flops"] / part["seconds"]
             weights = part["name"] == "weights"
             lines.append(([x], [y], "C0o" if weights else "C1s"))
@@ -128,7 +128,7 @@ def draw_roofline():
 def draw_layer():
     """-> None: a tensor-parallel layer: what two of four devices hold, and what each step sends."""
     job = lecture()
-    steps = layer_steps(job, 1, 4, CHIPS["tpu-v4"].link)[1:6]
+    steps = layer_steps(tensor_parallel(job, 4))[1:6]
     sizes = dict(vars(job.cfg), B=job.batch, T=1, S=2048)
 
     def sized(shape):
