@@ -304,61 +304,6 @@ def chip_devices(name, chips):
     return devices[:chips * target.devices], facts | {"memory_bytes": refusal["memory_bytes"]}
 
 
-# -------------------------------------------------------------------------- this machine's ceilings
-
-
-def seconds_of(call, at_most=9, seconds=0.3):
-    """call -> list of float: seconds of each run, of one that was made before: at least two, but
-    one if it takes a second, until they take so many seconds together."""
-    times = []
-    while len(times) < 2 and sum(times) < 1 or len(times) < at_most and sum(times) < seconds:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def measure_flops(dtype):
-    """dtype -> flops/s of one large matmul, its best run: weights stored output x input, of random
-    numbers: a chip that multiplies ones takes less power, and runs faster."""
-    size = 2048 if on_cpu() else 8192
-    sums = jnp.int32 if dtype == "int8" else jnp.float32
-    a = jax.random.randint(jax.random.key(0), (size, size), -127, 128).astype(dtype)
-    product = jax.jit(lambda a, b: jax.lax.dot_general(
-        a, b, (((1,), (1,)), ((), ())), preferred_element_type=sums))
-    times = seconds_of(lambda: product(a, a).block_until_ready(), seconds=1)
-    return 2 * size ** 3 / min(times)
-
-
-def measure_read():
-    """-> bytes/s of reading more than any cache holds, the best of two programs: half a GiB on a
-    CPU; elsewhere 4 GiB four times in a row, beside which starting a program takes no time."""
-    rows, times = (1 << 15, 1) if on_cpu() else (1 << 18, 4)
-    a, row = jnp.ones((rows, 1 << 12), "float32"), jnp.ones((1 << 12,), "float32")
-    programs = jax.jit(lambda a: jnp.sum(a)), jax.jit(lambda a: a @ row)
-    return times * a.nbytes / min(min(seconds_of(lambda: jax.block_until_ready(
-        [program(a) for _ in range(times)]))) for program in programs)
-
-
-def ceilings(dtypes):
-    """names -> dict: what this machine can do at best, the denominators of MFU and MBU; simulated
-    devices share it."""
-    flops = {dtype: measure_flops(dtype) for dtype in DTYPES if dtype in dtypes}
-    return {"flops_per_second": flops, "read_bytes_per_second": measure_read()}
-
-
-def sheet(chip, chips=1):
-    """Chip, int -> dict: what so many chips should do, in the form of `ceilings`."""
-    return {"flops_per_second": {dtype: chips * peak for dtype, peak in chip.flops.items()},
-            "read_bytes_per_second": chips * chip.read}
-
-
-def machine():
-    """-> dict: where figures come from."""
-    return {"device": jax.devices()[0].device_kind, "count": jax.device_count(),
-            "cores": os.cpu_count(), "jax": jax.__version__, "python": platform.python_version()}
-
-
 # ------------------------------------------------------------------------- a job and its options
 
 
@@ -460,14 +405,6 @@ class Job:
     def matmul_dtype(self):
         """-> str: in which its weights are multiplied."""
         return self.cfg.dtype if (self.dtype, self.int8) == ("int8", "Q8") else self.dtype
-
-
-def rows_at_a_time(job):
-    """Job -> int or None: of a prefill. On this machine's CPU the largest divisor of B, from 2 on,
-    whose rows hold 1,024 to 2,048 tokens; elsewhere, or where there is none, all."""
-    B, T = job.batch, job.prompt
-    fit = [rows for rows in range(2, B) if B % rows == 0 and 1024 <= rows * T <= 2048]
-    return max(fit, default=None) if job.here and B * T > 2048 else None
 
 
 def settle(job):
@@ -618,6 +555,61 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+# -------------------------------------------------------------------------- this machine's ceilings
+
+
+def seconds_of(call, at_most=9, seconds=0.3):
+    """call -> list of float: seconds of each run, of one that was made before: at least two, but
+    one if it takes a second, until they take so many seconds together."""
+    times = []
+    while len(times) < 2 and sum(times) < 1 or len(times) < at_most and sum(times) < seconds:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def measure_flops(dtype):
+    """dtype -> flops/s of one large matmul, its best run: weights stored output x input, of random
+    numbers: a chip that multiplies ones takes less power, and runs faster."""
+    size = 2048 if on_cpu() else 8192
+    sums = jnp.int32 if dtype == "int8" else jnp.float32
+    a = jax.random.randint(jax.random.key(0), (size, size), -127, 128).astype(dtype)
+    product = jax.jit(lambda a, b: jax.lax.dot_general(
+        a, b, (((1,), (1,)), ((), ())), preferred_element_type=sums))
+    times = seconds_of(lambda: product(a, a).block_until_ready(), seconds=1)
+    return 2 * size ** 3 / min(times)
+
+
+def measure_read():
+    """-> bytes/s of reading more than any cache holds, the best of two programs: half a GiB on a
+    CPU; elsewhere 4 GiB four times in a row, beside which starting a program takes no time."""
+    rows, times = (1 << 15, 1) if on_cpu() else (1 << 18, 4)
+    a, row = jnp.ones((rows, 1 << 12), "float32"), jnp.ones((1 << 12,), "float32")
+    programs = jax.jit(lambda a: jnp.sum(a)), jax.jit(lambda a: a @ row)
+    return times * a.nbytes / min(min(seconds_of(lambda: jax.block_until_ready(
+        [program(a) for _ in range(times)]))) for program in programs)
+
+
+def ceilings(dtypes):
+    """names -> dict: what this machine can do at best, the denominators of MFU and MBU; simulated
+    devices share it."""
+    flops = {dtype: measure_flops(dtype) for dtype in DTYPES if dtype in dtypes}
+    return {"flops_per_second": flops, "read_bytes_per_second": measure_read()}
+
+
+def sheet(chip, chips=1):
+    """Chip, int -> dict: what so many chips should do, in the form of `ceilings`."""
+    return {"flops_per_second": {dtype: chips * peak for dtype, peak in chip.flops.items()},
+            "read_bytes_per_second": chips * chip.read}
+
+
+def machine():
+    """-> dict: where figures come from."""
+    return {"device": jax.devices()[0].device_kind, "count": jax.device_count(),
+            "cores": os.cpu_count(), "jax": jax.__version__, "python": platform.python_version()}
+
+
 # ------------------------------------------------------------------------------------------ predict
 
 
@@ -656,14 +648,14 @@ def train_cost(job):
     What is saved between the passes is not predicted: it need not leave the chip."""
     cfg, B, T = job.cfg, job.batch, job.prompt
     size, count = jnp.dtype(cfg.dtype).itemsize, param_count(cfg)
-    model_flops = sum(train_flops(cfg, B, T).values())
-    return cost(job, T, T, B * T, train_flops(cfg, B, T, job.kept), 3 * size * count, 0, cfg.dtype,
-                Part("optimizer", 0, 28 * count, "float32"))._replace(flops=model_flops)
+    step = cost(job, T, T, B * T, train_flops(cfg, B, T, job.kept), 3 * size * count, 0, cfg.dtype,
+                Part("optimizer", 0, 28 * count, "float32"))
+    return step._replace(flops=sum(train_flops(cfg, B, T).values()))
 
 
 def slots(job, S):
     """Job, int -> int: S, or where slots are split the next number that divides."""
-    n = shard.as_axes(job.axes.get("tensor", 1))[-1]
+    n = job.tensor[-1]
     return -(-S // n) * n if job.layout and shard.LAYOUTS[job.layout].letter == "S" else S
 
 
@@ -695,18 +687,14 @@ def verify_cost(job):
     return extend_cost(job, job.n_draft + 1, job.most_slots)
 
 
-def serve_steps(job):
-    """Job -> list of (int, Job): how often to serve takes which step."""
-    return [(REQUESTS * job.batch, replace(job, phase="prefill", batch=1)),
-            (REQUESTS * job.new, replace(job, phase="generate"))]
-
-
 def serve_cost(job):
     """Job -> Cost: a prefill for each request, and decode steps for B at a time."""
-    each = [(times, COSTS[step.phase](step)) for times, step in serve_steps(job)]
+    requests = REQUESTS * job.batch
+    each = [(requests, prefill_cost(replace(job, batch=1))),
+            (REQUESTS * job.new, generate_cost(job))]
     flops, weights, slots = (sum(n * getattr(cost, name) for n, cost in each)
                              for name in ("flops", "weight_bytes", "cache_bytes"))
-    return Cost(1, job.prompt + job.new, REQUESTS * job.batch * job.new, flops, weights, slots, tuple(
+    return Cost(1, job.prompt + job.new, requests * job.new, flops, weights, slots, tuple(
         part._replace(flops=n * part.flops, bytes=n * part.bytes)
         for n, cost in each for part in cost.parts))
 
@@ -721,7 +709,10 @@ def in_all(parts):
 
 
 def step_events(job):
-    """Job -> dict: what each step of a tensor-parallel model sends: see `shard.step_comm`."""
+    """Job -> dict: what each step of a tensor-parallel model sends: see `shard.step_comm`. Empty
+    for a prompt that is split over its tokens, which has no closed form."""
+    if job.phase == "prefill" and shard.LAYOUTS[job.layout].by_token:
+        return {}
     return shard.step_comm(job.cfg, job.batch // job.copies, COSTS[job.phase](job).T, job.tensor,
                            job.layout, job.ring, job.phase == "prefill")
 
@@ -738,23 +729,11 @@ def links_of(job):
 
 def layer_steps(job):
     """Job -> list of dict: what each device sends in each step of a tensor-parallel model, and the
-    least time that its links take; of two axes of devices m is the first one. Empty where nothing
-    waits for links: in training gathers, and in a ring permutes, run beside matmuls. No prompt that
-    is split over its tokens."""
-    *first, n = job.tensor
-    letter = shard.LAYOUTS[job.layout].letter if job.layout else ""
-    if not job.chip or not letter or job.ring or (
-            job.phase == "prefill" and shard.LAYOUTS[job.layout].by_token):
+    least time that its links take. Empty where nothing waits for links: in training gathers, and
+    in a ring permutes, run beside matmuls."""
+    if not (job.chip and job.layout) or job.ring:
         return []
-    t, K = ("mn", "K/m") if first else ("n", "K")
-    slots = {"K": f"[B,K/{t},S,D]", "B": f"[B/n,{K},S,D]", "S": f"[B,{K},S/n,D]"}[letter]
-    keys = f"2 x [B,T,{f'K/{t}' if letter == 'K' else K},D]"
-    x, heads, hidden, last = f"[B,T,E/{t}]", f"[B,T,H/{t},D]", f"[B,T,F/{t}]", f"[B,1,V/{t}]"
-    shapes = {
-        "embed": ("[B,T]", x), "q, k, v": (x, f"{heads}, {keys}"),
-        "attention": (f"{heads}, 2 x {slots}", heads), "out": (heads, x),
-        "gate, up": (x, f"2 x {hidden}"), "down": (hidden, x), "logits": (x, last),
-        "draw": (last, "[B]")}
+    shapes, links = shard.step_shapes(job.tensor, job.layout), links_of(job)
     rows = []
     for name, (times, events) in step_events(job).items():
         tally = shard.tally(events)
@@ -763,7 +742,7 @@ def layer_steps(job):
             "collectives": {kind: number for kind, (number, _) in tally.items()},
             "bytes": sum(size for _, size in tally.values()),
             "seconds": sum(number * shard.link_seconds(
-                kind, shard.SENT[kind](size, n), n, *links_of(job))
+                kind, shard.SENT[kind](size, n), n, *links)
                 for (kind, size, n), number in events.items())})
     return rows
 
@@ -774,8 +753,8 @@ EXPECTED = {
     "reading": 1.16,      # of weights, cache and optimizer: they reach 86% of its bandwidth
     "matmuls": 1.14,      # they reach 88% of its peak
     "links": 1.24,        # 81%
-    "activations": 4.08,  # of reading each matmul's input and writing its output once: norms, gates,
-                          # softmax and casts read and write them again
+    "activations": 4.08,  # of reading each matmul's input and writing its output once: norms,
+                          # gates, softmax and casts read and write them again
     # more seconds on a GPU
     "GPU, 8 bits": 0.214,    # for a second of matmuls with 8-bit weights: scales, and conversions
     "GPU, training": 0.433,  # for a second of matmuls: collectives run on the same cores
@@ -834,10 +813,10 @@ def predict(job, ceilings, parameters=None):
     row = {**cost._asdict(), "parts": parts, "limit_seconds": in_all(parts),
            "bound": max(parts, key=lambda part: part["seconds"])["bound"],
            "byte_seconds": sum(part["byte_seconds"] for part in parts)}
-    if not job.chip:
-        return row
-    row["terms"] = terms(job, ceilings, cost.tokens, parts)
-    return row | {"expected_seconds": expected(row["terms"])}
+    if job.chip:
+        row["terms"] = terms(job, ceilings, cost.tokens, parts)
+        row["expected_seconds"] = expected(row["terms"])
+    return row
 
 
 def multiplied(cfg):
@@ -886,11 +865,25 @@ def useful_degree(job, parameters):
     return n // 2
 
 
+def phase_facts(job, parameters, copies):
+    """Job, number, int -> dict: a step of its phase on the chips of one copy of the weights, and
+    the bytes of all copies. `hidden` is the time of a step whose matmuls hide its links."""
+    row, chip, n = on_chips(job, parameters), chip_of(job.chip), job.chips
+    parts, seconds = row["parts"], row["limit_seconds"]
+    moved = sum(part["bytes"] for part in parts[:2])
+    hidden = min(part["seconds"] for part in parts if part["name"] != "attention") * (n > 1)
+    facts = {"bytes": copies * moved, "seconds": seconds,
+             "expected_seconds": row["expected_seconds"], "hidden_seconds": seconds - hidden,
+             "mfu": sum(part["flops"] for part in parts) / seconds / (
+                 n * chip.flops[job.matmul_dtype]),
+             "mbu": moved / seconds / (n * chip.read), "parts": parts}
+    return {f"{job.phase}_{name}": value for name, value in facts.items()}
+
+
 def napkin(job, parameters=None, batch=None):
     """Job, number, int -> dict: memory, batch and times, from the sheet alone. `parameters` is a
     rounded count in place of the exact one; job.prompt is the context, job.new is 0. Copies of the
-    model that share no chips share the batch. `hidden` times are those of a step whose matmuls hide
-    its links."""
+    model that share no chips share the batch."""
     cfg, chip, chips = job.cfg, chip_of(job.chip), job.chips
     n, size = degree(cfg, chips), array_bytes("", cfg, job.dtype)
     copies = chips // n
@@ -906,8 +899,8 @@ def napkin(job, parameters=None, batch=None):
         n = degree(cfg, chips)
         return weights + -(-batch // (chips // n)) * sequence <= n * chip.memory
 
-    def predicted(phase, rows):
-        return on_chips(tensor_parallel(replace(job, phase=phase, batch=rows), n), parameters)
+    def one_copy(phase, rows):
+        return tensor_parallel(replace(job, phase=phase, batch=rows), n)
 
     facts = {
         "parameters": parameters or param_count(cfg),
@@ -918,21 +911,13 @@ def napkin(job, parameters=None, batch=None):
         "batch": batch, "cache_bytes": copies * rows * sequence, "fits": fits(chips),
         "chips_needed": next((2 ** i for i in range(15) if fits(2 ** i)), None)}
     for phase in ("prefill", "generate"):
-        row = predicted(phase, rows)
-        parts, seconds, expected = row["parts"], row["limit_seconds"], row["expected_seconds"]
-        moved = sum(part["bytes"] for part in parts[:2])
-        hidden = min(part["seconds"] for part in parts if part["name"] != "attention") * (n > 1)
-        facts |= {f"{phase}_bytes": copies * moved, f"{phase}_seconds": seconds,
-                  f"{phase}_expected_seconds": expected,
-                  f"{phase}_hidden_seconds": seconds - hidden,
-                  f"{phase}_mfu": sum(part["flops"] for part in parts) / seconds / (
-                      n * chip.flops[job.matmul_dtype]),
-                  f"{phase}_mbu": moved / seconds / (n * chip.read), f"{phase}_parts": parts}
+        facts |= phase_facts(one_copy(phase, rows), parameters, copies)
     return facts | {
-        "tokens_per_second": batch / seconds, "expected_tokens_per_second": batch / expected,
-        "seconds_per_token_alone": predicted("generate", 1)["limit_seconds"],
-        "first_token_seconds": predicted("prefill", 1)["limit_seconds"],
-        "useful_degree": useful_degree(replace(job, phase="generate", batch=rows), parameters),
+        "tokens_per_second": batch / facts["generate_seconds"],
+        "expected_tokens_per_second": batch / facts["generate_expected_seconds"],
+        "seconds_per_token_alone": on_chips(one_copy("generate", 1), parameters)["limit_seconds"],
+        "first_token_seconds": on_chips(one_copy("prefill", 1), parameters)["limit_seconds"],
+        "useful_degree": useful_degree(one_copy("generate", rows), parameters),
         "weights_over_memory_seconds": weights / n / chip.read,
         "weights_over_links_seconds": weights * (chips - 1) / chips / chip.link}
 
@@ -992,17 +977,18 @@ def plan(args):
     chip, chips, B = chip_of(job.chip), job.chips, job.batch
     job = replace(job, batch=B or 1, int8=job.int8 or "Q8" * (job.dtype == "int8"))
     check(job)
-    trained = replace(job, batch=B or 4 * chips, dtype=job.cfg.dtype, int8="")
-    trainings = [training(trained, args.tokens, args.mfu)] if args.train else []
-    exact, rounded = (napkin(job, count, B) for count in (None, args.parameters))
+    trained = args.train and training(replace(  # refused before anything is printed
+        job, batch=B or 4 * chips, dtype=job.cfg.dtype, int8=""), args.tokens, args.mfu)
+    exact = napkin(job, None, B)
+    rounded = napkin(job, args.parameters, B) if args.parameters else exact
     n, rows = exact["chips_per_replica"], -(-rounded["batch"] // exact["replicas"])
     steps = layer_steps(tensor_parallel(replace(job, phase="generate", batch=rows), n))
     remedies = million(job, chip, chips, rounded["weight_bytes"])
     print(f"{job.model} on {chips} x {job.chip}: {si(chip.flops[job.matmul_dtype], 'FLOP/s')} in "
           f"{job.matmul_dtype}, {si(chip.read, 'B/s')}, {si(chip.memory, 'B')}, links "
           f"{si(chip.link, 'B/s')} an axis ({chip.axes})\n({chip.source})\n"
-          f"weights {job.dtype}, cache {job.cache}, context {job.prompt}. Times are limits, which no "
-          "program beats; expected: what good programs reach;\nhidden: the limit if matmuls hid "
+          f"weights {job.dtype}, cache {job.cache}, context {job.prompt}. Times are limits, which "
+          "no program beats; expected: what good programs reach;\nhidden: the limit if matmuls hid "
           f"the links. Batch with room: {RESERVE:.0%} of the memory is left free")
     columns = {f"{args.parameters:g} parameters": rounded} if args.parameters else {}
     columns["exact"] = exact
@@ -1021,20 +1007,21 @@ def plan(args):
         if table:
             print(f"\n{title}:")
             print_rows(table)
-    for facts in trainings:
+    result = dict(model=job.model, chip=job.chip, chips=chips, context=job.prompt, dtype=job.dtype,
+                  cache=job.cache, **rounded, exact=exact, steps=steps, million=remedies)
+    if trained:
+        result["training"] = trained
         print("\ntraining, with weights sharded over all chips (FSDP):")
-        print_facts({"by AdamW": facts})
-    return dict(model=job.model, chip=job.chip, chips=chips, context=job.prompt, dtype=job.dtype,
-                cache=job.cache, **rounded, exact=exact, steps=steps, million=remedies,
-                **({"training": trainings[0]} if trainings else {}))
+        print_facts({"by AdamW": trained})
+    return result
 
 
 # ---------------------------------------------------------------- published: what others measured
 
 
-# PUBLISHED begins: what others measured. `seconds` of a step; of `prompt` tokens in each row, which
-# are the slots that a decode step attends to on average. Where `made` is given, seconds are those of
-# a whole run over the tokens that it made, so they hold a share of reading `read` tokens a row. Rows
+# PUBLISHED begins: what others measured. `seconds` of a step; of `prompt` tokens in each row, the
+# slots that a decode step attends to on average. Where `made` is given, seconds are those of a
+# whole run over the tokens that it made, so they hold a share of reading `read` tokens a row. Rows
 # of fp8 are counted as int8 with int8 (its peak and bytes are alike). `keep` is the nearest to what
 # the program saved. MaxText's own models have no gate: F is 2/3 of theirs, with as many flops.
 PUBLISHED = [
@@ -1207,9 +1194,8 @@ def published(args):
             "published/limit": row["seconds"] / result["limit_seconds"],
             "expected/published": good / row["seconds"]})
     print_rows(rows)
-    phases = {}
-    for row in rows:
-        phases.setdefault(row["phase"], []).append(row)
+    phases = {phase: [row for row in rows if row["phase"] == phase]
+              for phase in ("generate", "prefill", "train")}
     table = [{"phase": phase, "rows": len(some), "published/limit": statistics.median(
         row["published/limit"] for row in some), **{
             f"{name} error": f"{choose(abs(row['expected/published'] - 1) for row in some):.0%}"
@@ -1247,6 +1233,14 @@ def empty_cache(job, mesh, S):
     """Job, Mesh or None, int -> Cache: of S slots a row, or as many more as their split needs."""
     cache = init_cache(job.cfg, job.batch, slots(job, S), job.cache)
     return where_of(job, mesh).move(cache) if mesh else cache
+
+
+def rows_at_a_time(job):
+    """Job -> int or None: of a prefill. On this machine's CPU the largest divisor of B, from 2 on,
+    whose rows hold 1,024 to 2,048 tokens; elsewhere, or where there is none, all."""
+    B, T = job.batch, job.prompt
+    fit = [rows for rows in range(2, B) if B % rows == 0 and 1024 <= rows * T <= 2048]
+    return max(fit, default=None) if job.here and B * T > 2048 else None
 
 
 def at_length(cache, length):
@@ -1399,11 +1393,13 @@ def prepare(job, params=None, seed=0):
 def sent(job):
     """Job -> dict or None: what a step sends, by the closed forms: of FSDP's weights, or of tensor
     parallelism; None where there is no closed form."""
-    train, whole = job.phase == "train", math.prod(job.tensor + (job.axes.get("context", 1),)) == 1
-    if not whole if train else job.phase == "prefill" and shard.LAYOUTS[job.layout].by_token:
-        return None
-    return shard.tally(shard.fsdp_comm(job.cfg, shard.as_axes(job.axes["data"])) if train else sum(
-        (shard.repeat(times, events) for times, events in step_events(job).values()), Counter()))
+    events = Counter()
+    if job.phase != "train":
+        for times, step in step_events(job).values():
+            events += shard.repeat(times, step)
+    elif math.prod(job.tensor) == job.axes.get("context", 1) == 1:
+        events = shard.fsdp_comm(job.cfg, shard.as_axes(job.axes["data"]))
+    return shard.tally(events) or None
 
 
 def argument_kinds(args):
@@ -1762,20 +1758,19 @@ def explain(rows):
     worst = max(ratios)
     print(f"\nof {len(rows)} rows: took/limit median {statistics.median(ratios):.2f}, worst "
           f"{worst:.2f} ({name_of(rows[ratios.index(worst)])})")
-    for ratio, row in zip(ratios, rows):
+    for ratio, name, row in zip(ratios, map(name_of, rows), rows):
         if None in (row["mfu"], row["mbu"]):
-            print(f"error: {name_of(row)}: faster than a ceiling: it was measured too low (was "
-                  "another program running?), or what is read stays in a cache (choose a larger "
-                  "model)")
+            print(f"error: {name}: faster than a ceiling: it was measured too low (was another "
+                  "program running?), or what is read stays in a cache (choose a larger model)")
         if row["phase"] == "speculate":
             plain = [r for r in rows if r["phase"] == "generate" and all(
                 r[key] == row[key] for key in ("model", "kv_heads", "dtype", "cache", "batch"))]
-            print(f"{name_of(row)}: {row['acceptance']:.0%} of {row['n_draft']} proposals accepted, "
+            print(f"{name}: {row['acceptance']:.0%} of {row['n_draft']} proposals accepted, "
                   f"{row['tokens_per_round']:.2f} tokens a round" + "".join(
                       f", {row['tokens_per_second'] / r['tokens_per_second']:.2f} times the speed "
                       f"of generate with {r['S']} slots" for r in plain))
         if profile := row.get("profile"):
-            print(f"{name_of(row)} takes {ratio:.2f} times its limit: "
+            print(f"{name} takes {ratio:.2f} times its limit: "
                   + ", ".join(f"{share:.0%} {region}" for region, share in
                               profile["regions"].items())
                   + f"; no operation runs for {profile['idle']:.0%} of the time")
@@ -2189,8 +2184,8 @@ def jobs_of(args):
     return [Job(**dict(zip(values, each))) for each in itertools.product(*lists)]
 
 
-PREDICTED = ("T", "S", "limit_seconds", "bound", "expected_seconds", "flops", "program_flops", "weight_bytes",
-             "cache_bytes", "byte_seconds")
+PREDICTED = ("T", "S", "limit_seconds", "bound", "expected_seconds", "flops", "program_flops",
+             "weight_bytes", "cache_bytes", "byte_seconds")
 COMPILED = ("compiler", "slice", "formula", "formula_bytes", "argument_bytes", "output_bytes",
             "alias_bytes", "temp_bytes", "peak_bytes", "memory_bytes", "fits", "message",
             "needed_bytes", "copies", "collectives", "sent", "counted", "cycle_seconds", "regions",
@@ -2272,10 +2267,10 @@ def run(args):
     first = jobs[0]
     for job in jobs:
         check(job)
-    if first.chip:
-        check_compiler(first.chip)
     require(not ((path or args.profile) and first.chip or path and first.mesh),
             "--text and --profile are for this machine, and --text for one device")
+    if first.chip:
+        check_compiler(first.chip)
     text = read_text(path, first.prompt) if path else None  # refused before anything is measured
     limits = sheet(CHIPS[first.chip], first.chips) if first.chip else ceilings(
         {part.dtype for job in jobs for part in COSTS[job.phase](job).parts})
@@ -2333,7 +2328,8 @@ def main(argv=None):
                 jax.config.update("jax_num_cpu_devices", args.devices)
         quiet = args.json == "-" or jax.process_index() > 0
         with redirect_stdout(open(os.devnull, "w")) if quiet else nullcontext():
-            result = {"plan": plan, "published": published, "complete": complete}.get(args.command, run)(args)
+            commands = {"plan": plan, "published": published, "complete": complete}
+            result = commands.get(args.command, run)(args)
         if args.json and jax.process_index() == 0:
             text = json.dumps(result, default=str) + "\n"
             print(text, end="") if args.json == "-" else Path(args.json).write_text(text)

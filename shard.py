@@ -1018,6 +1018,21 @@ def step_comm(cfg, B, T, axes, layout="heads", ring=0, prompt=False):
     return steps if prompt or T > 1 else steps | {"draw": (1, draw)}
 
 
+def step_shapes(axes, layout):
+    """tuple, str -> dict: step of `step_comm` -> what each device holds before and after it, in
+    letters. Over two axes m is the first one and n the last one."""
+    t, K = ("mn", "K/m") if len(axes) > 1 else ("n", "K")
+    letter = LAYOUTS[layout].letter
+    slots = {"K": f"[B,K/{t},S,D]", "B": f"[B/n,{K},S,D]", "S": f"[B,{K},S/n,D]"}[letter]
+    keys = f"2 x [B,T,{f'K/{t}' if letter == 'K' else K},D]"
+    x, heads, hidden, last = f"[B,T,E/{t}]", f"[B,T,H/{t},D]", f"[B,T,F/{t}]", f"[B,1,V/{t}]"
+    return {
+        "embed": ("[B,T]", x), "q, k, v": (x, f"{heads}, {keys}"),
+        "attention": (f"{heads}, 2 x {slots}", heads), "out": (heads, x),
+        "gate, up": (x, f"2 x {hidden}"), "down": (hidden, x), "logits": (x, last),
+        "draw": (last, "[B]")}
+
+
 def fsdp_comm(cfg, axes):
     """cfg, tuple -> Counter: what `sharded_loss` and its gradient send of the weights over axes of
     data of these sizes: three times a layer's matrices, which are gathered forwards and again
