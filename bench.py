@@ -54,16 +54,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import shard
-from infer import (CACHE_DTYPES, HERE, Q8, Q8A8, Cache, Sampling, array_bytes, decode_bytes,
-                   decode_flops, extend, generate, init_cache, kv_bytes, library, load, load_state,
-                   model_draft, ngram_draft, prefill, prefill_flops, quantize_params, read_arrays,
-                   read_json, save, save_state, serve, slots_of, speculate, weight_bytes)
-from minillm import (KEEPABLE, Adam, Config, Params, adam_init, cast, check_tokens, dims, init,
-                     loss, param_count, require, size_of, traced_flops, train_flops, train_step)
+from infer import (CACHE_DTYPES, HERE, Q8, Q8A8, Cache, Sampling, array_bytes, byte_text,
+                   byte_tokens, cached_attention, decode_bytes, decode_flops, extend, generate,
+                   init_cache, kv_bytes, library, load, load_state, model_draft, ngram_draft,
+                   prefill, prefill_flops, quantize_params, read_arrays, read_json, save,
+                   save_state, serve, slots_of, speculate, tokenizer, weight_bytes)
+from minillm import (KEEPABLE, Adam, Config, Params, adam_init, adamw, cast, causal_attention,
+                     check_tokens, dims, dot, init, loss, param_count, require, size_of,
+                     traced_flops, train_flops, train_step)
 
 MB, GB = 1e6, 1e9
 SENTENCE = "So long and thanks for all the fish; "
-DEFAULT = "L3,E1024,H16,K4,D64,F6528,V256"
+DEFAULT = "L2,E1024,H16,K4,D64,F10240,V256"
 LARGE = "L8,E2048,H32,K8,D64,F8192,V32000"  # the default on a GPU or TPU: half of llama-3.2-1b
 QUICK = "L2,E1024,H16,K4,D64,F2816,V256"
 SMALL = "L4,E256,H8,K2,D32,F704,V256"  # learns a text of some KB in a minute on two cores
@@ -408,11 +410,11 @@ class Job:
 
 
 def settle(job):
-    """Job -> Job: with the fastest choice for what is not given. A CPU copies bf16 slots and widens
-    int8 ones at every step, computes in float32 around int8 weights, and multiplies int8 with int8
-    fastest; elsewhere fewer bytes are faster, and weight-only int8 is faster on a TPU."""
+    """Job -> Job: with the fastest choice for what is not given, but for `fastest_int8`. A CPU
+    copies bf16 slots and widens int8 ones at every step, and computes in float32 around int8
+    weights; elsewhere fewer bytes are faster, and weight-only int8 is faster on a TPU."""
     wide = "float32" if job.here or job.dtype == "float32" else "bfloat16"
-    kind = ("Q8A8" if job.here else "Q8") * (job.dtype == "int8")
+    kind = "Q8" * (job.dtype == "int8" and bool(job.chip))
     return split(replace(job, cache=job.cache or wide, int8=job.int8 or kind))
 
 
@@ -534,7 +536,7 @@ def cell(key, value):
         return "-" if value in (None, "") else str(value)
     if unit := next((unit for word, unit in UNITS.items() if word in key), None):
         return si(value, unit)
-    return f"{value:.0%}" if key[-3:] in ("mfu", "mbu") else f"{value:,}" if isinstance(
+    return f"{value:.0%}" if re.search("mfu|mbu|share", key) else f"{value:,}" if isinstance(
         value, int) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -687,14 +689,18 @@ def verify_cost(job):
     return extend_cost(job, job.n_draft + 1, job.most_slots)
 
 
+def serve_steps(job):
+    """Job -> list of (int, Job): a prefill for each request, and decode steps for B at a time."""
+    return [(REQUESTS * job.batch, replace(job, phase="prefill", batch=1)),
+            (REQUESTS * job.new, replace(job, phase="generate"))]
+
+
 def serve_cost(job):
-    """Job -> Cost: a prefill for each request, and decode steps for B at a time."""
-    requests = REQUESTS * job.batch
-    each = [(requests, prefill_cost(replace(job, batch=1))),
-            (REQUESTS * job.new, generate_cost(job))]
+    """Job -> Cost: of all its steps."""
+    each = [(times, COSTS[step.phase](step)) for times, step in serve_steps(job)]
     flops, weights, slots = (sum(n * getattr(cost, name) for n, cost in each)
                              for name in ("flops", "weight_bytes", "cache_bytes"))
-    return Cost(1, job.prompt + job.new, requests * job.new, flops, weights, slots, tuple(
+    return Cost(1, job.prompt + job.new, REQUESTS * job.batch * job.new, flops, weights, slots, tuple(
         part._replace(flops=n * part.flops, bytes=n * part.bytes)
         for n, cost in each for part in cost.parts))
 
@@ -830,6 +836,107 @@ def critical_batch(job, ceilings):
     them."""
     peak, read = ceilings["flops_per_second"][job.matmul_dtype], ceilings["read_bytes_per_second"]
     return weight_bytes(job.cfg, job.dtype) / read * peak / (2 * multiplied(job.cfg))
+
+
+# --------------------------------------------------- library: this machine's operations, each alone
+
+
+def seconds_alone(fn, arguments):
+    """fn, list of arguments -> seconds of a call, in a program of one call for each of them."""
+    program = jax.jit(lambda arguments: [fn(*each) for each in arguments])
+    jax.block_until_ready(program(arguments))
+    times = seconds_of(lambda: jax.block_until_ready(program(arguments)), seconds=0.1)
+    return statistics.median(times) / len(arguments)
+
+
+def with_gradient(fn):
+    """fn -> fn: the gradients of its operands, where its result's gradient is the result itself: so
+    the forward pass has to run."""
+    def gradients(*operands):
+        result, pull = jax.vjp(fn, *operands)
+        return pull(result)
+
+    return gradients
+
+
+def some_numbers(shape, dtype):
+    """tuple, dtype -> array: between -1 and 1, or any int8; made by NumPy, which compiles nothing."""
+    numbers = np.random.default_rng(0).integers(-127, 128, shape, "int8")
+    return jnp.asarray(numbers if dtype == "int8" else numbers / np.float32(127), dtype)
+
+
+@lru_cache(maxsize=1)
+def weights_alone(shape, dtype, kind, n):
+    """tuple, dtype, str, int -> list of FE: at most n weights, but more than a processor's cache
+    holds: of a float dtype, or int8 of this kind."""
+    w = some_numbers(shape, "int8" if kind else dtype)
+    n = max(1, min(n, math.ceil(64 * MB / w.nbytes)))
+    weights = [w, *(jnp.array(w) for _ in range(n - 1))]
+    return [INT8[kind](w, jnp.full((len(w), 1), 1e-2)) for w in weights] if kind else weights
+
+
+@lru_cache
+def matmul_rate(cfg, rows, kind="", train=False):
+    """cfg, int, str, bool -> flops/s of so many rows times weights of its MLP, in training with
+    their gradients."""
+    x = some_numbers((rows, cfg.E), cfg.dtype)
+    weights = weights_alone((cfg.F, cfg.E), cfg.dtype, kind, 3 * cfg.L)
+    seconds = seconds_alone(with_gradient(dot) if train else dot, [(x, w) for w in weights])
+    return (2 + 4 * train) * rows * cfg.E * cfg.F / seconds
+
+
+@lru_cache
+def attention_seconds(cfg, phase, B, T, S, cache):
+    """cfg, str, int, int, int, dtype -> seconds of a layer's attention."""
+    q = some_numbers((B, T, cfg.H, cfg.D), cfg.dtype)
+    if phase in ("train", "prefill"):
+        k = some_numbers((B, cfg.K, T, cfg.D), cfg.dtype)
+        return seconds_alone(with_gradient(causal_attention) if phase == "train" else
+                             causal_attention, [(q, k, k)])
+    slots = init_cache(replace(cfg, L=min(cfg.L, 4)), B, S, cache)
+    pos = np.full((B, T), S - 1)
+    return seconds_alone(cached_attention, [(q, k, v, pos) for k, v in zip(slots.k, slots.v)])
+
+
+@lru_cache
+def optimizer_rate(cfg):
+    """cfg -> parameters/s of AdamW."""
+    p, m, v, gradient = ([abs(some_numbers((cfg.F, cfg.E), "float32"))] for _ in range(4))
+    return cfg.F * cfg.E / seconds_alone(adamw, [(p, Adam(jnp.int32(1), m, v), gradient, 1e-3)])
+
+
+def rows_at_a_time(job):
+    """Job -> int or None: of a prefill. On this machine's CPU the largest divisor of B, from 2 on,
+    whose rows hold 1,024 to 2,048 tokens; elsewhere, or where there is none, all."""
+    B, T = job.batch, job.prompt
+    fit = [rows for rows in range(2, B) if B % rows == 0 and 1024 <= rows * T <= 2048]
+    return max(fit, default=None) if job.here and B * T > 2048 else None
+
+
+def rows_of(job):
+    """Job -> int: rows of activations that a matmul of its step multiplies with a weight."""
+    B = job.phase == "prefill" and rows_at_a_time(job) or job.batch
+    return B * COSTS[job.phase](job).T
+
+
+def library_seconds(job):
+    """Job -> list of float: of each part of its step, if matmuls with weights, attention to a cache
+    of its size and the optimizer run alone here, each as often as the step has it."""
+    if job.phase == "serve":
+        return [times * seconds for times, step in serve_steps(job)
+                for seconds in library_seconds(step)]
+    cfg, cost, rows, train = job.cfg, COSTS[job.phase](job), rows_of(job), job.phase == "train"
+    weights = cost.parts[0].flops / matmul_rate(cfg, rows, job.int8, train)
+    B = rows // cost.T  # at a time
+    attention = cfg.L * (job.batch // B) * attention_seconds(
+        cfg, job.phase, B, cost.T, cost.S, job.cache)
+    return [weights, attention, *([param_count(cfg) / optimizer_rate(cfg)] if train else [])]
+
+
+def fastest_int8(job):
+    """Job -> Job: with the kind of int8 weights whose matmul is faster here, if none is given."""
+    return replace(job, int8=job.int8 or max(INT8, key=partial(
+        matmul_rate, job.cfg, rows_of(job)))) if job.dtype == "int8" else job
 
 
 # ------------------------------------------------------------------- plan: chips that are not here
@@ -1235,14 +1342,6 @@ def empty_cache(job, mesh, S):
     return where_of(job, mesh).move(cache) if mesh else cache
 
 
-def rows_at_a_time(job):
-    """Job -> int or None: of a prefill. On this machine's CPU the largest divisor of B, from 2 on,
-    whose rows hold 1,024 to 2,048 tokens; elsewhere, or where there is none, all."""
-    B, T = job.batch, job.prompt
-    fit = [rows for rows in range(2, B) if B % rows == 0 and 1024 <= rows * T <= 2048]
-    return max(fit, default=None) if job.here and B * T > 2048 else None
-
-
 def at_length(cache, length):
     """Cache, int -> Cache: every run starts there."""
     return cache._replace(length=jnp.full_like(cache.length, length))
@@ -1313,7 +1412,7 @@ def speculate_program(job, mesh):
         return cache, counts
 
     def make(params, key):
-        prompt = jnp.tile(np.resize(encode(SENTENCE), T) % job.cfg.V, (job.batch, 1))
+        prompt = jnp.tile(np.resize(byte_tokens(SENTENCE), T) % job.cfg.V, (job.batch, 1))
         _, cache = prefill_jit(params, empty_cache(job, None, job.most_slots), prompt,
                                jnp.full(job.batch, T), job.cfg)
         return params, where_of(job, mesh).move(cache) if mesh else cache, jnp.pad(
@@ -1752,13 +1851,18 @@ def name_of(row):
 
 
 def explain(rows):
-    """list of rows -> None: prints, in at most twenty lines, how far limit and measurement differ,
-    why where it is most, and what cannot be."""
-    ratios = [row["measured_seconds"] / row["limit_seconds"] for row in rows]
-    worst = max(ratios)
-    print(f"\nof {len(rows)} rows: took/limit median {statistics.median(ratios):.2f}, worst "
-          f"{worst:.2f} ({name_of(rows[ratios.index(worst)])})")
-    for ratio, name, row in zip(ratios, map(name_of, rows), rows):
+    """list of rows -> None: prints, in at most twenty lines, how far limit, library and measurement
+    differ, why where it is most, and what cannot be."""
+    print(f"\nof {len(rows)} rows:")
+    for title, above, below in (("took/library", "measured_seconds", "library_seconds"),
+                                ("library/limit", "library_seconds", "limit_seconds"),
+                                ("took/limit", "measured_seconds", "limit_seconds")):
+        ratios = sorted((row[above] / row[below], name_of(row)) for row in rows
+                        if row[above] and row[below])
+        if ratios:
+            print(f"  {title:13} median {statistics.median(ratio for ratio, _ in ratios):.2f}, "
+                  + " to ".join(f"{ratio:.2f} ({name})" for ratio, name in (ratios[0], ratios[-1])))
+    for name, row in zip(map(name_of, rows), rows):
         if None in (row["mfu"], row["mbu"]):
             print(f"error: {name}: faster than a ceiling: it was measured too low (was another "
                   "program running?), or what is read stays in a cache (choose a larger model)")
@@ -1770,10 +1874,11 @@ def explain(rows):
                       f", {row['tokens_per_second'] / r['tokens_per_second']:.2f} times the speed "
                       f"of generate with {r['S']} slots" for r in plain))
         if profile := row.get("profile"):
-            print(f"{name} takes {ratio:.2f} times its limit: "
-                  + ", ".join(f"{share:.0%} {region}" for region, share in
-                              profile["regions"].items())
-                  + f"; no operation runs for {profile['idle']:.0%} of the time")
+            alone = {part["name"]: part["library_seconds"] for part in row["parts"]
+                     if "library_seconds" in part}
+            print(f"{name} takes {cell('seconds', row['measured_seconds'])}; alone its parts take: "
+                  f"{cell('seconds', alone) or '-'}. Of its time "
+                  f"{cell('share', profile['regions'])}; no operation runs for {profile['idle']:.0%}")
             for op in profile["operations"][:3]:
                 print(f"  {op['share']:6.1%} x{op['times']:<5} {op['region']:10} {op['kind']:12} "
                       f"{op['source']}")
@@ -1782,21 +1887,11 @@ def explain(rows):
 # ---------------------------------------------------------------------------------------- real text
 
 
-def encode(text):
-    """str -> 1T: a byte a token; bytes of the command line that are no UTF-8, too."""
-    return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8).astype(np.int32)[None]
-
-
-def decode(tokens):
-    """T -> str: what is no UTF-8 shows as a replacement character."""
-    return bytes(np.asarray(tokens, np.uint8)).decode(errors="replace")
-
-
 def recite(params, cfg, prompt, new, key, sampling=Sampling()):
     """Params, cfg, 1T, int, key -> str: prefill, then generate, in a model of bytes."""
     T = prompt.shape[1]
     logits, cache = prefill_jit(params, init_cache(cfg, 1, T + new), prompt, jnp.full(1, T), cfg)
-    return decode(generate_jit(params, cache, logits, key, new, cfg, sampling)[0][0])
+    return byte_text(generate_jit(params, cache, logits, key, new, cfg, sampling)[0][0])
 
 
 def train_steps(cfg, params, adam, text, B, T, lr, seed):
@@ -1816,7 +1911,7 @@ def train_steps(cfg, params, adam, text, B, T, lr, seed):
 def learn(job, seed, most=200):
     """Job, int -> Params: float32, trained on SENTENCE until the model recites it. ValueError for a
     model that is not of bytes, and where it does not learn."""
-    cfg, text = replace(job.cfg, dtype="float32"), encode(8 * SENTENCE)[0]
+    cfg, text = replace(job.cfg, dtype="float32"), byte_tokens(8 * SENTENCE)
     require(cfg.V >= 256, f"V={cfg.V}: a model that learns a sentence in bytes has V=256 or more")
     say(f"learning {SENTENCE!r} ...")
     params, words = init(jax.random.key(seed), cfg), ""
@@ -1910,54 +2005,8 @@ def train_on_text(args, jobs, ceilings, texts):
         say(f"saved to {args.save}")
     prompt, params = held_out[None, :min(job.prompt, 64)], cast(params, job.cfg.dtype)
     text = recite(params, job.cfg, prompt, job.new, jax.random.key(args.seed), Sampling(0.5))
-    print(f"{decode(prompt[0])!r} goes on {text!r}")
+    print(f"{byte_text(prompt[0])!r} goes on {text!r}")
     return {"rows": rows, "continuation": text}
-
-
-def end_tokens(path):
-    """path -> tuple: what ends a text: generation_config.json counts before config.json."""
-    for file in (path / "generation_config.json", path / "config.json"):
-        end = read_json(file).get("eos_token_id") if file.exists() else None
-        ends = end if isinstance(end, list) else [] if end is None else [end]
-        require(all(type(end) is int for end in ends), f"{file}: eos_token_id={end!r} should be a "
-                "token or a list of them")
-        if ends:
-            return tuple(ends)
-    return ()
-
-
-def tokenizer(path, cfg):
-    """path, Config -> namespace: `encode` and `decode` of tokenizer.json, or of bytes where V is
-    256; what `ends` a text; and how many tokens are `settled`: no later token changes their text.
-    """
-    file = Path(path) / "tokenizer.json"
-    if not file.exists():
-        require(cfg.V == 256, f"{file} is missing, and V={cfg.V} is not 256, a model of bytes")
-        return SimpleNamespace(encode=lambda text: encode(text)[0], decode=decode, ends=(),
-                               settled=len)
-    try:
-        from tokenizers import Tokenizer
-        words = Tokenizer.from_file(str(file))
-    except ImportError:
-        raise ValueError(f'{file} needs the extra hf: pip install ".[hf]"') from None
-    except Exception as error:  # the library raises no narrower one
-        raise ValueError(f"{file} is no tokenizer: {error}") from None
-    words.no_truncation()  # which, as padding, was meant for training
-    words.no_padding()
-
-    def read(text):
-        require(text.encode(errors="ignore").decode() == text, f"prompt {text!r} is no UTF-8")
-        return words.encode(text).ids
-
-    def settled(ids):  # a run of bytes, and of tokens without text, may become other characters
-        n = len(ids)
-        while n and (re.fullmatch("<0x[0-9A-F]{2}>", words.id_to_token(ids[n - 1]) or "")
-                     or not words.decode(ids[n - 1:n])):
-            n -= 1
-        return n
-
-    return SimpleNamespace(encode=read, decode=words.decode, ends=end_tokens(file.parent),
-                           settled=settled)
 
 
 def one_job(args):
@@ -1973,7 +2022,7 @@ def load_split(job):
     several devices each reads its own part alone."""
     def job_of(cfg):
         MODELS[job.model] = cfg
-        return settle(replace(job, dtype=job.dtype or cfg.dtype))
+        return fastest_int8(settle(replace(job, dtype=job.dtype or cfg.dtype)))
 
     def shardings(cfg):
         split_job = job_of(cfg)
@@ -2184,7 +2233,7 @@ def jobs_of(args):
     return [Job(**dict(zip(values, each))) for each in itertools.product(*lists)]
 
 
-PREDICTED = ("T", "S", "limit_seconds", "bound", "expected_seconds", "flops", "program_flops",
+PREDICTED = ("T", "S", "limit_seconds", "bound", "library_seconds", "expected_seconds", "flops", "program_flops",
              "weight_bytes", "cache_bytes", "byte_seconds")
 COMPILED = ("compiler", "slice", "formula", "formula_bytes", "argument_bytes", "output_bytes",
             "alias_bytes", "temp_bytes", "peak_bytes", "memory_bytes", "fits", "message",
@@ -2207,7 +2256,7 @@ def params_of(job, seed):
         replace(alike, dtype=job.dtype, int8=job.int8), seed)
 
 
-LINE = "{:9} {:8} {:8} {:>3} {:>8} {:>7} {:5} {:>7} {:>10} {:>5} {:>5} {:>9}".format
+LINE = "{:9} {:8} {:8} {:>3} {:>8} {:>7} {:>7} {:>7} {:>12} {:>5} {:>5} {:>9}".format
 
 
 def print_row(row):
@@ -2218,10 +2267,11 @@ def print_row(row):
         for title, keys in (("predicted, of all", PREDICTED), ("compiled, of each", COMPILED)):
             print_facts({title: {key: row[key] for key in keys if row[key] is not None}})
         return
-    took, least = row["measured_seconds"], row["limit_seconds"]
+    took, alone = row["measured_seconds"], row["library_seconds"]
     print(LINE(row["phase"], row["dtype"], "-" if row["phase"] == "train" else row["cache"],
-               row["batch"], f"{row['T']}/{row['S']}", si(least, "s"), row["bound"], si(took, "s"),
-               f"{took / least:.2f}", *("error" if row[key] is None else cell(key, row[key])
+               row["batch"], f"{row['T']}/{row['S']}", si(row["limit_seconds"], "s"),
+               cell("seconds", alone), si(took, "s"), f"{took / alone:.2f}" if alone else "-",
+               *("error" if row[key] is None else cell(key, row[key])
                                         for key in ("mfu", "mbu")),
                cell("", row["tokens_per_second"])), flush=True)
     if row["sent"]:
@@ -2245,6 +2295,10 @@ def make_row(job, limits, args, traced):
     is traced."""
     row = ROW | asdict(job) | predict(job, limits)
     say(f"{name_of(row)}: limit {si(row['limit_seconds'], 's')} ...")
+    if not (job.chip or job.mesh):
+        for part, seconds in zip(row["parts"], library_seconds(job), strict=True):
+            part["library_seconds"] = seconds
+        row["library_seconds"] = sum(part["library_seconds"] for part in row["parts"])
     prepared = prepare(job, params_of(job, args.seed), args.seed)
     step = prepared.step
     if job.phase != "serve":
@@ -2267,6 +2321,7 @@ def run(args):
     first = jobs[0]
     for job in jobs:
         check(job)
+    jobs = [*map(fastest_int8, jobs)]
     require(not ((path or args.profile) and first.chip or path and first.mesh),
             "--text and --profile are for this machine, and --text for one device")
     if first.chip:
@@ -2279,14 +2334,14 @@ def run(args):
     if text:
         return result | train_on_text(args, jobs, limits, text)
     if not first.chip:
-        print(LINE("phase", "dtype", "cache", "B", "T/S", "limit", "bound", "took", "took/limit",
-                   "MFU", "MBU", "tokens/s"))
+        print(LINE("phase", "dtype", "cache", "B", "T/S", "limit", "library", "took",
+                   "took/library", "MFU", "MBU", "tokens/s"))
     with suppress(KeyboardInterrupt):  # what was measured so far is printed
         for job in jobs:
             rows.append(make_row(job, limits, args, args.profile))
             print_row(rows[-1])
-        gaps = [(row["measured_seconds"] / row["limit_seconds"], i) for i, row in enumerate(rows)
-                if args.command == "all" and row["phase"] != "serve"]
+        gaps = [(abs(math.log(row["measured_seconds"] / row["library_seconds"])), i)
+                for i, row in enumerate(rows) if args.command == "all" and row["phase"] != "serve"]
         if gaps:  # profile the largest one
             _, i = max(gaps)
             rows[i]["profile"] = make_row(jobs[i], limits, args, True)["profile"]

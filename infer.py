@@ -8,11 +8,13 @@ Functions that take `where` run on one device by default; a `shard.Where` splits
 """
 import json
 import math
+import re
 import time
 from collections import namedtuple
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -1103,3 +1105,61 @@ def save_state(path, cfg, params, adam):
               | host_arrays(cfg, adam.v, "v."))
     write_tensors(Path(path) / STATE, arrays,
                   config_json(cfg) | {"adam_step": int(adam.step)})
+
+
+# --------------------------------------------------------------------------------- texts and tokens
+
+
+def byte_tokens(text):
+    """str -> T: a byte a token, as int32; bytes of a command line that are no UTF-8, too."""
+    return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8).astype(np.int32)
+
+
+def byte_text(tokens):
+    """T -> str: what is no UTF-8 shows as a replacement character."""
+    return bytes(np.asarray(tokens, np.uint8)).decode(errors="replace")
+
+
+def end_tokens(path):
+    """path -> tuple: what ends a text: generation_config.json counts before config.json."""
+    for file in (path / "generation_config.json", path / "config.json"):
+        end = read_json(file).get("eos_token_id") if file.exists() else None
+        ends = end if isinstance(end, list) else [] if end is None else [end]
+        require(all(type(end) is int for end in ends), f"{file}: eos_token_id={end!r} should be a "
+                "token or a list of them")
+        if ends:
+            return tuple(ends)
+    return ()
+
+
+def tokenizer(path, cfg):
+    """path, Config -> namespace: `encode` and `decode` of tokenizer.json, or of bytes where V is
+    256; what `ends` a text; and how many tokens are `settled`: no later token changes their text.
+    """
+    file = Path(path) / "tokenizer.json"
+    if not file.exists():
+        require(cfg.V == 256, f"{file} is missing, and V={cfg.V} is not 256, a model of bytes")
+        return SimpleNamespace(encode=byte_tokens, decode=byte_text, ends=(), settled=len)
+    try:
+        from tokenizers import Tokenizer
+        words = Tokenizer.from_file(str(file))
+    except ImportError:
+        raise ValueError(f'{file} needs the extra hf: pip install ".[hf]"') from None
+    except Exception as error:  # the library raises no narrower one
+        raise ValueError(f"{file} is no tokenizer: {error}") from None
+    words.no_truncation()  # which, as padding, was meant for training
+    words.no_padding()
+
+    def read(text):
+        require(text.encode(errors="ignore").decode() == text, f"prompt {text!r} is no UTF-8")
+        return words.encode(text).ids
+
+    def settled(ids):  # a run of bytes, and of tokens without text, may become other characters
+        n = len(ids)
+        while n and (re.fullmatch("<0x[0-9A-F]{2}>", words.id_to_token(ids[n - 1]) or "")
+                     or not words.decode(ids[n - 1:n])):
+            n -= 1
+        return n
+
+    return SimpleNamespace(encode=read, decode=words.decode, ends=end_tokens(file.parent),
+                           settled=settled)

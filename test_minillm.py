@@ -743,11 +743,11 @@ SIZE = dict(n=2, B=3, D=4, T=5, G=6, K=7, M=8, S=9, t=10, E=11, width=12, F=13, 
             H=42)
 CONTRACT_CFG = Config(L=2, **{letter: SIZE[letter] for letter in "EHKDFV"})
 INTEGERS = {"BT", "B(T+1)", "B", "Bn", "BS", "1T", "1", "B(n+1)", "M"}  # tokens and lengths
-HOST_WORDS = ("path module tensor slices iterator prompts names shardings Mesh AbstractMesh Where "
-              "P specs axis strs").split()  # of files, of a mesh, or of a loop on the host
+HOST_WORDS = ("path module namespace tensor slices iterator prompts names shardings Mesh "
+              "AbstractMesh Where P specs axis strs").split()  # of files, of a mesh, or of a loop on the host
 ON_THE_HOST = {"serve", "read_requests", "library", "read_json", "open_tensors", "find_tensors",
                "load", "read_params", "load_state", "host_arrays", "put_in_place", "write_tensors",
-               "save", "save_state"}
+               "save", "save_state", "byte_tokens", "byte_text", "end_tokens", "tokenizer"}
 CONTRACTS = [fn for module in (minillm, infer, shard) for name, fn in inspect.getmembers(module)
              if callable(fn) and not inspect.isclass(fn) and not name.startswith("_")
              and getattr(fn, "__module__", "") == module.__name__]
@@ -2297,10 +2297,11 @@ def settled(phase, model=TINY, **options):
 
 @pytest.fixture
 def calm(monkeypatch):
-    """Fixed ceilings that no machine reaches at toy sizes, so that nothing depends on timing; and
-    few runs."""
+    """Fixed ceilings that no machine reaches at toy sizes, and a library that takes a millisecond,
+    so that nothing depends on timing; and few runs."""
     monkeypatch.setattr(bench, "measure_flops", lambda dtype: 1e15)
     monkeypatch.setattr(bench, "measure_read", lambda: 1e15)
+    monkeypatch.setattr(bench, "seconds_alone", lambda fn, arguments: 1e-3)
     monkeypatch.setattr(bench, "seconds_of", partial(bench.seconds_of, seconds=0))
 
 
@@ -2319,12 +2320,13 @@ def test_a_row_has_its_job_its_prediction_and_the_programs_flops_and_bytes(
         map(str, batches)), "--dtype", "bfloat16", "--prompt", 6, "--new", 3)
     assert result["machine"].keys() >= {"device", "count", "cores", "jax", "python"}
     rows = [row for row in result["rows"] if row["phase"] == phase]
-    assert [row["batch"] for row in rows] == batches and "took/limit" in out
+    assert [row["batch"] for row in rows] == batches and "took/library" in out
     for row in rows:
         job = settled(phase, batch=row["batch"], dtype="bfloat16", prompt=6, new=3)
         assert row.keys() >= bench.ROW.keys() and row["mfu"] is not None and row["runs"] >= 1
         assert {name: row[name] for name in vars(job)} == vars(job)
-        assert row["limit_seconds"] == pytest.approx(sum(p["seconds"] for p in row["parts"]))
+        for name, each in (("limit_seconds", "seconds"), ("library_seconds", "library_seconds")):
+            assert row[name] == pytest.approx(sum(part[each] for part in row["parts"]))
         if phase == "serve":  # it runs on the host, of programs that the other rows hold
             continue
         args = bench.prepare(job).args
@@ -2379,6 +2381,33 @@ def test_limits_grow_with_batch_and_tokens_and_no_part_beats_either_limit(B, T, 
         return result["limit_seconds"]
 
     assert seconds(B, T) <= seconds(B + 1, T) and seconds(B, T) <= seconds(B, T + 1)
+
+
+@pytest.mark.parametrize("phase, dtype, int8", [
+    ("train", "float32", ""), *((phase, *kind) for phase in bench.PHASES if phase != "train"
+                                for kind in (("float32", ""), ("int8", "Q8"), ("int8", "Q8A8")))])
+def test_operations_that_run_alone_multiply_what_the_step_multiplies(
+        phase, dtype, int8, monkeypatch):
+    """If an operation alone takes a second for each flop of its program, the library's parts take
+    as many seconds as the step's parts have flops."""
+    monkeypatch.setattr(bench, "seconds_alone", lambda fn, arguments: traced_flops(
+        fn, *arguments[0]) or 1)
+    for name in ("matmul_rate", "attention_seconds", "optimizer_rate"):
+        monkeypatch.setattr(bench, name, getattr(bench, name).__wrapped__)
+    for B, T in ((2, 6), (20, 128)):
+        job = settled(phase, "L2,E16,H4,K2,D8,F24,V256", batch=B, prompt=T, new=5, dtype=dtype,
+                      int8=int8)
+        parts = bench.COSTS[phase](job).parts
+        flops = [part.flops for part in parts if part.flops]
+        assert bench.library_seconds(job)[:len(flops)] == pytest.approx(flops)
+
+
+def test_the_kind_of_int8_is_given_or_the_faster_one(monkeypatch):
+    for faster in bench.INT8:
+        monkeypatch.setattr(bench, "matmul_rate", lambda cfg, rows, kind: kind == faster)
+        jobs = [settled("generate", dtype=dtype, int8=kind) for dtype, kind in (
+            ("float32", ""), ("int8", ""), ("int8", "Q8"), ("int8", "Q8A8"))]
+        assert [bench.fastest_int8(job).int8 for job in jobs] == ["", faster, "Q8", "Q8A8"]
 
 
 def test_a_few_percent_above_a_ceiling_are_all_of_it_and_more_is_an_error():
@@ -2495,7 +2524,7 @@ def test_text_is_printed_once_and_whole_however_it_is_spelled(seed, capsys, tmp_
 def byte_words():
     folder = pathlib.Path(tempfile.mkdtemp())
     _, V = byte_fallback(folder)
-    return bench.tokenizer(folder, Config(L=1, E=8, H=2, K=1, D=4, F=8, V=V))
+    return infer.tokenizer(folder, Config(L=1, E=8, H=2, K=1, D=4, F=8, V=V))
 
 
 @files
@@ -2537,9 +2566,9 @@ def test_a_text_ends_where_generation_config_says_or_else_config(general, own, e
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": own}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": general}))
     cfg = Config(L=1, E=8, H=2, K=1, D=4, F=8, V=V)
-    assert list(bench.tokenizer(tmp_path, cfg).ends) == ends
+    assert list(infer.tokenizer(tmp_path, cfg).ends) == ends
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
-    check(lambda: bench.tokenizer(tmp_path, cfg), "generation_config.json", "eos_token_id")
+    check(lambda: infer.tokenizer(tmp_path, cfg), "generation_config.json", "eos_token_id")
 
 
 @files
