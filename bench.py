@@ -842,11 +842,12 @@ def critical_batch(job, ceilings):
 
 
 def seconds_alone(fn, arguments):
-    """fn, list of arguments -> seconds of a call, in a program of one call for each of them."""
+    """fn, list of arguments -> seconds of a call, in the best run of a program of one call for each
+    of them."""
     program = jax.jit(lambda arguments: [fn(*each) for each in arguments])
     jax.block_until_ready(program(arguments))
-    times = seconds_of(lambda: jax.block_until_ready(program(arguments)), seconds=0.1)
-    return statistics.median(times) / len(arguments)
+    return min(seconds_of(lambda: jax.block_until_ready(program(arguments)),
+                          seconds=0.1)) / len(arguments)
 
 
 def with_gradient(fn):
@@ -866,22 +867,22 @@ def some_numbers(shape, dtype):
 
 
 @lru_cache(maxsize=1)
-def weights_alone(shape, dtype, kind, n):
-    """tuple, dtype, str, int -> list of FE: at most n weights, but more than a processor's cache
-    holds: of a float dtype, or int8 of this kind."""
-    w = some_numbers(shape, "int8" if kind else dtype)
-    n = max(1, min(n, math.ceil(64 * MB / w.nbytes)))
-    weights = [w, *(jnp.array(w) for _ in range(n - 1))]
+def mlp_weights(cfg, kind):
+    """cfg, str -> list of FE, FE, EF: the weights of as many MLPs as no processor's cache holds, or
+    as the model has: in cfg.dtype, or int8 of this kind."""
+    w = some_numbers((cfg.F, cfg.E), "int8" if kind else cfg.dtype)
+    n = min(cfg.L, math.ceil(64 * MB / (3 * w.nbytes)))
+    weights = [jnp.array(w.reshape(shape)) for shape in n * [w.shape, w.shape, w.shape[::-1]]]
     return [INT8[kind](w, jnp.full((len(w), 1), 1e-2)) for w in weights] if kind else weights
 
 
 @lru_cache
 def matmul_rate(cfg, rows, kind="", train=False):
-    """cfg, int, str, bool -> flops/s of so many rows times weights of its MLP, in training with
+    """cfg, int, str, bool -> flops/s of so many rows times the weights of MLPs, in training with
     their gradients."""
-    x = some_numbers((rows, cfg.E), cfg.dtype)
-    weights = weights_alone((cfg.F, cfg.E), cfg.dtype, kind, 3 * cfg.L)
-    seconds = seconds_alone(with_gradient(dot) if train else dot, [(x, w) for w in weights])
+    inputs = {size: some_numbers((rows, size), cfg.dtype) for size in (cfg.E, cfg.F)}
+    seconds = seconds_alone(with_gradient(dot) if train else dot, [
+        (inputs[w.shape[1]], w) for w in mlp_weights(cfg, kind)])
     return (2 + 4 * train) * rows * cfg.E * cfg.F / seconds
 
 
@@ -2211,7 +2212,7 @@ def default_jobs(quick):
     steps = [Job("train", batch=2, prompt=128),
              *(Job("prefill", batch=B, prompt=64) for B in batches[:2]),
              *(Job("generate", batch=B, prompt=248, new=8) for B in batches),
-             Job("verify", prompt=240, new=16), Job("speculate", prompt=96),
+             Job("verify", prompt=240, new=16), Job("speculate", prompt=224),
              Job("serve", batch=4, prompt=32, new=8)]
     kinds = [("float32", ""), ("bfloat16", ""), ("int8", ""), ("int8", "int8")]
     jobs = [settle(replace(job, model=model, dtype=dtype, cache=cache))

@@ -744,7 +744,7 @@ SIZE = dict(n=2, B=3, D=4, T=5, G=6, K=7, M=8, S=9, t=10, E=11, width=12, F=13, 
 CONTRACT_CFG = Config(L=2, **{letter: SIZE[letter] for letter in "EHKDFV"})
 INTEGERS = {"BT", "B(T+1)", "B", "Bn", "BS", "1T", "1", "B(n+1)", "M"}  # tokens and lengths
 HOST_WORDS = ("path module namespace tensor slices iterator prompts names shardings Mesh "
-              "AbstractMesh Where P specs axis strs").split()  # of files, of a mesh, or of a loop on the host
+              "AbstractMesh Where P specs axis strs").split()  # of files, a mesh, or a host's loop
 ON_THE_HOST = {"serve", "read_requests", "library", "read_json", "open_tensors", "find_tensors",
                "load", "read_params", "load_state", "host_arrays", "put_in_place", "write_tensors",
                "save", "save_state", "byte_tokens", "byte_text", "end_tokens", "tokenizer"}
