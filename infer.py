@@ -544,6 +544,13 @@ def read_requests(prompts, n, S, cfg):
         number += 1
 
 
+@jax.jit
+def request_keys(key, numbers):
+    """key, B -> keys: one for each request, by its number; one key after another, since `vmap`
+    gives some kinds of key other results."""
+    return lax.map(partial(random.fold_in, key), numbers)
+
+
 def serve(params, prompts, B, S, n, key, cfg, sampling=GREEDY, end=None, stride=8,
           cache_dtype="float32", where=HERE):
     """Params, prompts, B, S, n, key, cfg -> iterator of (int, tokens): continuous batching.
@@ -587,9 +594,7 @@ def serve(params, prompts, B, S, n, key, cfg, sampling=GREEDY, end=None, stride=
                 return
             time.sleep(0.001)  # then the source is asked again
             continue
-        # one key after another: vmap gives some kinds of key other results
-        numbers = jnp.array([active.get(row, [0])[0] for row in range(B)])
-        keys = lax.map(partial(random.fold_in, key), numbers)
+        keys = request_keys(key, jnp.array([active.get(row, [0])[0] for row in range(B)]))
         tokens, logits, cache = advance(params, cache, logits, keys, n=min(stride, n), cfg=cfg,
                                         sampling=sampling, end=(*ends,) or None, where=where)
         for row, (number, most, output) in [*active.items()]:
