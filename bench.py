@@ -298,8 +298,10 @@ def chip_devices(name, chips):
         text = GPU.format(*GPUS[name], name)
         devices = get_topology_desc(name, "cuda", topology=shape, target_config=text).devices
         return devices, facts | {"memory_bytes": GPUS[name][7]}
-    megacore = {"chip_config_name": "megacore"} if name in ("tpu-v4", "tpu-v5p") else {}
-    devices = get_topology_desc(f"{target.name}:{shape}", "tpu", **megacore).devices
+    how = {"chip_config_name": "megacore"} if name in ("tpu-v4", "tpu-v5p") else {}
+    if shape.startswith("4x4x"):  # from this size on a slice is a torus: its ends are connected
+        how["wrap"] = (True, True, True)
+    devices = get_topology_desc(f"{target.name}:{shape}", "tpu", **how).devices
     large = jax.ShapeDtypeStruct((1 << 40,), jnp.float32,
                                  sharding=jax.sharding.SingleDeviceSharding(devices[0]))
     _, refusal = compiled_with(jax.jit(lambda x: x + 1).lower(large), {})
@@ -359,6 +361,8 @@ class Job:
                          choices=tuple(shard.LAYOUTS))
     ring: int = option("collective matmuls: 0 references, 1 or 2 rings of so many directions", 0,
                        partial(number, least=0, most=2), several=True)
+    sums: str = option("dtype in which partial sums travel between devices", "float32",
+                       choices=("float32", "bfloat16"))
     by: str = option("who chooses training's collectives", "hand", choices=("hand", "compiler"))
     keep: str = option("what a layer keeps for its gradient on several devices, of "
                        f"{', '.join(KEEPABLE)}, or none ({','.join(shard.KEPT)})", "")
@@ -720,7 +724,7 @@ def step_events(job):
     if job.phase == "prefill" and shard.LAYOUTS[job.layout].by_token:
         return {}
     return shard.step_comm(job.cfg, job.batch // job.copies, COSTS[job.phase](job).T, job.tensor,
-                           job.layout, job.ring, job.phase == "prefill")
+                           job.layout, job.ring, job.phase == "prefill", job.sums)
 
 
 def links_of(job):
@@ -1324,7 +1328,7 @@ generate_jit = jax.jit(generate, static_argnames=("n", "cfg", "sampling", "end")
 
 def where_of(job, mesh):
     """Job, Mesh or None -> where its functions run: here, or split as the job says."""
-    return shard.Where(mesh, job.layout, job.ring) if mesh and job.layout else HERE
+    return shard.Where(mesh, job.layout, job.ring, job.sums) if mesh and job.layout else HERE
 
 
 def bound(fn, job, mesh, **how):
@@ -1357,7 +1361,7 @@ def train_program(job, mesh):
 
     split = {} if mesh is None else {"loss": partial(shard.fsdp_loss, mesh=mesh) if job.by != "hand"
                                      else partial(shard.sharded_loss, mesh=mesh, ring=job.ring,
-                                                  keep=job.kept)}
+                                                  keep=job.kept, sums=job.sums)}
 
     def step(_, state, tokens):
         *state, value = train_step(*state, tokens, job.cfg, 1e-4, **split)

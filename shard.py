@@ -235,26 +235,46 @@ def check_outputs(size, n, directions=1):
             f"{directions} direction(s): choose a multiple of {n * directions}, or ring=0")
 
 
+def split_norm(x, scale, eps, axis="tensor"):
+    """BT(E/t), E, eps -> BT(E/t): `rms_norm`; one sum of squares per token is reduced."""
+    part, x32 = x.shape[-1], x.astype("float32")
+    squares = lax.psum(jnp.sum(x32 * x32, axis=-1, keepdims=True), axis)
+    unit = x32 * lax.rsqrt(squares / (part * lax.axis_size(axis)) + eps)
+    local = lax.dynamic_slice_in_dim(scale, lax.axis_index(axis) * part, part)
+    return (unit * local.astype("float32")).astype(x.dtype)
+
+
+def is_norm_split(rows, E):
+    """int, int -> bool: does each device normalize its own part of the rows before a gather? Else
+    each normalizes all of them after it. For 2^20 numbers that takes a chip as long as the
+    all-reduce of `split_norm`, about 10 us."""
+    return rows * E >= 2 ** 20
+
+
 def gather_matmul(x, ws, axis="tensor", dtype=None, norm=None):
     """...(E/t), ((F/t)E, ...) -> (...(F/t), ...): gather the contracted letter, then multiply.
 
     Each w is this device's part of the outputs, so the result is split as w is. One gather of x
-    serves all weights. With norm=(E, eps), of all E scales, the gathered rows are normalized. The
-    reference of `gather_matmul_ring`.
+    serves all weights. With norm=(E, eps), of all E scales, rows are normalized: many of them
+    before the gather, few after it (`is_norm_split`). The reference of `gather_matmul_ring`.
     """
-    check_contracted(x, ws, lax.axis_size(axis), norm)
+    n = lax.axis_size(axis)
+    check_contracted(x, ws, n, norm)
+    first = norm and n > 1 and is_norm_split(math.prod(x.shape[:-1]), n * x.shape[-1])
+    x = split_norm(x, *norm, axis) if first else x
     x = all_gather(x, axis, x.ndim - 1)
-    x = rms_norm(x, *norm) if norm else x
+    x = rms_norm(x, *norm) if norm and not first else x
     return tuple(dot(x, w, dtype=dtype) for w in ws)
 
 
-def matmul_scatter(x, w, axis="tensor", n=1):
-    """...(F/t), E(F/t) -> ...(E/t): multiply, then sum in float32 over devices and split over E.
+def matmul_scatter(x, w, axis="tensor", n=1, sums="float32"):
+    """...(F/t), E(F/t) -> ...(E/t): multiply, then sum over devices and split over E.
 
-    The last n letters of w are contracted. The reference of `matmul_scatter_ring`.
+    The last n letters of w are contracted. Partial sums travel, and are added, in the dtype `sums`;
+    so does the gradient, which is gathered. The reference of `matmul_scatter_ring`.
     """
     check_outputs(w.shape[0], lax.axis_size(axis))
-    return reduce_scatter(dot(x, w, n, dtype="float32"), axis, x.ndim - n).astype(x.dtype)
+    return reduce_scatter(dot(x, w, n, dtype=sums), axis, x.ndim - n).astype(x.dtype)
 
 
 def pass_on(x, axis, way=1):
@@ -299,7 +319,7 @@ def gather_matmul_ring(x, ws, axis="tensor", dtype=None, norm=None, directions=1
     return tuple(sums.astype(dtype or x.dtype) for sums in total)
 
 
-def matmul_scatter_ring(x, w, axis="tensor", n=1, directions=1):
+def matmul_scatter_ring(x, w, axis="tensor", n=1, sums="float32", directions=1):
     """...(F/t), E(F/t) -> ...(E/t): partial sums travel around the ring to the device of their
     part.
 
@@ -312,7 +332,7 @@ def matmul_scatter_ring(x, w, axis="tensor", n=1, directions=1):
     for half, way in enumerate((1, -1)[:directions]):
         width, total = part // directions, 0.0
         for i in range(size):
-            total = pass_on(total, axis, way) if i else total
+            total = pass_on(total.astype(sums), axis, way) if i else total
             start = (here - way * (i + 1)) % size * part + half * width
             total = total + dot(x, outputs(w, start, width), n, dtype="float32")
         halves.append(total)
@@ -323,15 +343,6 @@ RINGS = {0: (gather_matmul, matmul_scatter), 1: (gather_matmul_ring, matmul_scat
          2: (partial(gather_matmul_ring, directions=2), partial(matmul_scatter_ring, directions=2))}
 
 # ------------------------------------------------------------------- the parts between matmuls
-
-
-def split_norm(x, scale, eps, axis="tensor"):
-    """BT(E/t), E, eps -> BT(E/t): `rms_norm`; one sum of squares per token is reduced."""
-    part, x32 = x.shape[-1], x.astype("float32")
-    squares = lax.psum(jnp.sum(x32 * x32, axis=-1, keepdims=True), axis)
-    unit = x32 * lax.rsqrt(squares / (part * lax.axis_size(axis)) + eps)
-    local = lax.dynamic_slice_in_dim(scale, lax.axis_index(axis) * part, part)
-    return (unit * local.astype("float32")).astype(x.dtype)
 
 
 def split_embed(params, tokens, cfg, axis="tensor"):
@@ -349,11 +360,12 @@ def split_unembed(params, x, cfg, axis="tensor", enter=gather_matmul):
                  norm=(params.out_norm, cfg.eps))[0]
 
 
-def split_parts(axis, ring):
-    """axis, int -> dict: the infer.Parts of a model whose weights are split over that axis."""
+def split_parts(axis, ring, sums):
+    """axis, int, dtype -> dict: the infer.Parts of a model whose weights are split over that axis.
+    """
     enter, leave = RINGS[ring]
     return dict(embed=partial(split_embed, axis=axis), enter=partial(enter, axis=axis),
-                leave=partial(leave, axis=axis),
+                leave=partial(leave, axis=axis, sums=sums),
                 unembed=partial(split_unembed, axis=axis, enter=enter))
 
 
@@ -451,7 +463,7 @@ def gather_weights(w, split, over):
     return jax.tree.map(whole, w, split)
 
 
-def sharded_loss(params, tokens, cfg, mesh, ring=0, keep=KEPT):
+def sharded_loss(params, tokens, cfg, mesh, ring=0, keep=KEPT, sums="float32"):
     """Params, B(T+1), cfg, Mesh -> scalar: `loss`, by hand, on a mesh of "data", "tensor" and, for
     long rows, "context".
 
@@ -459,7 +471,7 @@ def sharded_loss(params, tokens, cfg, mesh, ring=0, keep=KEPT):
     `stack`ed. Rows are split over "data", the tokens of each over "context", where device i has
     every n-th from i on. Each layer's weights are gathered over both before use, and again for its
     gradient. Over "tensor" weights stay split, and so is x over E between layers, with matmuls by
-    `RINGS[ring]`. For the backward pass each layer saves its input and the values named in `keep`;
+    `RINGS[ring]`, whose partial sums travel in the dtype `sums`. For the backward pass each layer saves its input and the values named in `keep`;
     the rest is recomputed. ValueError for what does not divide, and for names that cannot be kept.
     """
     check_kept(keep)
@@ -472,17 +484,18 @@ def sharded_loss(params, tokens, cfg, mesh, ring=0, keep=KEPT):
             "params hold a tuple of layers: stack(params) makes them one")
     check_divides("E", cfg.E, mesh, tensor)
     split, rows = specs(cfg, mesh, {**TENSOR, **FSDP}), P(axes_of(mesh, "data"))
-    run = partial(local_loss, cfg=cfg, split=split, mesh=mesh, ring=ring, keep=keep)
+    run = partial(local_loss, cfg=cfg, split=split, mesh=mesh, keep=keep,
+                  parts=split_parts(tensor, ring, sums))
     return jax.shard_map(run, mesh=mesh, in_specs=(stacked(split), rows), out_specs=P())(
         params, tokens)
 
 
-def local_loss(params, tokens, cfg, split, mesh, ring, keep):
-    """Params, B(T+1), cfg, specs, Mesh, int, names -> scalar: `sharded_loss` on one device, from
+def local_loss(params, tokens, cfg, split, mesh, keep, parts):
+    """Params, B(T+1), cfg, specs, Mesh, names, dict -> scalar: `sharded_loss` on one device, from
     its parts; the mean is over all devices."""
     over, context, tensor = (axes_of(mesh, *words) for words in (
         ("data", "context"), ("context",), ("tensor",)))
-    T, parts = tokens.shape[1] - 1, split_parts(tensor, ring)
+    T = tokens.shape[1] - 1
     pos, attend = (local_positions(T, context), partial(attend_ring, axis=context)) \
         if context else (jnp.arange(T), attend_causally)
     inputs, targets = (tokens[:, pos], tokens[:, pos + 1]) if context else (
@@ -734,7 +747,7 @@ def read_context(parts, params, cache, tokens, lengths, cfg, where, **row):
     ends = params._replace(unembed=None, out_norm=None)
     split = specs_of(params, cfg, where.mesh, where.rules)._replace(unembed=None, out_norm=None)
     whole, parts = gather_weights(ends, split, (last,)), parts._replace(
-        **split_parts(over, where.ring))
+        **split_parts(over, where.ring, where.sums))
     local = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % n)))[:, pos[0]]
     x, cache = run_layers(parts, whole, cache, local, pos, lengths, cfg,
                           over_slots(partial(fill_ring, axis=last)))
@@ -760,6 +773,7 @@ class Where:
     mesh: Any            # with an axis "tensor"
     layout: str = "heads"
     ring: int = 0
+    sums: str = "float32"  # dtype of partial sums that travel: see `matmul_scatter`
 
     data = property(lambda self: axes_of(self.mesh, "data"))
     axes = property(lambda self: axes_of(self.mesh, "tensor"))
@@ -844,7 +858,7 @@ class Where:
             return one_hot(token - lax.axis_index(axes) * part, part)
 
         return Parts(
-            **split_parts(axes, self.ring), attend=layout.attend(axes[-1]),
+            **split_parts(axes, self.ring, self.sums), attend=layout.attend(axes[-1]),
             attend_prompt=layout.fill(axes[-1], partial(
                 insert_local, axes=axes[-1:] if layout.letter == "B" else (), data=data)),
             read=partial(read_context, where=self) if layout.by_token else read_prompts,
@@ -989,13 +1003,14 @@ def attend_comm(cfg, rows, axes, layout):
     return Counter(events if last > 1 else {})
 
 
-def step_comm(cfg, B, T, axes, layout="heads", ring=0, prompt=False):
+def step_comm(cfg, B, T, axes, layout="heads", ring=0, prompt=False, sums="float32"):
     """cfg, int, int, tuple, str, int -> dict: step -> (how often, Counter): what each step of the
     tensor-parallel model sends, over axes of these sizes, for T tokens in each of B rows: a decode
     step or a draft to verify, or with `prompt` a prefill (but in the layout "context").
 
     Of a layer five steps send: a gather before q, k and v, what attention needs, a scatter, a
-    gather before gate and up, a scatter. Activations travel in cfg.dtype, sums in float32.
+    gather before gate and up, a scatter; where norms are split, each gather has an all-reduce of a
+    number a row before it. Activations travel in cfg.dtype, sums in `sums`.
     """
     rows, itemsize, t = B * T, jnp.dtype(cfg.dtype).itemsize, math.prod(axes)
 
@@ -1003,12 +1018,13 @@ def step_comm(cfg, B, T, axes, layout="heads", ring=0, prompt=False):
         return Counter({("permute", size // t // ring, t): (t - 1) * ring} if t > 1 else {})
 
     def enter(rows):
-        if not ring:
-            return gather_comm(rows * cfg.E // t * itemsize, axes)
-        norm = Counter({("all_reduce", rows * 4, t): 1} if t > 1 else {})
-        return around(rows * cfg.E * itemsize) + norm
+        first = t > 1 and (ring or is_norm_split(rows, cfg.E))
+        norm = Counter({("all_reduce", rows * 4, t): 1} if first else {})
+        return norm + (around(rows * cfg.E * itemsize) if ring else
+                       gather_comm(rows * cfg.E // t * itemsize, axes))
 
-    leave = around(rows * cfg.E * 4) if ring else scatter_comm(rows * cfg.E * 4, axes)
+    size = rows * cfg.E * jnp.dtype(sums).itemsize
+    leave = around(size) if ring else scatter_comm(size, axes)
     steps = {"embed": (1, scatter_comm(rows * cfg.E * itemsize, axes)),
              "q, k, v": (cfg.L, enter(rows)),
              "attention": (cfg.L, Counter() if prompt else attend_comm(cfg, rows, axes, layout)),

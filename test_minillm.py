@@ -1904,21 +1904,27 @@ WIDE = Config(L=2, E=16, H=8, K=4, D=4, F=24, V=32)  # everything divides by 4, 
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, (2, 2)])
-def test_a_ring_is_its_reference_is_the_product_and_so_are_their_gradients(n):
+@pytest.mark.parametrize("split_norm", [False, True])
+def test_a_ring_is_its_reference_is_the_product_and_so_are_their_gradients(
+        n, split_norm, monkeypatch):
     E, F, spec = 48, 24, jax.P
-    x, y, a, b, c = normals((2, 3, E), (2, 3, F), (F, E), (F, 2, E), (E, F))
+    monkeypatch.setattr(shard, "is_norm_split", lambda rows, E: split_norm)
+    x, y, *weights, scale = normals((2, 3, E), (2, 3, F), (F, E), (F, 2, E), (E, F), (E,))
+    a, b, c = (w * E ** -0.5 for w in weights)
     mesh = shard.make_mesh(tensor=n)
     axes = shard.axes_of(mesh, "tensor")
 
-    def on_one_device(x, y, a, b, c):
-        return dot(x, a), dot(x, b.reshape(-1, E)).reshape(2, 3, F, 2), dot(y, c)
+    def on_one_device(x, y, a, b, c, scale):
+        unit = minillm.rms_norm(x, scale, 0.1)
+        return dot(unit, a), dot(unit, b.reshape(-1, E)).reshape(2, 3, F, 2), dot(y, c)
 
     def split(ring):
         enter, leave = shard.RINGS[ring]
         over, last, second = spec(axes), spec(None, None, axes), spec(None, axes)
         return jax.shard_map(
-            lambda x, y, a, b, c: (*enter(x, (a, b), axes), leave(y, c, axes)), mesh=mesh,
-            in_specs=(last, last, over, over, second), out_specs=(last, last, last))
+            lambda x, y, a, b, c, scale: (*enter(x, (a, b), axes, norm=(scale, 0.1)),
+                                          leave(y, c, axes)), mesh=mesh,
+            in_specs=(last, last, over, over, second, spec()), out_specs=(last, last, last))
 
     def values_and_gradients(*args):
         results = []
@@ -1927,7 +1933,7 @@ def test_a_ring_is_its_reference_is_the_product_and_so_are_their_gradients(n):
             results.append((value, back(jax.tree.map(jnp.sin, value))))
         return results
 
-    expected, *results = jax.jit(values_and_gradients)(x, y, a, b, c)
+    expected, *results = jax.jit(values_and_gradients)(x, y, a, b, c, scale)
     assert len(results) == len(shard.RINGS) == 3
     for result in results:
         jax.tree.map(close, result, expected)
@@ -1944,6 +1950,7 @@ def test_a_sharded_loss_and_its_gradients_are_those_of_one_device(
         axes, ring, chunks, keep, cfg, monkeypatch):
     mesh, params, tokens = shard.make_mesh(**axes), weights(cfg), draw_tokens(cfg, 8, 7)
     monkeypatch.setattr(shard, "loss_chunks", lambda N, V: chunks)
+    monkeypatch.setattr(shard, "is_norm_split", lambda rows, E: chunks > 1)
     split = partial(shard.sharded_loss, mesh=mesh, ring=ring, keep=keep)
     value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, tokens, cfg)
     split_value, split_grads = jax.jit(jax.value_and_grad(split), static_argnums=2)(
@@ -2093,14 +2100,17 @@ def test_axes_of_a_mesh_follow_the_devices_coordinates():
     (dict(tensor=4), "heads", 2, "float32"), (dict(tensor=(2, 2)), "batch", 0, "bfloat16"),
     (dict(data=2, tensor=4), "sequence", 0, "float32"), (dict(tensor=4), "context", 2, "bfloat16"),
     (dict(data=(2, 2), tensor=1), "heads", 1, "float32")])
-def test_the_steps_of_a_layer_send_what_the_program_sends_to_the_byte(axes, layout, ring, dtype):
-    """A decode step, a chunk with the logits of all its tokens, and a prefill."""
+def test_the_steps_of_a_layer_send_what_the_program_sends_to_the_byte(
+        axes, layout, ring, dtype, monkeypatch):
+    """A decode step, a chunk with the logits of all its tokens, and a prefill, with partial sums in
+    the dtype of the activations. Norms of a chunk and of a prefill are split."""
     cfg, B, T, n = replace(WIDE, dtype=dtype), 8, 6, 3
-    where = shard.Where(shard.abstract_mesh(**axes), layout, ring)
+    where = shard.Where(shard.abstract_mesh(**axes), layout, ring, dtype)
+    monkeypatch.setattr(shard, "is_norm_split", lambda rows, E: rows > B and E == cfg.E)
     cache, params = jax.eval_shape(lambda: init_cache(cfg, B, 24, dtype)), abstract(cfg)
     data, tensor = (shard.as_axes(axes.get(name, 1)) for name in ("data", "tensor"))
     formula = partial(shard.step_comm, cfg, B // math.prod(data), axes=tensor, layout=layout,
-                      ring=ring)
+                      ring=ring, sums=dtype)
 
     def verify(params, cache, tokens):
         x, cache = extend(params, cache, tokens, cfg, where=where)
