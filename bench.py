@@ -361,6 +361,8 @@ class Job:
                          choices=tuple(shard.LAYOUTS))
     ring: int = option("collective matmuls: 0 references, 1 or 2 rings of so many directions", 0,
                        partial(number, least=0, most=2), several=True)
+    attention: str = option("a kernel: splash (a TPU's prefill and training), cudnn (a GPU)",
+                            "plain", choices=("plain", "splash", "cudnn"))
     sums: str = option("dtype in which partial sums travel between devices", "float32",
                        choices=("float32", "bfloat16"))
     by: str = option("who chooses training's collectives", "hand", choices=("hand", "compiler"))
@@ -493,7 +495,15 @@ def check_memory(what, size, remedy):
 def check(job):
     """Job -> None: ValueError, in one line, for what cannot be."""
     train, mesh = job.phase == "train", bool(job.mesh)
+    backend = TARGETS[job.chip].extra if job.chip in TARGETS else jax.default_backend()
     for wrong, why in (
+            (job.attention == "splash" and (backend != "tpu" or job.phase not in (
+                "train", "prefill")), "--attention splash is for a TPU's train and prefill, not for "
+             f"{job.phase} on a {backend}"),
+            (job.attention == "cudnn" and backend != "gpu",
+             f"--attention cudnn is for a GPU, not for a {backend}"),
+            (job.attention != "plain" and job.by == "compiler",
+             f"--attention {job.attention}: by the compiler training has plain attention"),
             (train and job.dtype == "int8", "train takes --dtype float32 or bfloat16: int8 has no "
              "gradient"),
             (job.phase == "serve" and job.chip, "serve runs on the host: leave out --chip"),
@@ -704,9 +714,10 @@ def serve_cost(job):
     each = [(times, COSTS[step.phase](step)) for times, step in serve_steps(job)]
     flops, weights, slots = (sum(n * getattr(cost, name) for n, cost in each)
                              for name in ("flops", "weight_bytes", "cache_bytes"))
-    return Cost(1, job.prompt + job.new, REQUESTS * job.batch * job.new, flops, weights, slots, tuple(
-        part._replace(flops=n * part.flops, bytes=n * part.bytes)
-        for n, cost in each for part in cost.parts))
+    parts = tuple(part._replace(flops=n * part.flops, bytes=n * part.bytes)
+                  for n, cost in each for part in cost.parts)
+    return Cost(1, job.prompt + job.new, REQUESTS * job.batch * job.new, flops, weights, slots,
+                parts)
 
 
 COSTS = {"train": train_cost, "prefill": prefill_cost, "generate": generate_cost,
@@ -823,6 +834,8 @@ def predict(job, ceilings, parameters=None):
     row = {**cost._asdict(), "parts": parts, "limit_seconds": in_all(parts),
            "bound": max(parts, key=lambda part: part["seconds"])["bound"],
            "byte_seconds": sum(part["byte_seconds"] for part in parts)}
+    if job.attention != "plain":
+        row["kernel_seconds"] = parts[1]["seconds"]
     if job.chip:
         row["terms"] = terms(job, ceilings, cost.tokens, parts)
         row["expected_seconds"] = expected(row["terms"])
@@ -865,7 +878,7 @@ def with_gradient(fn):
 
 
 def some_numbers(shape, dtype):
-    """tuple, dtype -> array: between -1 and 1, or any int8; made by NumPy, which compiles nothing."""
+    """tuple, dtype -> array: between -1 and 1, or any int8. NumPy makes it: nothing is compiled."""
     numbers = np.random.default_rng(0).integers(-127, 128, shape, "int8")
     return jnp.asarray(numbers if dtype == "int8" else numbers / np.float32(127), dtype)
 
@@ -1326,9 +1339,40 @@ generate_jit = jax.jit(generate, static_argnames=("n", "cfg", "sampling", "end")
                        donate_argnames=("cache", "logits"))
 
 
+def splash(q, k, v, interpret=False):
+    """BTHD, BKTD, BKTD -> BTHD: `causal_attention` by a kernel of JAX for TPUs, which takes heads
+    before tokens, scaled queries, and blocks of 128 or more tokens that divide T. What it saves for
+    its gradient has the name "attention", as in `causal_forward`."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+    (_, T, H, D), block = q.shape, math.gcd(q.shape[1], 1024)
+    require(block >= 128, f"T={T}: splash attention takes a multiple of 128 tokens")
+    blocks = kernels.BlockSizes(**dict.fromkeys((
+        "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
+        "block_kv_dkv_compute"), block), use_fused_bwd_kernel=True)
+    run = kernels.make_splash_mha(
+        kernels.MultiHeadMask([kernels.CausalMask((T, T))] * H), block_sizes=blocks, head_shards=1,
+        q_seq_shards=1, residual_checkpoint_name="attention", interpret=interpret)
+    return jax.vmap(run)((q * D ** -0.5).astype(q.dtype).swapaxes(1, 2), k, v).swapaxes(1, 2)
+
+
+def cudnn(q, k, v, pos=None):
+    """BTHD, BKSD, BKSD, BT -> BTHD: `cached_attention` by NVIDIA's kernels, and without positions
+    `causal_attention`. They take tokens before heads, and no int8."""
+    k, v = (a.astype(q.dtype).swapaxes(1, 2) for a in (k, v))
+    mask = None if pos is None else jnp.arange(k.shape[1]) <= pos[:, None, :, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=pos is None,
+                                        implementation="cudnn")
+
+
+KERNELS = {"plain": (causal_attention, cached_attention), "splash": (splash, cached_attention),
+           "cudnn": (cudnn, cudnn)}  # Job.attention: of a prompt, and to a cache
+
+
 def where_of(job, mesh):
     """Job, Mesh or None -> where its functions run: here, or split as the job says."""
-    return shard.Where(mesh, job.layout, job.ring, job.sums) if mesh and job.layout else HERE
+    kernels = dict(zip(("causal", "cached"), KERNELS[job.attention]))
+    return shard.Where(mesh, job.layout, job.ring, job.sums, **kernels) if mesh and job.layout \
+        else HERE._replace(**kernels)
 
 
 def bound(fn, job, mesh, **how):
@@ -1359,12 +1403,13 @@ def train_program(job, mesh):
         params = shard.stack(params) if mesh and job.by == "hand" else params
         return None, (params, adam_init(params)), random_tokens(job, job.prompt + 1, key)
 
-    split = {} if mesh is None else {"loss": partial(shard.fsdp_loss, mesh=mesh) if job.by != "hand"
-                                     else partial(shard.sharded_loss, mesh=mesh, ring=job.ring,
-                                                  keep=job.kept, sums=job.sums)}
+    causal, _ = KERNELS[job.attention]
+    own_loss = partial(loss, causal=causal) if mesh is None else partial(
+        shard.fsdp_loss, mesh=mesh) if job.by != "hand" else partial(
+        shard.sharded_loss, mesh=mesh, ring=job.ring, keep=job.kept, sums=job.sums, causal=causal)
 
     def step(_, state, tokens):
-        *state, value = train_step(*state, tokens, job.cfg, 1e-4, **split)
+        *state, value = train_step(*state, tokens, job.cfg, 1e-4, own_loss)
         return tuple(state), value
 
     return step, make
@@ -1883,7 +1928,8 @@ def explain(rows):
                      if "library_seconds" in part}
             print(f"{name} takes {cell('seconds', row['measured_seconds'])}; alone its parts take: "
                   f"{cell('seconds', alone) or '-'}. Of its time "
-                  f"{cell('share', profile['regions'])}; no operation runs for {profile['idle']:.0%}")
+                  f"{cell('share', profile['regions'])}; no operation runs for "
+                  f"{profile['idle']:.0%}")
             for op in profile["operations"][:3]:
                 print(f"  {op['share']:6.1%} x{op['times']:<5} {op['region']:10} {op['kind']:12} "
                       f"{op['source']}")
@@ -2238,8 +2284,8 @@ def jobs_of(args):
     return [Job(**dict(zip(values, each))) for each in itertools.product(*lists)]
 
 
-PREDICTED = ("T", "S", "limit_seconds", "bound", "library_seconds", "expected_seconds", "flops", "program_flops",
-             "weight_bytes", "cache_bytes", "byte_seconds")
+PREDICTED = ("T", "S", "limit_seconds", "bound", "library_seconds", "expected_seconds", "flops",
+             "program_flops", "weight_bytes", "cache_bytes", "byte_seconds", "kernel_seconds")
 COMPILED = ("compiler", "slice", "formula", "formula_bytes", "argument_bytes", "output_bytes",
             "alias_bytes", "temp_bytes", "peak_bytes", "memory_bytes", "fits", "message",
             "needed_bytes", "copies", "collectives", "sent", "counted", "cycle_seconds", "regions",

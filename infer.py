@@ -223,19 +223,19 @@ def cached_attention(q, k, v, pos, finish=normalize):
 # ----------------------------------------------------------------------- a model around the cache
 
 
-def attend_cache(q, k, v, old, pos):
+def attend_cache(q, k, v, old, pos, cached=cached_attention):
     """BTHD, BKTD, BKTD, (BKSD, BKSD), BT -> BTHD, (BKSD, BKSD): write new tokens to a layer's
     cache, then attend to all of it."""
     new = write(old, tree.map(to_cache, (k, v), old), pos)
-    return cached_attention(q, *new, pos), new
+    return cached(q, *new, pos), new
 
 
-def attend_prompt(q, k, v, old, pos, row=0, insert=insert):
+def attend_prompt(q, k, v, old, pos, causal=causal_attention, row=0, insert=insert):
     """BTHD, BKTD, BKTD, (BKSD, BKSD), BT -> BTHD, (BKSD, BKSD): fill slots 0 to T - 1 of the rows
     from `row` on, and attend to these tokens alone. Keys and values are rounded as they will be
     in the cache, so that a prompt that `extend` reads in chunks gives the same."""
     new = tree.map(to_cache, (k, v), old)
-    return causal_attention(q, *(a.astype(q.dtype) for a in new)), insert(old, new, row)
+    return causal(q, *(a.astype(q.dtype) for a in new)), insert(old, new, row)
 
 
 def run_layers(parts, params, cache, tokens, pos, length, cfg, attend):
@@ -254,14 +254,15 @@ def append(parts, params, cache, tokens, cfg):
     """Parts, Params, Cache, BT, cfg -> BTE, Cache: `extend` on each device."""
     T = tokens.shape[1]
     pos = cache.length[:, None] + jnp.arange(T)
-    return run_layers(parts, params, cache, tokens, pos, cache.length + T, cfg, parts.attend)
+    return run_layers(parts, params, cache, tokens, pos, cache.length + T, cfg,
+                      partial(parts.attend, cached=parts.cached))
 
 
 def read_prompts(parts, params, cache, tokens, lengths, cfg, **row):
     """Parts, Params, Cache, BT, B, cfg -> BV, Cache: `prefill` on each device, of the rows from
     `row` on where it is given."""
     x, cache = run_layers(parts, params, cache, tokens, jnp.arange(tokens.shape[1])[None], lengths,
-                          cfg, partial(parts.attend_prompt, **row))
+                          cfg, partial(parts.attend_prompt, causal=parts.causal, **row))
     x = x[jnp.arange(len(x)), lengths - 1][:, None]
     return parts.unembed(params, x, cfg)[:, 0], cache
 
@@ -379,20 +380,24 @@ def sample(key, logits, pos, sampling):
 
 class Parts(namedtuple(
         "Parts", "embed enter leave attend attend_prompt read unembed gather sample one_hot "
-        "local_row", defaults=(embed, dots, dot, attend_cache, attend_prompt, read_prompts, unembed,
-                               lambda logits: logits, sample, one_hot, lambda row, B: row))):
+        "local_row causal cached", defaults=(
+            embed, dots, dot, attend_cache, attend_prompt, read_prompts, unembed,
+            lambda logits: logits, sample, one_hot, lambda row, B: row, causal_attention,
+            cached_attention))):
     """The functions that a generating model is made of, and where it runs: here, on one device.
 
         embed          Params, BT, cfg -> BTE
         enter, leave   the hooks of minillm.block
-        attend         q, k, v, (old k, old v), pos -> BTHD, (k, v)
-        attend_prompt  the same, for a prompt, and `row`
+        attend         q, k, v, (old k, old v), pos, cached -> BTHD, (k, v)
+        attend_prompt  the same, for a prompt, with `causal`, and `row`
         read           all of a prefill: see `read_prompts`
         unembed        Params, BTE, cfg -> BTV
         gather         BTV -> BTV: whole logits, where V is split
         sample         key, BV, B, Sampling -> B
         one_hot        B, V -> BV
         local_row      int, B -> int: a row's number on the device that has it
+        causal         q, k, v -> BTHD: attention of a prompt, such as a fused kernel
+        cached         q, k, v, pos -> BTHD: attention to a cache
 
     shard.Where has other parts, for each device of a mesh, and its own `run` and `empty`.
     """

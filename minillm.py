@@ -417,8 +417,9 @@ def cast(params, dtype):
 #     enter    BTE, (FE, FE), norm -> (BTF, BTF)  dots              where weights are split
 #     leave    BTF, EF -> BTE                     dot               where weights are split
 #
-# `forward` and `loss` take another `block`, `train_step` another `loss`. infer.Parts lists the
-# parts of a model that generates.
+# `forward` and `loss` take another `block`, and a fused kernel as `causal` in place of
+# `causal_attention`; `train_step` takes another `loss`. infer.Parts lists the parts of a model that
+# generates.
 
 
 def glu(gate, up, act):
@@ -448,9 +449,10 @@ def block(x, w, table, cfg, attend, enter=dots, leave=dot):
         return x + leave(hidden, w.w_down), state
 
 
-def attend_causally(q, k, v):
-    """BTHD, BKTD, BKTD -> BTHD, None: the hook `attend` of training, which needs no state."""
-    return causal_attention(q, k, v), None
+def attend_with(causal):
+    """fn -> attend: the hook `attend` of training, which needs no state, of a function of q, k
+    and v such as `causal_attention`."""
+    return lambda q, k, v: (causal(q, k, v), None)
 
 
 def value_range(x):
@@ -508,23 +510,24 @@ def unembed(params, x, cfg):
     return dot(rms_norm(x, params.out_norm, cfg.eps), unembedding(params, cfg), dtype="float32")
 
 
-def trunk(params, tokens, cfg, block=block):
+def trunk(params, tokens, cfg, block=block, causal=causal_attention):
     """Params, BT, cfg -> BTE: `forward` without the final norm and the unembedding."""
     tokens = check_tokens(tokens, cfg)
-    table = rotary(jnp.arange(tokens.shape[1])[None], cfg)
+    table, attend = rotary(jnp.arange(tokens.shape[1])[None], cfg), attend_with(causal)
     x = embed(params, tokens, cfg)
     for w in params.layers:
-        x, _ = block(x, w, table, cfg, attend_causally)
+        x, _ = block(x, w, table, cfg, attend)
     return x
 
 
-def forward(params, tokens, cfg, block=block):
+def forward(params, tokens, cfg, block=block, causal=causal_attention):
     """Params, BT, cfg -> BTV: logits of the next token at every position, in float32.
 
     `block=jax.checkpoint(block, static_argnums=(3, 4))` saves one BTE per layer for the backward
-    pass and recomputes the rest. ValueError for tokens outside the vocabulary.
+    pass and recomputes the rest. `causal` is a function BTHD, BKTD, BKTD -> BTHD such as a fused
+    kernel. ValueError for tokens outside the vocabulary.
     """
-    return unembed(params, trunk(params, tokens, cfg, block), cfg)
+    return unembed(params, trunk(params, tokens, cfg, block, causal), cfg)
 
 
 # -------------------------------------------------------------------------------------- training
@@ -585,15 +588,16 @@ chunked_mean.defvjp(chunked_mean_forward, lambda losses, n, saved, dy: (
 
 
 @named_scope("loss")
-def loss(params, tokens, cfg, block=block, chunks=None):
+def loss(params, tokens, cfg, block=block, chunks=None, causal=causal_attention):
     """Params, B(T+1), cfg -> scalar: mean cross-entropy of the next token, in nats per token.
 
-    The logits of the BT tokens are computed in this many `chunks` (None: `loss_chunks`); `block` is
-    that of `forward`. ValueError for fewer than one chunk.
+    The logits of the BT tokens are computed in this many `chunks` (None: `loss_chunks`); `block`
+    and `causal` are those of `forward`. ValueError for fewer than one chunk.
     """
     tokens = check_tokens(tokens, cfg)
     require(chunks is None or chunks > 0, f"chunks={chunks}: expected at least one, or None")
-    x = rms_norm(trunk(params, tokens[:, :-1], cfg, block), params.out_norm, cfg.eps)
+    x = trunk(params, tokens[:, :-1], cfg, block, causal)
+    x = rms_norm(x, params.out_norm, cfg.eps)
     targets = tokens[:, 1:].reshape(-1)
     with named_scope("unembed"):
         return chunked_mean(cross_entropy, chunks or loss_chunks(len(targets), cfg.V),

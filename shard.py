@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from infer import (Cache, Parts, Q8, attend_cache, attend_prompt, cached_attention, filter_logits,
                    init_cache, insert, kth_largest, no_nan, noise, one_hot, read_prompts, row_max,
                    run_layers, sample, slots_of, to_cache, write)
-from minillm import (KEEPABLE, Adam, Layer, Params, Partial, attend_causally, block,
+from minillm import (KEEPABLE, Adam, Layer, Params, Partial, attend_with, block,
                      causal_attention, causal_backward, causal_blocks, causal_forward, check_tokens,
                      chunked_mean, dims, dot, embed, finite, join_blocks, loss, loss_chunks, merge,
                      normalize, require, rms_norm, rotary, size_of, split_blocks, traced_counts,
@@ -463,7 +463,8 @@ def gather_weights(w, split, over):
     return jax.tree.map(whole, w, split)
 
 
-def sharded_loss(params, tokens, cfg, mesh, ring=0, keep=KEPT, sums="float32"):
+def sharded_loss(params, tokens, cfg, mesh, ring=0, keep=KEPT, sums="float32",
+                 causal=causal_attention):
     """Params, B(T+1), cfg, Mesh -> scalar: `loss`, by hand, on a mesh of "data", "tensor" and, for
     long rows, "context".
 
@@ -471,10 +472,14 @@ def sharded_loss(params, tokens, cfg, mesh, ring=0, keep=KEPT, sums="float32"):
     `stack`ed. Rows are split over "data", the tokens of each over "context", where device i has
     every n-th from i on. Each layer's weights are gathered over both before use, and again for its
     gradient. Over "tensor" weights stay split, and so is x over E between layers, with matmuls by
-    `RINGS[ring]`, whose partial sums travel in the dtype `sums`. For the backward pass each layer saves its input and the values named in `keep`;
-    the rest is recomputed. ValueError for what does not divide, and for names that cannot be kept.
+    `RINGS[ring]`, whose partial sums travel in the dtype `sums`. For the backward pass each layer
+    saves its input and the values named in `keep`; the rest is recomputed. `causal` is that of
+    `minillm.forward`, for a mesh without "context". ValueError for what does not divide, and for
+    names that cannot be kept.
     """
     check_kept(keep)
+    require(causal is causal_attention or not axes_of(mesh, "context"), f"{causal}: ring attention "
+            "over an axis 'context' takes no other attention")
     tokens = check_tokens(tokens, cfg)
     check_rows(tokens, mesh)
     tensor = axes_of(mesh, "tensor")
@@ -484,20 +489,20 @@ def sharded_loss(params, tokens, cfg, mesh, ring=0, keep=KEPT, sums="float32"):
             "params hold a tuple of layers: stack(params) makes them one")
     check_divides("E", cfg.E, mesh, tensor)
     split, rows = specs(cfg, mesh, {**TENSOR, **FSDP}), P(axes_of(mesh, "data"))
-    run = partial(local_loss, cfg=cfg, split=split, mesh=mesh, keep=keep,
+    run = partial(local_loss, cfg=cfg, split=split, mesh=mesh, keep=keep, causal=causal,
                   parts=split_parts(tensor, ring, sums))
-    return jax.shard_map(run, mesh=mesh, in_specs=(stacked(split), rows), out_specs=P())(
-        params, tokens)
+    return jax.shard_map(run, mesh=mesh, in_specs=(stacked(split), rows), out_specs=P(),
+                         check_vma=causal is causal_attention)(params, tokens)
 
 
-def local_loss(params, tokens, cfg, split, mesh, keep, parts):
-    """Params, B(T+1), cfg, specs, Mesh, names, dict -> scalar: `sharded_loss` on one device, from
-    its parts; the mean is over all devices."""
+def local_loss(params, tokens, cfg, split, mesh, keep, causal, parts):
+    """Params, B(T+1), cfg, specs, Mesh, names, fn, dict -> scalar: `sharded_loss` on one device,
+    from its parts; the mean is over all devices."""
     over, context, tensor = (axes_of(mesh, *words) for words in (
         ("data", "context"), ("context",), ("tensor",)))
     T = tokens.shape[1] - 1
     pos, attend = (local_positions(T, context), partial(attend_ring, axis=context)) \
-        if context else (jnp.arange(T), attend_causally)
+        if context else (jnp.arange(T), attend_with(causal))
     inputs, targets = (tokens[:, pos], tokens[:, pos + 1]) if context else (
         tokens[:, :-1], tokens[:, 1:])
     ends = gather_weights(params._replace(layers=()), split._replace(layers=()), over)
@@ -635,12 +640,12 @@ def local_slots(a, axis="tensor"):
     return jax.tree.map(slots, a)
 
 
-def attend_rows(q, k, v, old, pos, axis="tensor"):
+def attend_rows(q, k, v, old, pos, axis="tensor", cached=cached_attention):
     """BT(H/t)D, BKTD, BKTD, ((B/t)KSD, (B/t)KSD), BT -> BT(H/t)D, ((B/t)KSD, (B/t)KSD): each device
     holds all heads of its rows. wk and wv are whole, so k and v are here already; two all-to-alls
     bring every row's queries to its device, and the results back."""
     q = lax.all_to_all(q, axis, split_axis=0, concat_axis=2, tiled=True)
-    out, kv = attend_cache(q, *local_rows((k, v), axis), old, local_rows(pos, axis))
+    out, kv = attend_cache(q, *local_rows((k, v), axis), old, local_rows(pos, axis), cached)
     return lax.all_to_all(out, axis, split_axis=2, concat_axis=0, tiled=True), kv
 
 
@@ -654,22 +659,22 @@ def normalize_over(part, axis="tensor"):
 
 def over_slots(attend):
     """attend -> attend: on the one part of BKnSD that a device holds, as BKSD."""
-    def form(q, k, v, old, pos, **row):
+    def form(q, k, v, old, pos, **how):
         old = jax.tree.map(lambda a: a[:, :, 0], old)
-        out, kv = attend(q, k, v, old, pos, **row)
+        out, kv = attend(q, k, v, old, pos, **how)
         return out, jax.tree.map(lambda a: a[:, :, None], kv)
 
     return form
 
 
-def attend_slots(q, k, v, old, pos, axis="tensor"):
+def attend_slots(q, k, v, old, pos, axis="tensor", cached=cached_attention):
     """BT(H/t)D, BKTD, BKTD, (BK(S/t)D, BK(S/t)D), BT -> BT(H/t)D, (BK(S/t)D, BK(S/t)D): each device
     holds every t-th slot of all heads; the summands of the values are reduced."""
     n, pos = lax.axis_size(axis), pos - lax.axis_index(axis)
     slot = jnp.where(pos % n == 0, pos // n, -1)  # those of other devices are dropped
     new = write(old, jax.tree.map(to_cache, (k, v), old), slot)
     q = lax.all_gather(q, axis, axis=2, tiled=True)
-    out = cached_attention(q, *new, pos // n, partial(normalize_over, axis=axis))
+    out = cached(q, *new, pos // n, partial(normalize_over, axis=axis))
     return lax.psum_scatter(out, axis, scatter_dimension=2, tiled=True), new
 
 
@@ -690,7 +695,7 @@ def insert_local(slots, new, row, axes, data):
     return jax.tree.map(put, slots, new)
 
 
-def fill_whole(q, k, v, old, pos, row=None, axis="tensor", insert=insert):
+def fill_whole(q, k, v, old, pos, causal=causal_attention, row=None, axis="tensor", insert=insert):
     """BT(H/t)D, BKTD, BKTD, (BKSD, BKSD), BT -> BT(H/t)D, (BKSD, BKSD): `attend_prompt` where k and
     v are whole: each device attends with its own heads."""
     n, here, heads = lax.axis_size(axis), lax.axis_index(axis), q.shape[2]
@@ -698,7 +703,7 @@ def fill_whole(q, k, v, old, pos, row=None, axis="tensor", insert=insert):
     group = n * heads // k.shape[1]  # query heads that share a key head
     kv = (here * heads + jnp.arange(heads)) // group
     rounded = (a.astype(q.dtype)[:, kv] for a in new)
-    return causal_attention(q, *rounded), insert(old, new, row)
+    return causal(q, *rounded), insert(old, new, row)
 
 
 def fill_ring(q, k, v, old, pos, axis="tensor"):
@@ -774,14 +779,23 @@ class Where:
     layout: str = "heads"
     ring: int = 0
     sums: str = "float32"  # dtype of partial sums that travel: see `matmul_scatter`
+    causal: Callable = causal_attention  # see infer.Parts; no other one with "context",
+    cached: Callable = cached_attention  # and where slots are split no other one of these
 
     data = property(lambda self: axes_of(self.mesh, "data"))
     axes = property(lambda self: axes_of(self.mesh, "tensor"))
+    plain = property(lambda self: self.causal is causal_attention
+                     and self.cached is cached_attention)
 
     def __post_init__(self):
         require(self.layout in LAYOUTS and self.ring in RINGS and self.axes,
                 f"layout={self.layout!r}, ring={self.ring!r} on a mesh of {(*self.mesh.shape,)}: "
                 f"expected one of {', '.join(LAYOUTS)}, one of {(*RINGS,)}, and an axis 'tensor'")
+        layout = LAYOUTS[self.layout]
+        require((layout.letter != "S" or self.cached is cached_attention) and (
+            not layout.by_token or self.causal is causal_attention), f"layout {self.layout!r} "
+            f"merges parts of attention, which {self.causal} or {self.cached} does not give: heads "
+            "or batch can")
 
     @property
     def rules(self):
@@ -863,7 +877,8 @@ class Where:
                 insert_local, axes=axes[-1:] if layout.letter == "B" else (), data=data)),
             read=partial(read_context, where=self) if layout.by_token else read_prompts,
             gather=lambda logits: all_gather(logits, axes, 2, to="invarying"),
-            sample=partial(split_sample, axis=axes), one_hot=local_one_hot, local_row=local_row)
+            sample=partial(split_sample, axis=axes), one_hot=local_one_hot, local_row=local_row,
+            causal=self.causal, cached=self.cached)
 
     def run(self, cfg, body, results, *args):
         """cfg, fn, names, arrays -> arrays: infer.Parts.run in `jax.shard_map`; the names of
@@ -880,7 +895,7 @@ class Where:
         kinds["params"] = specs_of(args["params"], cfg, self.mesh, self.rules)
         return jax.shard_map(partial(body, self.parts()), mesh=self.mesh, in_specs=tuple(
             kinds.get(name, P(rows)) for name in args), out_specs=tuple(
-            kinds.get(name, P(rows)) for name in results))(*args.values())
+            kinds.get(name, P(rows)) for name in results), check_vma=self.plain)(*args.values())
 
     def unembed(self, params, x, cfg):
         """Params, BTE, cfg -> BTV: float32 logits of what `extend` returned, split over V."""

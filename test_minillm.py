@@ -1959,6 +1959,47 @@ def test_a_sharded_loss_and_its_gradients_are_those_of_one_device(
     jax.tree.map(close, split_grads, shard.stack(grads))
 
 
+def reference(q, k, v, pos=None):
+    """Attention as a caller may give it, in place of a fused kernel."""
+    B, T = q.shape[:2]
+    return minillm.attention(q, k, v, jnp.broadcast_to(jnp.arange(T), (B, T)) if pos is None
+                             else pos)
+
+
+@pytest.mark.parametrize("axes", [None, dict(data=2, tensor=2), dict(data=1, tensor=(2, 2))])
+@pytest.mark.parametrize("kernel", ["reference", "splash"])
+def test_any_attention_in_the_hook_gives_the_same_loss_and_gradients(axes, kernel):
+    """Also a Pallas kernel, which `jax.shard_map` takes with check_vma=False alone, under which it
+    differentiates collectives by other rules."""
+    T = 128 if kernel == "splash" else 7
+    causal = reference if kernel == "reference" else partial(bench.splash, interpret=True)
+    cfg = replace(WIDE, L=1, E=32, H=4, D=128 if kernel == "splash" else 4, qk_norm=True)
+    params, tokens = weights(cfg), draw_tokens(cfg, 2, T + 1)
+    expected = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, tokens, cfg)
+    if axes is None:
+        run = partial(loss, cfg=cfg, causal=causal)
+    else:
+        params, expected = shard.stack(params), (expected[0], shard.stack(expected[1]))
+        run = partial(shard.sharded_loss, cfg=cfg, mesh=shard.make_mesh(**axes), causal=causal)
+    jax.tree.map(close, jax.jit(jax.value_and_grad(run))(params, tokens), expected)
+
+
+@pytest.mark.parametrize("axes, layout", [
+    (None, ""), (dict(data=2, tensor=4), "heads"), (dict(tensor=(2, 2)), "batch")])
+def test_any_attention_in_the_hook_gives_the_same_logits(axes, layout):
+    how = dict(causal=reference, cached=reference)
+    where = shard.Where(shard.make_mesh(**axes), layout, **how) if axes else HERE._replace(**how)
+    params, text, n = weights(WIDE), draw_tokens(WIDE, 4, 6), np.array([6, 2, 4, 1])
+
+    def logits_of(where):
+        first, cache = prefill(params, init_cache(WIDE, 4, 24), text, n, WIDE, where=where)
+        x, cache = extend(params, cache, text[:, :3], WIDE, where=where)
+        return first, where.unembed(params, x, WIDE), generate(
+            params, cache, first, jax.random.key(0), 4, WIDE, where=where)[0]
+
+    jax.tree.map(close, jax.jit(partial(logits_of, where))(), jax.jit(partial(logits_of, HERE))())
+
+
 def test_fsdp_by_the_compiler_is_the_loss_of_one_device():
     mesh, params, tokens = shard.make_mesh(data=8), weights(WIDE), draw_tokens(WIDE, 8, 7)
     expected = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, tokens, WIDE)
@@ -2217,6 +2258,10 @@ def test_what_cannot_be_split_is_refused_by_name_before_compiling():
             (extended(init_cache(WIDE, 4, 22), layout="sequence"), "S=22"),
             (extended(cache._replace(length=jnp.full(4, 20))), "20 tokens", "24 slots"),
             (lambda: shard.Where(four, ring=3), "ring=3", "(0, 1, 2)"),
+            (lambda: shard.Where(four, "sequence", cached=reference), "sequence", "reference"),
+            (lambda: shard.Where(four, "context", causal=reference), "context", "reference"),
+            (lambda: shard.sharded_loss(stacked, text, WIDE, shard.make_mesh(
+                data=1, context=5, tensor=1), causal=reference), "context", "reference"),
             (lambda: shard.Where(four, "context").empty(WIDE, 4, 22), "S=22", "4 devices"),
             (lambda: prefill(params, cache, text, np.full(4, 6), WIDE, rows=2, where=shard.Where(
                 four)), "rows=2", "one device"),
@@ -2645,6 +2690,8 @@ def test_fewer_key_heads_are_trained_beside_each_other(calm, capsys, tmp_path):
     (["serve", "--chip", "tpu-v4"], ["--chip"]), (["train", "--keep", "up"], ["--keep"]),
     (["train", "--devices", "8", "--keep", "down"], ["down", "attention"]),
     (["generate", "--int8", "Q8"], ["--int8 Q8", "--dtype int8"]),
+    (["generate", "--chip", "tpu-v4", "--attention", "splash"], ["splash", "generate", "prefill"]),
+    (["train", "--attention", "cudnn"], ["cudnn", "GPU", "cpu"]),
     (["generate", "--chip", "h100", "--flags", "on"], ["--flags", "TPU"]),
     (["train", "--text", "x", "--chip", "tpu-v4"], ["--text", "this machine"]),
     (["train", "--devices", "8", "--mesh", "data=3"], ["3 devices: 8"])])
