@@ -128,21 +128,14 @@ CLOUD, NVIDIA = "docs.cloud.google.com/tpu/docs/", "nvidia.com/en-us/data-center
 CHIPS = {
     "tpu-v4": chip(275e12, 275e12, 275e12, 1.23e12, 32e9, 9e10, 3,
                    CLOUD + "v4; links: jax-ml.github.io/scaling-book/tpus"),
-    "tpu-v5e": chip(197e12, 197e12, 393e12, 8.19e11, 16e9, 1e11, 2,
-                    CLOUD + "v5e"),
+    "tpu-v5e": chip(197e12, 197e12, 393e12, 8.19e11, 16e9, 1e11, 2, CLOUD + "v5e"),
     "tpu-v5p": chip(459e12, 459e12, 918e12, 2.765e12, 95e9, 2e11, 3, CLOUD + "v5p"),
-    "tpu-v6e": chip(918e12, 918e12, 1836e12, 1.638e12, 32e9, 2e11, 2,
-                    CLOUD + "v6e"),
-    "tpu-v7x": chip(2307e12, 2307e12, 2307e12, 7.37e12, 192e9, 4e11, 3,
-                    CLOUD + "tpu7x"),
-    "a100": chip(156e12, 312e12, 624e12, 2.039e12, 80e9, 3e11, 1,
-                 NVIDIA + "a100 (SXM, 80 GB)"),
-    "h100": chip(494.5e12, 989e12, 1979e12, 3.35e12, 80e9, 4.5e11, 1,
-                 NVIDIA + "h100 (SXM)"),
-    "h200": chip(494.5e12, 989e12, 1979e12, 4.8e12, 141e9, 4.5e11, 1,
-                 NVIDIA + "h200 (SXM)"),
-    "b200": chip(1.125e15, 2.25e15, 4.5e15, 8e12, 180e9, 9e11, 1,
-                 NVIDIA + "dgx-b200, an eighth"),
+    "tpu-v6e": chip(918e12, 918e12, 1836e12, 1.638e12, 32e9, 2e11, 2, CLOUD + "v6e"),
+    "tpu-v7x": chip(2307e12, 2307e12, 2307e12, 7.37e12, 192e9, 4e11, 3, CLOUD + "tpu7x"),
+    "a100": chip(156e12, 312e12, 624e12, 2.039e12, 80e9, 3e11, 1, NVIDIA + "a100 (SXM, 80 GB)"),
+    "h100": chip(494.5e12, 989e12, 1979e12, 3.35e12, 80e9, 4.5e11, 1, NVIDIA + "h100 (SXM)"),
+    "h200": chip(494.5e12, 989e12, 1979e12, 4.8e12, 141e9, 4.5e11, 1, NVIDIA + "h200 (SXM)"),
+    "b200": chip(1.125e15, 2.25e15, 4.5e15, 8e12, 180e9, 9e11, 1, NVIDIA + "dgx-b200, an eighth"),
 }
 
 
@@ -441,6 +434,8 @@ def split(job):
     n = job.chips * target.devices if target else job.devices
     shape = f"{slice_of(job.chip, job.chips)}x{target.devices}" if target else str(n)
     if n == 1:
+        require(not job.mesh, f"--mesh {job.mesh} takes several devices: --devices, or --chip and "
+                "--chips")
         return job
     axes = job.axes or ({"data": n} if train else {"tensor": shard.over_heads(job.cfg, n)})
     data, context, tensor = (math.prod(shard.as_axes(axes.get(name, 1)))
@@ -498,8 +493,10 @@ def check(job):
     backend = TARGETS[job.chip].extra if job.chip in TARGETS else jax.default_backend()
     for wrong, why in (
             (job.attention == "splash" and (backend != "tpu" or job.phase not in (
-                "train", "prefill")), "--attention splash is for a TPU's train and prefill, not for "
-             f"{job.phase} on a {backend}"),
+                "train", "prefill")), "--attention splash is for train and prefill on a TPU, not "
+             f"for {job.phase} on a {backend}"),
+            (job.by == "compiler" and not train, "--by compiler is for train"),
+            (job.chips > 1 and not job.chip, f"--chips {job.chips}: of which --chip?"),
             (job.attention == "cudnn" and backend != "gpu",
              f"--attention cudnn is for a GPU, not for a {backend}"),
             (job.attention != "plain" and job.by == "compiler",
@@ -575,8 +572,8 @@ def say(text):
 
 
 def seconds_of(call, at_most=9, seconds=0.3):
-    """call -> list of float: seconds of each run, of one that was made before: at least two, but
-    one if it takes a second, until they take so many seconds together."""
+    """call -> list of float: seconds of each run: until `seconds` are spent, at least twice (once
+    if a run takes a second) and at most `at_most` times."""
     times = []
     while len(times) < 2 and sum(times) < 1 or len(times) < at_most and sum(times) < seconds:
         start = time.perf_counter()
@@ -724,11 +721,6 @@ COSTS = {"train": train_cost, "prefill": prefill_cost, "generate": generate_cost
          "verify": verify_cost, "speculate": verify_cost, "serve": serve_cost}
 
 
-def in_all(parts):
-    """list of dict -> seconds: of parts that follow one another."""
-    return sum(part["seconds"] for part in parts)
-
-
 def step_events(job):
     """Job -> dict: what each step of a tensor-parallel model sends: see `shard.step_comm`. Empty
     for a prompt that is split over its tokens, which has no closed form."""
@@ -831,7 +823,8 @@ def predict(job, ceilings, parameters=None):
         parts.append({"name": "links", "flops": 0, "bytes": job.chips * size, "dtype": "",
                       "matmul_seconds": 0, "byte_seconds": 0, "link_seconds": seconds,
                       "seconds": seconds, "bound": "links"})
-    row = {**cost._asdict(), "parts": parts, "limit_seconds": in_all(parts),
+    row = {**cost._asdict(), "parts": parts,
+           "limit_seconds": sum(part["seconds"] for part in parts),
            "bound": max(parts, key=lambda part: part["seconds"])["bound"],
            "byte_seconds": sum(part["byte_seconds"] for part in parts)}
     if job.attention != "plain":
@@ -843,8 +836,7 @@ def predict(job, ceilings, parameters=None):
 
 
 def multiplied(cfg):
-    """cfg -> int: parameters that each token is multiplied with: not norms, nor an untied table of
-    which rows are read."""
+    """cfg -> int: parameters in matmuls: all but norms and an untied embedding table."""
     return sum(size_of(name, cfg) for name in jax.tree.leaves(read_arrays(cfg)) if " " in name)
 
 
@@ -859,8 +851,8 @@ def critical_batch(job, ceilings):
 
 
 def seconds_alone(fn, arguments):
-    """fn, list of arguments -> seconds of a call, in the best run of a program of one call for each
-    of them."""
+    """fn, list of arguments -> seconds of a call: the best run of one program that makes one call
+    for each entry of the list."""
     program = jax.jit(lambda arguments: [fn(*each) for each in arguments])
     jax.block_until_ready(program(arguments))
     return min(seconds_of(lambda: jax.block_until_ready(program(arguments)),
@@ -868,8 +860,8 @@ def seconds_alone(fn, arguments):
 
 
 def with_gradient(fn):
-    """fn -> fn: the gradients of its operands, where its result's gradient is the result itself: so
-    the forward pass has to run."""
+    """fn -> fn: the gradients of its operands. The result is used as its own gradient, so that XLA
+    cannot drop the forward pass."""
     def gradients(*operands):
         result, pull = jax.vjp(fn, *operands)
         return pull(result)
@@ -885,8 +877,8 @@ def some_numbers(shape, dtype):
 
 @lru_cache(maxsize=1)
 def mlp_weights(cfg, kind):
-    """cfg, str -> list of FE, FE, EF: the weights of as many MLPs as no processor's cache holds, or
-    as the model has: in cfg.dtype, or int8 of this kind."""
+    """cfg, str -> list of FE, FE, EF: weights of MLPs, as many as 64 MB take, which is more than a
+    processor's cache, but at most L: in cfg.dtype, or int8 of this kind."""
     w = some_numbers((cfg.F, cfg.E), "int8" if kind else cfg.dtype)
     n = min(cfg.L, math.ceil(64 * MB / (3 * w.nbytes)))
     weights = [jnp.array(w.reshape(shape)) for shape in n * [w.shape, w.shape, w.shape[::-1]]]
@@ -924,8 +916,8 @@ def optimizer_rate(cfg):
 
 
 def rows_at_a_time(job):
-    """Job -> int or None: of a prefill. On this machine's CPU the largest divisor of B, from 2 on,
-    whose rows hold 1,024 to 2,048 tokens; elsewhere, or where there is none, all."""
+    """Job -> int or None: how many rows a prefill reads at once. On a CPU, for more than 2,048
+    tokens: the largest divisor of B whose rows hold 1,024 to 2,048; else None, all rows."""
     B, T = job.batch, job.prompt
     fit = [rows for rows in range(2, B) if B % rows == 0 and 1024 <= rows * T <= 2048]
     return max(fit, default=None) if job.here and B * T > 2048 else None
@@ -961,10 +953,9 @@ def fastest_int8(job):
 
 
 def degree(cfg, chips):
-    """cfg, int -> int: how many of the chips can share one copy by tensor parallelism: a divisor of
-    their number and of E, F, H and V. The others hold further copies."""
-    return max(n for n in range(1, chips + 1)
-               if not any(size % n for size in (chips, cfg.E, cfg.F, cfg.H, cfg.V)))
+    """cfg, int -> int: how many of the chips can share one copy by tensor parallelism: the greatest
+    common divisor of their number, E, F, H and V. The others hold further copies."""
+    return math.gcd(chips, cfg.E, cfg.F, cfg.H, cfg.V)
 
 
 def tensor_parallel(job, n):
@@ -984,7 +975,7 @@ def useful_degree(job, parameters):
     n = 2
     while degree(job.cfg, n) == n:
         *parts, links = on_chips(tensor_parallel(job, n), parameters)["parts"]
-        if links["seconds"] > in_all(parts):
+        if links["seconds"] > sum(part["seconds"] for part in parts):
             break
         n *= 2
     return n // 2
@@ -1047,10 +1038,9 @@ def napkin(job, parameters=None, batch=None):
         "weights_over_links_seconds": weights * (chips - 1) / chips / chip.link}
 
 
-REMEDIES = {  # against a large cache: Job -> the Job with a smaller one
-    "as it is": lambda job: job, "grouped queries, K=1": lambda job: replace(job, kv_heads=1),
-    "int8": lambda job: replace(job, cache="int8"),
-    "both": lambda job: replace(job, kv_heads=1, cache="int8")}
+REMEDIES = {  # against a large cache: what becomes smaller
+    "as it is": {}, "grouped queries, K=1": {"kv_heads": 1}, "int8": {"cache": "int8"},
+    "both": {"kv_heads": 1, "cache": "int8"}}
 
 
 def million(job, chip, chips, weights, context=1_000_000):
@@ -1058,7 +1048,8 @@ def million(job, chip, chips, weights, context=1_000_000):
     makes it smaller."""
     rows = {}
     for name, change in REMEDIES.items():
-        size = kv_bytes(change(job).cfg, 1, context, change(job).cache)
+        smaller = replace(job, **change)
+        size = kv_bytes(smaller.cfg, 1, context, smaller.cache)
         rows.setdefault(size, {
             "cache": name, "cache_bytes": size, "bytes_per_chip": size / chips,
             "chips_needed": math.ceil((size + weights) / chip.memory),
@@ -1288,9 +1279,9 @@ def published_row(row):
 
 
 def fit(rows):
-    """list of (`terms`, seconds) -> array: the numbers for EXPECTED with the least sum of relative
-    errors, of which those below a tenth count less: least squares, with new weights until they
-    converge. Numbers that would be lower than LEAST stay there."""
+    """list of (`terms`, seconds) -> array: the numbers for EXPECTED: the least sum of relative
+    errors, of which those below 10% weigh less, by least squares whose weights are computed again
+    and again. No number falls below LEAST."""
     x = np.array([[term / seconds for term in terms.values()] for terms, seconds in rows])
     numbers, free = LEAST.astype(float), np.ones(len(LEAST), bool)
     while True:
@@ -1895,23 +1886,26 @@ def profile(prepared, folder=None):
 
 def name_of(row):
     """row -> str: what tells it apart."""
-    keys = ["phase", "dtype"] + ["cache"] * (row["cache"] == "int8")
-    return " ".join(row[key] for key in keys) + f" B={row['batch']}" + "".join(
+    kind = [row["int8"] or row["dtype"]] + ["int8 cache"] * (row["cache"] == "int8")
+    return " ".join([row["phase"], *kind]) + f" B={row['batch']}" + "".join(
         f" {key}={row[key]}" for key in ("kv_heads", "ring") if row[key])
 
 
 def explain(rows):
-    """list of rows -> None: prints, in at most twenty lines, how far limit, library and measurement
-    differ, why where it is most, and what cannot be."""
-    print(f"\nof {len(rows)} rows:")
+    """list of rows -> None: prints how far limit, library and measurement differ, why where it is
+    most, and what cannot be."""
+    print(f"\nof {len(rows)} rows:" if len(rows) > 1 else "")
     for title, above, below in (("took/library", "measured_seconds", "library_seconds"),
                                 ("library/limit", "library_seconds", "limit_seconds"),
                                 ("took/limit", "measured_seconds", "limit_seconds")):
         ratios = sorted((row[above] / row[below], name_of(row)) for row in rows
                         if row[above] and row[below])
-        if ratios:
+        if len(ratios) > 1:
             print(f"  {title:13} median {statistics.median(ratio for ratio, _ in ratios):.2f}, "
                   + " to ".join(f"{ratio:.2f} ({name})" for ratio, name in (ratios[0], ratios[-1])))
+        if len(ratios) > 1 and title == "took/library":
+            error = statistics.median(abs(ratio - 1) for ratio, _ in ratios)
+            print(f"{'':16}median of |took/library - 1| {error:.0%}")
     for name, row in zip(map(name_of, rows), rows):
         if None in (row["mfu"], row["mbu"]):
             print(f"error: {name}: faster than a ceiling: it was measured too low (was another "
@@ -1926,8 +1920,9 @@ def explain(rows):
         if profile := row.get("profile"):
             alone = {part["name"]: part["library_seconds"] for part in row["parts"]
                      if "library_seconds" in part}
-            print(f"{name} takes {cell('seconds', row['measured_seconds'])}; alone its parts take: "
-                  f"{cell('seconds', alone) or '-'}. Of its time "
+            print(f"{name} takes {si(row['measured_seconds'], 's')}, for the profile again "
+                  f"{si(profile['measured_seconds'], 's')}; alone its parts take: "
+                  f"{cell('seconds', alone) or '-'}. Of the time of all operations "
                   f"{cell('share', profile['regions'])}; no operation runs for "
                   f"{profile['idle']:.0%}")
             for op in profile["operations"][:3]:
@@ -2237,11 +2232,11 @@ def parse(argv):
         def error(self, message):
             self.exit(2, f"{self.prog}: error: {message}\n")
 
-    parser = Parser(prog="bench.py", description=__doc__,
+    parser = Parser(prog="bench.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="|".join(COMMANDS))
     for name, (options, defaults, text, example) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text,
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False,
                                       epilog=f"for example: python bench.py {name} {example}")
         for word in (*options, "seed", "json"):
             default = defaults.get(word, OPTIONS[word].default)
@@ -2319,8 +2314,8 @@ def print_row(row):
             print_facts({title: {key: row[key] for key in keys if row[key] is not None}})
         return
     took, alone = row["measured_seconds"], row["library_seconds"]
-    print(LINE(row["phase"], row["dtype"], "-" if row["phase"] == "train" else row["cache"],
-               row["batch"], f"{row['T']}/{row['S']}", si(row["limit_seconds"], "s"),
+    print(LINE(row["phase"], row["int8"] or row["dtype"],
+               "-" if row["phase"] == "train" else row["cache"], row["batch"], f"{row['T']}/{row['S']}", si(row["limit_seconds"], "s"),
                cell("seconds", alone), si(took, "s"), f"{took / alone:.2f}" if alone else "-",
                *("error" if row[key] is None else cell(key, row[key])
                                         for key in ("mfu", "mbu")),
@@ -2359,8 +2354,8 @@ def make_row(job, limits, args, traced):
         row |= measure(prepared, step)
         row |= shares(row, row["measured_seconds"], limits, job.matmul_dtype)
         if traced and prepared.ops:
-            row["profile"] = profile(prepared, args.profile and Path(args.profile) / name_of(
-                row).replace(" ", "-"))
+            row["profile"] = {"measured_seconds": row["measured_seconds"], **profile(
+                prepared, args.profile and Path(args.profile) / name_of(row).replace(" ", "-"))}
     return row
 
 
@@ -2374,7 +2369,7 @@ def run(args):
         check(job)
     jobs = [*map(fastest_int8, jobs)]
     require(not ((path or args.profile) and first.chip or path and first.mesh),
-            "--text and --profile are for this machine, and --text for one device")
+            "a text (--text, --steps) and --profile are for this machine, a text for one device")
     if first.chip:
         check_compiler(first.chip)
     text = read_text(path, first.prompt) if path else None  # refused before anything is measured
@@ -2425,8 +2420,9 @@ def main(argv=None):
         args.text = args.text or Path(__file__).with_name("README.md")
         args.steps = args.steps or 100
     try:
-        require(args.json in (None, "-") or Path(args.json).absolute().parent.is_dir(),
-                f"--json {args.json}: there is no such folder")
+        file = Path(args.json or "-").absolute()
+        require(file.parent.is_dir() and not file.is_dir(), f"--json {file}: there is no such "
+                "folder, or it is one")
         if getattr(args, "distributed", False):
             jax.distributed.initialize()
         elif getattr(args, "devices", 1) > 1:

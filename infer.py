@@ -551,8 +551,8 @@ def read_requests(prompts, n, S, cfg):
 
 @jax.jit
 def request_keys(key, numbers):
-    """key, B -> keys: one for each request, by its number; one key after another, since `vmap`
-    gives some kinds of key other results."""
+    """key, B -> keys: one for each request, by its number. They are computed one after another:
+    under `vmap` some kinds of key, such as rbg, give others."""
     return lax.map(partial(random.fold_in, key), numbers)
 
 
@@ -567,7 +567,7 @@ def serve(params, prompts, B, S, n, key, cfg, sampling=GREEDY, end=None, stride=
     `generate` makes in any B rows, with the row's key `jax.random.fold_in(key, i)`. With another B
     rounding may break ties differently, more often in bfloat16, since sums run in another order.
 
-    `prompts` is any iterable. Where a row is free it is asked for a request, and all rows wait for
+    `prompts` is any iterable. When a row is free, it is asked for a request, and all rows wait for
     its answer: a live source that has none yet answers None, and rows that run go on. While a
     prompt is read, all rows wait for the whole of it.
 
@@ -584,7 +584,7 @@ def serve(params, prompts, B, S, n, key, cfg, sampling=GREEDY, end=None, stride=
     waiting = iter([*waiting]) if hasattr(prompts, "__len__") else waiting
     (cache, logits), active = where.empty(cfg, B, S, cache_dtype), {}  # row -> request, n, tokens
     while True:
-        for row in sorted({*range(B)} - {*active}):
+        for row in [row for row in range(B) if row not in active]:
             request = next(waiting, ())
             if not request:
                 break
@@ -1144,8 +1144,8 @@ def end_tokens(path):
 
 def tokenizer(path, cfg):
     """path, Config -> namespace: `encode` and `decode` of tokenizer.json, or of bytes where V is
-    256; what `ends` a text; and how many tokens are `settled`: no later token changes their text.
-    """
+    256; the tokens that `ends` has end a text; `settled(ids)` is the number of leading tokens whose
+    text no later token can change."""
     file = Path(path) / "tokenizer.json"
     if not file.exists():
         require(cfg.V == 256, f"{file} is missing, and V={cfg.V} is not 256, a model of bytes")
@@ -1157,7 +1157,7 @@ def tokenizer(path, cfg):
         raise ValueError(f'{file} needs the extra hf: pip install ".[hf]"') from None
     except Exception as error:  # the library raises no narrower one
         raise ValueError(f"{file} is no tokenizer: {error}") from None
-    words.no_truncation()  # which, as padding, was meant for training
+    words.no_truncation()  # files may set truncation and padding for training
     words.no_padding()
 
     def read(text):
