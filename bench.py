@@ -354,7 +354,7 @@ class Job:
                          choices=tuple(shard.LAYOUTS))
     ring: int = option("collective matmuls: 0 references, 1 or 2 rings of so many directions", 0,
                        partial(number, least=0, most=2), several=True)
-    attention: str = option("a kernel: splash (a TPU's prefill and training), cudnn (a GPU)",
+    attention: str = option("a kernel: splash (a TPU's prefill and training), cudnn (on a GPU)",
                             "plain", choices=("plain", "splash", "cudnn"))
     sums: str = option("dtype in which partial sums travel between devices", "float32",
                        choices=("float32", "bfloat16"))
@@ -497,8 +497,8 @@ def check(job):
              f"for {job.phase} on a {backend}"),
             (job.by == "compiler" and not train, "--by compiler is for train"),
             (job.chips > 1 and not job.chip, f"--chips {job.chips}: of which --chip?"),
-            (job.attention == "cudnn" and backend != "gpu",
-             f"--attention cudnn is for a GPU, not for a {backend}"),
+            (job.attention == "cudnn" and (job.chip or backend != "gpu"),
+             "--attention cudnn is for a GPU that is here: JAX asks its cuDNN what it can do"),
             (job.attention != "plain" and job.by == "compiler",
              f"--attention {job.attention}: by the compiler training has plain attention"),
             (train and job.dtype == "int8", "train takes --dtype float32 or bfloat16: int8 has no "
@@ -679,25 +679,18 @@ def prefill_cost(job):
                 kv_bytes(cfg, B, S, job.cache), cfg.dtype)
 
 
-def extend_cost(job, T, S):
-    """Job, int, int -> Cost: of T tokens behind others: all weights, and all slots of the cache,
-    filled or not. A query meets the cache in the wider dtype of both."""
-    cfg, B, S = job.cfg, job.batch, slots(job, S)
+def extend_cost(job):
+    """Job -> Cost: a decode step, or a round of speculation: the last token and a draft (n-grams
+    cost nothing). All weights, and all slots of the cache, filled or not. A query meets the cache
+    in the wider dtype of both."""
+    plain, cfg, B = job.phase == "generate", job.cfg, job.batch
+    T, S = (1, job.prompt + job.new) if plain else (job.n_draft + 1, job.most_slots)
+    S = slots(job, S)
     moved = decode_bytes(cfg, B, S, T, cache_dtype=job.cache, dtype=job.dtype)
     slot_dtype = cfg.dtype if job.cache == "int8" else job.cache
     return cost(job, T, S, B * T, decode_flops(cfg, B, S, T), moved["weights"],
                 moved["cache_read"] + moved["cache_write"],
                 str(jnp.promote_types(cfg.dtype, slot_dtype)))
-
-
-def generate_cost(job):
-    """Job -> Cost: one decode step."""
-    return extend_cost(job, 1, job.prompt + job.new)
-
-
-def verify_cost(job):
-    """Job -> Cost: a round of speculation: the last token and a draft. N-grams cost nothing."""
-    return extend_cost(job, job.n_draft + 1, job.most_slots)
 
 
 def serve_steps(job):
@@ -717,8 +710,8 @@ def serve_cost(job):
                 parts)
 
 
-COSTS = {"train": train_cost, "prefill": prefill_cost, "generate": generate_cost,
-         "verify": verify_cost, "speculate": verify_cost, "serve": serve_cost}
+COSTS = {"train": train_cost, "prefill": prefill_cost, "generate": extend_cost,
+         "verify": extend_cost, "speculate": extend_cost, "serve": serve_cost}
 
 
 def step_events(job):
@@ -1335,7 +1328,7 @@ def splash(q, k, v, interpret=False):
     before tokens, scaled queries, and blocks of 128 or more tokens that divide T. What it saves for
     its gradient has the name "attention", as in `causal_forward`."""
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
-    (_, T, H, D), block = q.shape, math.gcd(q.shape[1], 1024)
+    (_, T, H, D), block = q.shape, math.gcd(q.shape[1], 512)
     require(block >= 128, f"T={T}: splash attention takes a multiple of 128 tokens")
     blocks = kernels.BlockSizes(**dict.fromkeys((
         "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
@@ -2315,10 +2308,10 @@ def print_row(row):
         return
     took, alone = row["measured_seconds"], row["library_seconds"]
     print(LINE(row["phase"], row["int8"] or row["dtype"],
-               "-" if row["phase"] == "train" else row["cache"], row["batch"], f"{row['T']}/{row['S']}", si(row["limit_seconds"], "s"),
-               cell("seconds", alone), si(took, "s"), f"{took / alone:.2f}" if alone else "-",
-               *("error" if row[key] is None else cell(key, row[key])
-                                        for key in ("mfu", "mbu")),
+               "-" if row["phase"] == "train" else row["cache"], row["batch"],
+               f"{row['T']}/{row['S']}", si(row["limit_seconds"], "s"), cell("seconds", alone),
+               si(took, "s"), f"{took / alone:.2f}" if alone else "-",
+               *("error" if row[key] is None else cell(key, row[key]) for key in ("mfu", "mbu")),
                cell("", row["tokens_per_second"])), flush=True)
     if row["sent"]:
         print(f"  each device sends {cell('sent', row['sent'])}; counted in the program: "
