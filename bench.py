@@ -319,7 +319,7 @@ def option(text, default, parse=str, several=False, **how):
 
 def parse_mesh(text):
     """str -> dict: axes and sizes, from text such as data=16,tensor=4x4."""
-    axes = dict(re.findall(r"(data|context|tensor)=(\d+(?:x\d+)*)", text))
+    axes = dict(re.findall(r"(data|context|tensor)=([1-9]\d*(?:x[1-9]\d*)*)", text))
     require(",".join(map("=".join, axes.items())) == text, f"--mesh {text!r}: expected axes and "
             "sizes, each once, as data=16,tensor=4, or tensor=4x4")
     return {name: tuple(map(int, sizes.split("x"))) if "x" in sizes else int(sizes)
@@ -440,19 +440,21 @@ def split(job):
     axes = job.axes or ({"data": n} if train else {"tensor": shard.over_heads(job.cfg, n)})
     data, context, tensor = (math.prod(shard.as_axes(axes.get(name, 1)))
                              for name in ("data", "context", "tensor"))
-    alone = train and job.by == "compiler"
+    alone, sizes = train and job.by == "compiler", [getattr(job.cfg, name) for name in "EFHV"]
     for right, why in (
             (data * context * tensor == n, f"a mesh of {mesh_text(axes)} has "
              f"{data * context * tensor} devices: {n} are asked for"),
             (train or context == 1, "--mesh context=: only training has this axis"),
             (job.batch % data == 0, f"B={job.batch} rows over {data} devices of data: --batch "
              f"{-(-job.batch // data) * data}"),
-            (not alone or n == data, "by the compiler training is split over data alone")):
+            (not alone or n == data, "by the compiler training is split over data alone"),
+            (math.gcd(tensor, *sizes) == tensor, f"{tensor} devices of tensor must divide E, F, H "
+             f"and V, which are {', '.join(map(str, sizes))}")):
         require(right, why)
-    sizes = {"data": shard.torus_axes(shape, context * tensor) if target else axes.get("data", 1),
+    parts = {"data": shard.torus_axes(shape, context * tensor) if target else axes.get("data", 1),
              "context": context, "tensor": axes.get("tensor", 1)}
     needed = {"data": train or data > 1, "context": context > 1, "tensor": not alone}
-    job = replace(job, mesh=mesh_text({name: sizes[name] for name in sizes if needed[name]}))
+    job = replace(job, mesh=mesh_text({name: parts[name] for name in parts if needed[name]}))
     if train:
         return replace(job, keep=job.keep or ("" if alone else ",".join(shard.KEPT)))
     fit = layouts(job)
@@ -889,13 +891,14 @@ def matmul_rate(cfg, rows, kind="", train=False):
 
 
 @lru_cache
-def attention_seconds(cfg, phase, B, T, S, cache):
-    """cfg, str, int, int, int, dtype -> seconds of a layer's attention."""
+def attention_seconds(cfg, B, T, S, cache, train=False):
+    """cfg, int, int, int, dtype, bool -> seconds of a layer's attention: of a prompt where S is T,
+    in training with its gradient, else to a cache."""
     q = some_numbers((B, T, cfg.H, cfg.D), cfg.dtype)
-    if phase in ("train", "prefill"):
+    if S == T:
         k = some_numbers((B, cfg.K, T, cfg.D), cfg.dtype)
-        return seconds_alone(with_gradient(causal_attention) if phase == "train" else
-                             causal_attention, [(q, k, k)])
+        return seconds_alone(with_gradient(causal_attention) if train else causal_attention,
+                             [(q, k, k)])
     slots = init_cache(replace(cfg, L=min(cfg.L, 4)), B, S, cache)
     pos = np.full((B, T), S - 1)
     return seconds_alone(cached_attention, [(q, k, v, pos) for k, v in zip(slots.k, slots.v)])
@@ -932,7 +935,7 @@ def library_seconds(job):
     weights = cost.parts[0].flops / matmul_rate(cfg, rows, job.int8, train)
     B = rows // cost.T  # at a time
     attention = cfg.L * (job.batch // B) * attention_seconds(
-        cfg, job.phase, B, cost.T, cost.S, job.cache)
+        cfg, B, cost.T, cost.S, job.cache, train)
     return [weights, attention, *([param_count(cfg) / optimizer_rate(cfg)] if train else [])]
 
 
@@ -1099,13 +1102,12 @@ def plan(args):
           f"weights {job.dtype}, cache {job.cache}, context {job.prompt}. Times are limits, which "
           "no program beats; expected: what good programs reach;\nhidden: the limit if matmuls hid "
           f"the links. Batch with room: {RESERVE:.0%} of the memory is left free")
-    columns = {f"{args.parameters:g} parameters": rounded} if args.parameters else {}
-    columns["exact"] = exact
+    columns = ({f"{args.parameters:g} parameters": rounded} if args.parameters else {}) | {
+        "exact": exact}
     for name, facts in columns.items():
         if not facts["fits"]:
-            chips_needed = facts["chips_needed"]
             print(f"DOES NOT FIT ({name}): batch {facts['batch']} takes more memory: "
-                  + f"--chips {chips_needed}, or " * bool(chips_needed)
+                  + f"--chips {facts['chips_needed']}, or " * bool(facts["chips_needed"])
                   + "a smaller --batch, --prompt, --dtype or --cache")
     print_facts(columns)
     for title, table in (
@@ -1272,21 +1274,12 @@ def published_row(row):
 
 
 def fit(rows):
-    """list of (`terms`, seconds) -> array: the numbers for EXPECTED: the least sum of relative
-    errors, of which those below 10% weigh less, by least squares whose weights are computed again
-    and again. No number falls below LEAST."""
+    """list of (`terms`, seconds) -> array: the numbers for EXPECTED: least squares of the relative
+    errors, of which those above 10% count linearly (Huber's loss). No number falls below LEAST."""
+    from scipy.optimize import least_squares  # JAX brings SciPy
     x = np.array([[term / seconds for term in terms.values()] for terms, seconds in rows])
-    numbers, free = LEAST.astype(float), np.ones(len(LEAST), bool)
-    while True:
-        weights = np.ones(len(x))
-        for _ in range(30):
-            numbers[free] = np.linalg.lstsq(x[:, free] * weights[:, None], (
-                1 - x[:, ~free] @ numbers[~free]) * weights)[0]
-            weights = np.maximum(abs(x @ numbers - 1), 0.1) ** -0.5
-        low = free & (numbers < LEAST)
-        if not low.any():
-            return numbers
-        free, numbers = free & ~low, np.maximum(numbers, LEAST)
+    return least_squares(lambda numbers: x @ numbers - 1, LEAST + 1e-3, bounds=(LEAST, np.inf),
+                         x_scale="jac", loss="huber", f_scale=0.1).x
 
 
 def published(args):
@@ -2129,12 +2122,11 @@ def stream(args):
     check_memory(f"a cache of {S} slots", kv_bytes(job.cfg, 1, S, job.cache), "a smaller --new")
     draft = draft_of(args.draft, args, job, prompt, S, sampling) if args.draft else None
     end = words.ends if words.ends and prompt[0, -1] not in words.ends else None
-    read = jax.jit(bound(prefill, job, mesh), donate_argnums=1)
-    for _ in range(3):  # compiled; then weights are fetched from wherever they were
-        cache, _ = where_of(job, mesh).empty(job.cfg, 1, S, job.cache)
-        jax.block_until_ready((params, cache))
-        start = time.perf_counter()
-        logits, cache = jax.block_until_ready(read(params, cache, prompt, np.array([T])))
+    cache, _ = jax.block_until_ready(where_of(job, mesh).empty(job.cfg, 1, S, job.cache))
+    given = params, cache, prompt, np.array([T])
+    read = jax.jit(bound(prefill, job, mesh), donate_argnums=1).lower(*given).compile()
+    start = time.perf_counter()
+    logits, cache = jax.block_until_ready(read(*given))
     speed = {"prompt": T, "dtype": job.dtype, "cache": job.cache,
              "prefill_seconds": time.perf_counter() - start}
     for new, rounds in generating(job, mesh, params, cache, logits, prompt, key, sampling, end,
@@ -2361,8 +2353,9 @@ def run(args):
     for job in jobs:
         check(job)
     jobs = [*map(fastest_int8, jobs)]
-    require(not ((path or args.profile) and first.chip or path and first.mesh),
-            "a text (--text, --steps) and --profile are for this machine, a text for one device")
+    require(not (first.chip and (path or args.profile) or path and (first.mesh or args.profile)),
+            "--profile is for this machine; a text (--text, --steps) for one device of it, without "
+            "--profile")
     if first.chip:
         check_compiler(first.chip)
     text = read_text(path, first.prompt) if path else None  # refused before anything is measured
