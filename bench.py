@@ -292,8 +292,8 @@ def chip_devices(name, chips):
         devices = get_topology_desc(name, "cuda", topology=shape, target_config=text).devices
         return devices, facts | {"memory_bytes": GPUS[name][7]}
     how = {"chip_config_name": "megacore"} if name in ("tpu-v4", "tpu-v5p") else {}
-    if shape.startswith("4x4x"):  # from this size on a slice is a torus: its ends are connected
-        how["wrap"] = (True, True, True)
+    # from this size on a slice is a torus: its ends are connected
+    how |= {"wrap": (True, True, True)} if shape.startswith("4x4x") else {}
     devices = get_topology_desc(f"{target.name}:{shape}", "tpu", **how).devices
     large = jax.ShapeDtypeStruct((1 << 40,), jnp.float32,
                                  sharding=jax.sharding.SingleDeviceSharding(devices[0]))
@@ -426,6 +426,12 @@ def layouts(job):
         "sequence", "context"]
 
 
+def degree(cfg, chips):
+    """cfg, int -> int: how many of the chips can share one copy by tensor parallelism: the greatest
+    common divisor of their number, E, F, H and V. The others hold further copies."""
+    return math.gcd(chips, cfg.E, cfg.F, cfg.H, cfg.V)
+
+
 def split(job):
     """Job -> Job: with its mesh and the layout of its cache. Where none is given, training is FSDP
     over all devices, and all else is tensor parallel (`shard.over_heads`), its cache split over
@@ -440,7 +446,7 @@ def split(job):
     axes = job.axes or ({"data": n} if train else {"tensor": shard.over_heads(job.cfg, n)})
     data, context, tensor = (math.prod(shard.as_axes(axes.get(name, 1)))
                              for name in ("data", "context", "tensor"))
-    alone, sizes = train and job.by == "compiler", [getattr(job.cfg, name) for name in "EFHV"]
+    alone = train and job.by == "compiler"
     for right, why in (
             (data * context * tensor == n, f"a mesh of {mesh_text(axes)} has "
              f"{data * context * tensor} devices: {n} are asked for"),
@@ -448,13 +454,13 @@ def split(job):
             (job.batch % data == 0, f"B={job.batch} rows over {data} devices of data: --batch "
              f"{-(-job.batch // data) * data}"),
             (not alone or n == data, "by the compiler training is split over data alone"),
-            (math.gcd(tensor, *sizes) == tensor, f"{tensor} devices of tensor must divide E, F, H "
-             f"and V, which are {', '.join(map(str, sizes))}")):
+            (degree(job.cfg, tensor) == tensor, f"{tensor} devices of tensor must divide E, F, H "
+             f"and V, which are {', '.join(str(getattr(job.cfg, name)) for name in 'EFHV')}")):
         require(right, why)
-    parts = {"data": shard.torus_axes(shape, context * tensor) if target else axes.get("data", 1),
+    sizes = {"data": shard.torus_axes(shape, context * tensor) if target else axes.get("data", 1),
              "context": context, "tensor": axes.get("tensor", 1)}
     needed = {"data": train or data > 1, "context": context > 1, "tensor": not alone}
-    job = replace(job, mesh=mesh_text({name: parts[name] for name in parts if needed[name]}))
+    job = replace(job, mesh=mesh_text({name: sizes[name] for name in sizes if needed[name]}))
     if train:
         return replace(job, keep=job.keep or ("" if alone else ",".join(shard.KEPT)))
     fit = layouts(job)
@@ -584,16 +590,23 @@ def seconds_of(call, at_most=9, seconds=0.3):
     return times
 
 
+def seconds_alone(fn, arguments, seconds=0.1):
+    """fn, list of arguments -> seconds of a call: the best run of one program that makes one call
+    for each entry of the list."""
+    program = jax.jit(lambda arguments: [fn(*each) for each in arguments])
+    jax.block_until_ready(program(arguments))
+    return min(seconds_of(lambda: jax.block_until_ready(program(arguments)),
+                          seconds=seconds)) / len(arguments)
+
+
 def measure_flops(dtype):
     """dtype -> flops/s of one large matmul, its best run: weights stored output x input, of random
     numbers: a chip that multiplies ones takes less power, and runs faster."""
     size = 2048 if on_cpu() else 8192
-    sums = jnp.int32 if dtype == "int8" else jnp.float32
     a = jax.random.randint(jax.random.key(0), (size, size), -127, 128).astype(dtype)
-    product = jax.jit(lambda a, b: jax.lax.dot_general(
-        a, b, (((1,), (1,)), ((), ())), preferred_element_type=sums))
-    times = seconds_of(lambda: product(a, a).block_until_ready(), seconds=1)
-    return 2 * size ** 3 / min(times)
+    product = partial(jax.lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())),
+                      preferred_element_type="int32" if dtype == "int8" else "float32")
+    return 2 * size ** 3 / seconds_alone(product, [(a, a)], seconds=1)
 
 
 def measure_read():
@@ -845,15 +858,6 @@ def critical_batch(job, ceilings):
 # --------------------------------------------------- library: this machine's operations, each alone
 
 
-def seconds_alone(fn, arguments):
-    """fn, list of arguments -> seconds of a call: the best run of one program that makes one call
-    for each entry of the list."""
-    program = jax.jit(lambda arguments: [fn(*each) for each in arguments])
-    jax.block_until_ready(program(arguments))
-    return min(seconds_of(lambda: jax.block_until_ready(program(arguments)),
-                          seconds=0.1)) / len(arguments)
-
-
 def with_gradient(fn):
     """fn -> fn: the gradients of its operands. The result is used as its own gradient, so that XLA
     cannot drop the forward pass."""
@@ -871,13 +875,12 @@ def some_numbers(shape, dtype):
 
 
 @lru_cache(maxsize=1)
-def mlp_weights(cfg, kind):
-    """cfg, str -> list of FE, FE, EF: weights of MLPs, as many as 64 MB take, which is more than a
-    processor's cache, but at most L: in cfg.dtype, or int8 of this kind."""
-    w = some_numbers((cfg.F, cfg.E), "int8" if kind else cfg.dtype)
+def mlp_weights(cfg, dtype):
+    """cfg, dtype -> list of FE, FE, EF: weights of MLPs, as many as 64 MB take, which is more than
+    a processor's cache, but at most L."""
+    w = some_numbers((cfg.F, cfg.E), dtype)
     n = min(cfg.L, math.ceil(64 * MB / (3 * w.nbytes)))
-    weights = [jnp.array(w.reshape(shape)) for shape in n * [w.shape, w.shape, w.shape[::-1]]]
-    return [INT8[kind](w, jnp.full((len(w), 1), 1e-2)) for w in weights] if kind else weights
+    return [jnp.array(w.reshape(shape)) for shape in n * [w.shape, w.shape, w.shape[::-1]]]
 
 
 @lru_cache
@@ -885,8 +888,10 @@ def matmul_rate(cfg, rows, kind="", train=False):
     """cfg, int, str, bool -> flops/s of so many rows times the weights of MLPs, in training with
     their gradients."""
     inputs = {size: some_numbers((rows, size), cfg.dtype) for size in (cfg.E, cfg.F)}
+    weights = [INT8[kind](w, jnp.full((len(w), 1), 1e-2)) if kind else w
+               for w in mlp_weights(cfg, "int8" if kind else cfg.dtype)]
     seconds = seconds_alone(with_gradient(dot) if train else dot, [
-        (inputs[w.shape[1]], w) for w in mlp_weights(cfg, kind)])
+        (inputs[w.shape[1]], w) for w in weights])
     return (2 + 4 * train) * rows * cfg.E * cfg.F / seconds
 
 
@@ -913,16 +918,12 @@ def optimizer_rate(cfg):
 
 def rows_at_a_time(job):
     """Job -> int or None: how many rows a prefill reads at once. On a CPU, for more than 2,048
-    tokens: the largest divisor of B whose rows hold 1,024 to 2,048; else None, all rows."""
+    tokens: the largest divisor of B whose rows hold 1,024 to 2,048; else, and in other phases,
+    None: all rows."""
     B, T = job.batch, job.prompt
     fit = [rows for rows in range(2, B) if B % rows == 0 and 1024 <= rows * T <= 2048]
-    return max(fit, default=None) if job.here and B * T > 2048 else None
-
-
-def rows_of(job):
-    """Job -> int: rows of activations that a matmul of its step multiplies with a weight."""
-    B = job.phase == "prefill" and rows_at_a_time(job) or job.batch
-    return B * COSTS[job.phase](job).T
+    some = job.phase == "prefill" and job.here and B * T > 2048
+    return max(fit, default=None) if some else None
 
 
 def library_seconds(job):
@@ -931,9 +932,9 @@ def library_seconds(job):
     if job.phase == "serve":
         return [times * seconds for times, step in serve_steps(job)
                 for seconds in library_seconds(step)]
-    cfg, cost, rows, train = job.cfg, COSTS[job.phase](job), rows_of(job), job.phase == "train"
-    weights = cost.parts[0].flops / matmul_rate(cfg, rows, job.int8, train)
-    B = rows // cost.T  # at a time
+    cfg, cost, train = job.cfg, COSTS[job.phase](job), job.phase == "train"
+    B = rows_at_a_time(job) or job.batch
+    weights = cost.parts[0].flops / matmul_rate(cfg, B * cost.T, job.int8, train)
     attention = cfg.L * (job.batch // B) * attention_seconds(
         cfg, B, cost.T, cost.S, job.cache, train)
     return [weights, attention, *([param_count(cfg) / optimizer_rate(cfg)] if train else [])]
@@ -941,17 +942,13 @@ def library_seconds(job):
 
 def fastest_int8(job):
     """Job -> Job: with the kind of int8 weights whose matmul is faster here, if none is given."""
-    return replace(job, int8=job.int8 or max(INT8, key=partial(
-        matmul_rate, job.cfg, rows_of(job)))) if job.dtype == "int8" else job
+    if job.dtype != "int8" or job.int8:
+        return job
+    rows = (rows_at_a_time(job) or job.batch) * COSTS[job.phase](job).T
+    return replace(job, int8=max(INT8, key=partial(matmul_rate, job.cfg, rows)))
 
 
 # ------------------------------------------------------------------- plan: chips that are not here
-
-
-def degree(cfg, chips):
-    """cfg, int -> int: how many of the chips can share one copy by tensor parallelism: the greatest
-    common divisor of their number, E, F, H and V. The others hold further copies."""
-    return math.gcd(chips, cfg.E, cfg.F, cfg.H, cfg.V)
 
 
 def tensor_parallel(job, n):
@@ -1297,7 +1294,7 @@ def published(args):
             "expected/published": good / row["seconds"]})
     print_rows(rows)
     phases = {phase: [row for row in rows if row["phase"] == phase]
-              for phase in ("generate", "prefill", "train")}
+              for phase in dict.fromkeys(row["phase"] for row in rows)}
     table = [{"phase": phase, "rows": len(some), "published/limit": statistics.median(
         row["published/limit"] for row in some), **{
             f"{name} error": f"{choose(abs(row['expected/published'] - 1) for row in some):.0%}"
@@ -1347,9 +1344,10 @@ KERNELS = {"plain": (causal_attention, cached_attention), "splash": (splash, cac
 
 def where_of(job, mesh):
     """Job, Mesh or None -> where its functions run: here, or split as the job says."""
-    kernels = dict(zip(("causal", "cached"), KERNELS[job.attention]))
-    return shard.Where(mesh, job.layout, job.ring, job.sums, **kernels) if mesh and job.layout \
-        else HERE._replace(**kernels)
+    causal, cached = KERNELS[job.attention]
+    if mesh and job.layout:
+        return shard.Where(mesh, job.layout, job.ring, job.sums, causal, cached)
+    return HERE._replace(causal=causal, cached=cached)
 
 
 def bound(fn, job, mesh, **how):
@@ -1381,9 +1379,10 @@ def train_program(job, mesh):
         return None, (params, adam_init(params)), random_tokens(job, job.prompt + 1, key)
 
     causal, _ = KERNELS[job.attention]
-    own_loss = partial(loss, causal=causal) if mesh is None else partial(
-        shard.fsdp_loss, mesh=mesh) if job.by != "hand" else partial(
-        shard.sharded_loss, mesh=mesh, ring=job.ring, keep=job.kept, sums=job.sums, causal=causal)
+    own_loss = {
+        "here": partial(loss, causal=causal), "compiler": partial(shard.fsdp_loss, mesh=mesh),
+        "hand": partial(shard.sharded_loss, mesh=mesh, ring=job.ring, keep=job.kept, sums=job.sums,
+                        causal=causal)}[job.by if mesh else "here"]
 
     def step(_, state, tokens):
         *state, value = train_step(*state, tokens, job.cfg, 1e-4, own_loss)
@@ -1889,9 +1888,9 @@ def explain(rows):
         if len(ratios) > 1:
             print(f"  {title:13} median {statistics.median(ratio for ratio, _ in ratios):.2f}, "
                   + " to ".join(f"{ratio:.2f} ({name})" for ratio, name in (ratios[0], ratios[-1])))
-        if len(ratios) > 1 and title == "took/library":
-            error = statistics.median(abs(ratio - 1) for ratio, _ in ratios)
-            print(f"{'':16}median of |took/library - 1| {error:.0%}")
+            if title == "took/library":
+                error = statistics.median(abs(ratio - 1) for ratio, _ in ratios)
+                print(f"{'':16}median of |took/library - 1| {error:.0%}")
     for name, row in zip(map(name_of, rows), rows):
         if None in (row["mfu"], row["mbu"]):
             print(f"error: {name}: faster than a ceiling: it was measured too low (was another "
@@ -2123,10 +2122,10 @@ def stream(args):
     draft = draft_of(args.draft, args, job, prompt, S, sampling) if args.draft else None
     end = words.ends if words.ends and prompt[0, -1] not in words.ends else None
     cache, _ = jax.block_until_ready(where_of(job, mesh).empty(job.cfg, 1, S, job.cache))
-    given = params, cache, prompt, np.array([T])
-    read = jax.jit(bound(prefill, job, mesh), donate_argnums=1).lower(*given).compile()
+    arguments = params, cache, prompt, np.array([T])
+    read = jax.jit(bound(prefill, job, mesh), donate_argnums=1).lower(*arguments).compile()
     start = time.perf_counter()
-    logits, cache = jax.block_until_ready(read(*given))
+    logits, cache = jax.block_until_ready(read(*arguments))
     speed = {"prompt": T, "dtype": job.dtype, "cache": job.cache,
              "prefill_seconds": time.perf_counter() - start}
     for new, rounds in generating(job, mesh, params, cache, logits, prompt, key, sampling, end,

@@ -779,8 +779,8 @@ class Where:
     layout: str = "heads"
     ring: int = 0
     sums: str = "float32"  # dtype of partial sums that travel: see `matmul_scatter`
-    causal: Callable = causal_attention  # see infer.Parts; no other one with "context",
-    cached: Callable = cached_attention  # and where slots are split no other one of these
+    causal: Callable = causal_attention  # see infer.Parts; "context" takes no other one
+    cached: Callable = cached_attention  # likewise; layouts that split slots take no other one
 
     data = property(lambda self: axes_of(self.mesh, "data"))
     axes = property(lambda self: axes_of(self.mesh, "tensor"))
