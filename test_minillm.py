@@ -155,13 +155,16 @@ def beside(halves, request, tmp_path_factory):
     """What takes processes of its own: begun at once, one after the other beside all other tests;
     each value waits for its end and gives its output."""
     snippets = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(snippets) >= 2
+    with_files = [text for text in snippets if text.startswith('# pip install ".[hf]"')]
+    assert len(with_files) == 2 and len(snippets) > 10
     each = "import sys\nfor source in sys.argv[1:]:\n    exec(source, {})"
     folder = tmp_path_factory.mktemp("beside")
     saved = folder / "saved" if importlib.util.find_spec("safetensors") else ""
-    commands = {"README": ["-c", each, *snippets], "two": ["-c", TWO_PROCESSES, "2", str(saved)]}
+    commands = {"README": ["-c", each, *(text for text in snippets if text not in with_files)],
+                "files": ["-c", each, *with_files], "two": ["-c", TWO_PROCESSES, "2", str(saved)]}
     asked = " ".join(item.nodeid for item in request.session.items)
-    for name, test in (("README", "readmes_python"), ("two", "two_processes")):
+    for name, test in (("README", "readmes_python"), ("files", "recipes_with_files"),
+                       ("two", "two_processes")):
         if test not in asked:
             del commands[name]
     env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "8",
@@ -3243,6 +3246,11 @@ def test_the_readmes_python_runs_and_its_asserts_hold(beside):
     beside["README"]()
 
 
+@files
+def test_the_readmes_recipes_with_files_run(beside):
+    beside["files"]()
+
+
 def test_the_readmes_plans_are_what_the_command_prints(capsys, tmp_path):
     shown = re.findall(r"```sh\npython bench\.py (plan [^\n]*)\n```\n\n```\n(.*?)```", README, re.S)
     assert len(shown) == 2
@@ -3272,40 +3280,30 @@ def test_all_pictures_are_drawn(calm, capsys, tmp_path, monkeypatch):
         "timeline_ring"}
 
 
-def copied(name, *neighbours):
-    """A function of the libraries in a file of its own, with these neighbours, as README's table
-    says: their sources, the imports that are not of this project, and gradients' lines."""
-    modules = {item: module for module in (shard, infer, minillm) for item in vars(module)
-               if item in (name, *neighbours) and vars(module)[item].__module__ == module.__name__}
-    lines = ["import math", "from functools import partial", "from collections import namedtuple",
-             "import jax", "import jax.numpy as jnp", "import numpy as np",
-             "from jax import custom_vjp, lax, named_scope, random, tree, vmap",
-             "from jax.ad_checkpoint import checkpoint_name",
-             "einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)"]
-    for item in (*neighbours, name):
-        value = inspect.unwrap(vars(modules[item])[item])
-        lines.append(f"{item} = namedtuple({item!r}, {value._fields})" if value is minillm.Partial
-                     else inspect.getsource(value))
-    for item in modules:
-        stem = item.removesuffix("_attention")
-        if f"{stem}_backward" in modules:
-            lines.append(f"{item}.defvjp({stem}_forward, {stem}_backward)")
-    space = {"__name__": "alone"}
-    exec("\n".join(lines), space)
-    return space[name]
+ALONE = {  # functions of the libraries, and what their copies do
+    "causal_attention": "q = jnp.ones((1, 9, 4, 8))\nassert jax.grad(lambda q: jnp.sum("
+                        "causal_attention(q, *[jnp.ones((1, 2, 9, 8))] * 2)))(q).shape == q.shape",
+    "write": "import jax.numpy as jnp\nassert write(jnp.zeros((1, 1, 4, 2)), jnp.ones((1, 1, 1, 2)),"
+             " jnp.array([[2]]))[0, 0, :, 0].tolist() == [0, 0, 1, 0]",
+    "acceptance": "import numpy as np\nassert acceptance(np.zeros((1, 1), int), np.zeros((1, 1, 1)),"
+                  " np.zeros((1, 2, 1)))[0] == 1",
+    "quantize": "assert quantize(jnp.array([[1.0, -2.0]]), -1).q.tolist() == [[64, -127]]",
+    "tokenizer": "from collections import namedtuple\nassert tokenizer('.', namedtuple('C', 'V')(256))"
+                 ".decode([104, 105]) == 'hi'"}
 
 
-def test_two_functions_run_in_files_of_their_own():
-    parts = "Partial", "finite", "scores", "partial_attention", "normalize", "split_blocks", \
-        "join_blocks"
-    slots, new = jnp.zeros((1, 1, 4, 2)), jnp.ones((1, 1, 1, 2))
-    write = copied("write")
-    assert same(write(slots, new, jnp.array([[2]])), infer.write(slots, new, jnp.array([[2]])))
-    q, k, v = normals((2, 9, 4, 8), (2, 2, 9, 8), (2, 2, 9, 8))
-    causal = copied("causal_attention", *parts, "merge", "causal_blocks", "causal_operands",
-                    "scan_pairs", "causal_forward", "causal_backward")
-    assert same(*(jax.jit(jax.grad(lambda *qkv: jnp.sum(fn(*qkv) ** 2), (0, 1, 2)))(q, k, v)
-                  for fn in (causal, causal_attention)))
+def test_copied_functions_run_in_an_empty_folder(tmp_path):
+    spec = importlib.util.spec_from_file_location("copy_function", DOCS / "copy.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    for name, use in ALONE.items():
+        text = tool.copy(name)
+        assert not re.search("^(import|from) (minillm|infer|shard)", text, re.M)
+        (tmp_path / f"{name}.py").write_text(f"{text}\n{use}\n")
+    run = "import runpy, sys\nfor name in sys.argv[1:]:\n    runpy.run_path(f'{name}.py')"
+    subprocess.run([sys.executable, "-I", "-c", run, *ALONE], cwd=tmp_path, check=True)
+    with pytest.raises(SystemExit, match="'attend' is no name of minillm, infer, shard"):
+        tool.copy("attend")
 
 
 def test_what_the_readme_names_is_there():

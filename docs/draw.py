@@ -5,31 +5,31 @@ what `bench.py --json FILE` wrote, of a run here and of chips that are not here;
 these pictures stay as they are. Each line of output says where a picture went. Needs the extra
 `plot`.
 """
-import argparse
-import itertools
-import json
-import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import matplotlib
-import numpy as np
+FOLDER = Path(__file__).resolve().parent
+sys.path[0] = str(FOLDER.parent)  # the libraries'; in this one copy.py would hide Python's own
+import argparse  # noqa: E402
+import itertools  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+from dataclasses import replace  # noqa: E402
 
-matplotlib.use("Agg")
-matplotlib.rcParams.update({"svg.hashsalt": "minillm", "svg.fonttype": "none"})
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
 from matplotlib import pyplot  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shard  # noqa: E402
 from bench import (CHIPS, GB, MODELS, Job, layer_steps, predict, sheet, si,  # noqa: E402
                    tensor_parallel)
 from infer import kv_bytes, weight_bytes  # noqa: E402
 from minillm import causal_blocks, causal_pairs, matmul, traced_flops  # noqa: E402
 
-FOLDER = Path(__file__).parent
+matplotlib.use("Agg")
+matplotlib.rcParams.update({"svg.hashsalt": "minillm", "svg.fonttype": "none"})
 
 
 def lecture(batch=110):
