@@ -1286,12 +1286,12 @@ def published(args):
         result = published_row(row)
         good = expected(result["terms"])
         rows.append({
-            "phase": row["phase"], "system": row["system"], "model": row["model"].split(",")[0],
+            "phase": row["phase"], "model": row["model"].split(",")[0],
             "dtype": "fp8" if row.get("fp8") else row["dtype"], "B": row["batch"],
             "chips": f"{row['chips']} x {row['chip']}", "limit_seconds": result["limit_seconds"],
             "expected_seconds": good, "published_seconds": row["seconds"],
             "published/limit": row["seconds"] / result["limit_seconds"],
-            "expected/published": good / row["seconds"]})
+            "expected/published": good / row["seconds"], "system": row["system"]})
     print_rows(rows)
     phases = {phase: [row for row in rows if row["phase"] == phase]
               for phase in dict.fromkeys(row["phase"] for row in rows)}
@@ -2352,9 +2352,10 @@ def run(args):
     for job in jobs:
         check(job)
     jobs = [*map(fastest_int8, jobs)]
-    require(not (first.chip and (path or args.profile) or path and (first.mesh or args.profile)),
-            "--profile is for this machine; a text (--text, --steps) for one device of it, without "
-            "--profile")
+    require(not (first.chip and (path or args.profile) or path and (first.mesh or args.profile)
+                 or args.profile and args.command == "serve"),
+            "--profile is for this machine, but not for serve, which runs on the host; a text "
+            "(--text, --steps) for one device of it, without --profile")
     if first.chip:
         check_compiler(first.chip)
     text = read_text(path, first.prompt) if path else None  # refused before anything is measured
@@ -2401,7 +2402,8 @@ def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
     with suppress(AttributeError):  # a terminal may lack characters
         sys.stdout.reconfigure(errors="replace")
-    if args.command == "train" and (args.text or args.resume or args.save or args.steps):
+    if args.command == "train" and (args.text or args.resume or args.save or args.steps
+                                    or args.lr != OPTIONS["lr"].default):
         args.text = args.text or Path(__file__).with_name("README.md")
         args.steps = args.steps or 100
     try:

@@ -418,8 +418,9 @@ def cast(params, dtype):
 #     leave    BTF, EF -> BTE                     dot               where weights are split
 #
 # `forward` and `loss` take another `block`, and a fused kernel as `causal` in place of
-# `causal_attention`; `train_step` takes another `loss`. infer.Parts lists the parts of a model that
-# generates.
+# `causal_attention`: a kernel needs no `block` of its own, which is for other layers and for
+# rematerialization. `train_step` takes another `loss`, and another optimizer as `update`.
+# infer.Parts lists the parts of a model that generates.
 
 
 def glu(gate, up, act):

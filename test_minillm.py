@@ -706,6 +706,9 @@ def test_a_training_step_is_the_gradient_then_adamw_on_float32_masters(dtype, li
     jax.tree.map(close, new, adamw_jit(params, adam_init(params), grads, 1e-2)[0])
     assert {w.dtype for w in jax.tree.leaves((new, adam.m, adam.v))} == {jnp.dtype("float32")}
     assert abs(value - loss_jit(params, tokens, cfg=CONFIGS[4])) <= limit
+    seen, state, _ = jax.jit(partial(train_step, cfg=cfg, update=lambda p, s, g, lr: (g, s + lr)))(
+        params, 3.0, tokens, lr=1e-2)  # another optimizer gets what AdamW gets
+    jax.tree.map(close, (seen, state), (cast(grads, "float32"), 3.01))
 
 
 def test_init_has_variance_one_over_fan_in_and_norms_of_one():
