@@ -342,10 +342,10 @@ class Job:
     prompt: int = option("tokens of a sequence", 256, number)
     new: int = option("tokens to generate", 32, number)
     dtype: str = option("of the weights", "float32", partial(find, "dtype", DTYPES), several=True)
-    cache: str = option("dtype of the cache (the fastest)", "", choices=CACHE_DTYPES)
+    cache: str = option("dtype of the cache, else the fastest", "", choices=CACHE_DTYPES)
     int8: str = option("weight-only int8 (Q8), or W8A8 (Q8A8)", "", choices=tuple(INT8))
     n_draft: int = option("proposed tokens", 4, number)
-    chip: str = option("compile for this chip, and measure nothing", "",
+    chip: str = option("one that is not here: predict, and compile for it", "",
                        partial(find, "chip", CHIPS))
     chips: int = option("how many of them", 1, number)
     devices: int = option("devices here; a CPU simulates them", 1, number)
@@ -980,12 +980,12 @@ def phase_facts(job, parameters, copies):
     row, chip, n = on_chips(job, parameters), chip_of(job.chip), job.chips
     parts, seconds = row["parts"], row["limit_seconds"]
     moved = sum(part["bytes"] for part in parts[:2])
+    compute = sum(part["flops"] for part in parts) / (n * chip.flops[job.matmul_dtype])
     hidden = min(part["seconds"] for part in parts if part["name"] != "attention") * (n > 1)
-    facts = {"bytes": copies * moved, "seconds": seconds,
-             "expected_seconds": row["expected_seconds"], "hidden_seconds": seconds - hidden,
-             "mfu": sum(part["flops"] for part in parts) / seconds / (
-                 n * chip.flops[job.matmul_dtype]),
-             "mbu": moved / seconds / (n * chip.read), "parts": parts}
+    facts = {"bytes": copies * moved, "seconds": seconds, "hidden_seconds": seconds - hidden,
+             "expected_seconds": row["expected_seconds"], "parts": parts}
+    for name, time in (("limit", seconds), ("expected", row["expected_seconds"])):
+        facts |= {f"{name}_mfu": compute / time, f"{name}_mbu": moved / time / (n * chip.read)}
     return {f"{job.phase}_{name}": value for name, value in facts.items()}
 
 
@@ -1065,7 +1065,7 @@ def training(job, tokens, mfu):
             "weight_flops": total - attention, "attention_flops": attention,
             "compute_seconds": compute, "expected_seconds": on_chips(replace(
                 job, phase="train", mesh=f"data={chips}"))["expected_seconds"],
-            "mfu": mfu, "step_seconds": compute / mfu, "tokens": tokens,
+            "assumed_mfu": mfu, "step_seconds": compute / mfu, "tokens": tokens,
             "days": tokens / (B * T) * compute / mfu / 86400,
             "optimizer_bytes": 12 * count, "gradient_bytes": 4 * count,
             "bytes_per_chip": 16 * count / chips, "fits": 16 * count <= chips * chip.memory,
@@ -1088,8 +1088,7 @@ def plan(args):
     check(job)
     trained = args.train and training(replace(  # refused before anything is printed
         job, batch=B or 4 * chips, dtype=job.cfg.dtype, int8=""), args.tokens, args.mfu)
-    exact = napkin(job, None, B)
-    rounded = napkin(job, args.parameters, B) if args.parameters else exact
+    exact, rounded = (napkin(job, count, B) for count in (None, args.parameters))
     n, rows = exact["chips_per_replica"], -(-rounded["batch"] // exact["replicas"])
     steps = layer_steps(tensor_parallel(replace(job, phase="generate", batch=rows), n))
     remedies = million(job, chip, chips, rounded["weight_bytes"])
@@ -2180,7 +2179,8 @@ OPTIONS = {f.name: f for f in fields(Job) if f.name != "phase"} | {
     "parameters": option("a rounded count, as 7e9, beside the exact one", None, above),
     "train": field(default=False, metadata=dict(help="plan training, too", action="store_true")),
     "tokens": option("to train on", 1e12, above),
-    "mfu": option("model flops utilization of training", 0.5, partial(above, most=1)),
+    "mfu": option("model flops utilization that training is assumed to reach", 0.5,
+                  partial(above, most=1)),
     "temperature": option("0 is greedy", 0.0, float),
     "top_k": option("draw from the k most probable (0: all)", 0, int),
     "top_p": option("draw from those that reach p", 1.0, float),
