@@ -1114,8 +1114,7 @@ def plan(args):
         if table:
             print(f"\n{title}:")
             print_rows(table)
-    result = dict(model=job.model, chip=job.chip, chips=chips, context=job.prompt, dtype=job.dtype,
-                  cache=job.cache, **rounded, exact=exact, steps=steps, million=remedies)
+    result = vars(job) | rounded | dict(exact=exact, steps=steps, million=remedies)
     if trained:
         result["training"] = trained
         print("\ntraining, with weights sharded over all chips (FSDP):")
@@ -1865,7 +1864,7 @@ def profile(prepared, folder=None):
         dict(share=sum(seconds) / total, times=len(seconds), region=region, kind=kind,
              source=source) for (region, kind, source), seconds in longest],
         "regions": {region: seconds / total for region, seconds in regions.most_common()},
-        "wall_seconds": wall, "idle": max(0, 1 - busy / wall)}
+        "idle": max(0, 1 - busy / wall)}
 
 
 def name_of(row):
@@ -2383,17 +2382,15 @@ def run(args):
 
 
 def keep_freed_memory():
-    """-> bool: has the C library been told to keep what is freed? Only glibc can be, on the CPU.
+    """-> None: tells the C library to keep what is freed. Only glibc can.
 
     XLA's CPU code asks for its temporaries anew at every step. By default glibc returns each large
     one to the kernel, which has to zero every page again; kept, an f32 step takes 12 to 15% less.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
-    libc = ctypes.CDLL(None)
-    return all([libc.mallopt(trim_threshold, -1), libc.mallopt(mmap_max, 0),
-                libc.mallopt(arena_max, 1)])
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
+        for name, value in ((trim_threshold, -1), (mmap_max, 0), (arena_max, 1)):
+            ctypes.CDLL(None).mallopt(name, value)
 
 
 def main(argv=None):

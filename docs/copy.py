@@ -68,4 +68,4 @@ def copy(name):
 
 
 if __name__ == "__main__":
-    print(copy(sys.argv[1] if sys.argv[1:] else "causal_attention"), end="")
+    print(copy(sys.argv[1]) if sys.argv[1:] else __doc__, end="")

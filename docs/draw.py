@@ -28,7 +28,6 @@ from bench import (CHIPS, GB, MODELS, Job, layer_steps, predict, sheet, si,  # n
 from infer import kv_bytes, weight_bytes  # noqa: E402
 from minillm import causal_blocks, causal_pairs, matmul, traced_flops  # noqa: E402
 
-matplotlib.use("Agg")
 matplotlib.rcParams.update({"svg.hashsalt": "minillm", "svg.fonttype": "none"})
 
 
@@ -111,7 +110,7 @@ def draw_roofline():
     """-> None: a decode step's two parts under the roof of four chips, at three batches."""
     limits, notes = sheet(CHIPS["tpu-v4"], 4), []
     peak, read = limits["flops_per_second"]["bfloat16"], limits["read_bytes_per_second"]
-    xs = np.logspace(-1, 3.5, 100)
+    xs = np.logspace(-1, 4, 999)
     lines = [(xs, np.minimum(peak, read * xs), "k-")]
     for B in (1, 110, 224):
         for part in predict(lecture(B), limits)["parts"][:2]:
@@ -122,7 +121,8 @@ def draw_roofline():
             notes.append((x * 1.2, y * below,
                           f"{part['name']}, B = {B}: {si(part['seconds'], 's')}"))
     sketch("roofline.svg", 3.6, (0.1, 3e3), (2e11, 2e15), notes=notes, lines=lines, xscale="log",
-           yscale="log", xlabel="flops per byte", ylabel="flops per second")
+           yscale="log", xlabel="flops per byte", ylabel="flops per second",
+           title=f"four TPU v4: {si(read, 'B/s')}, then {si(peak, 'FLOP/s')}")
 
 
 def draw_layer():
