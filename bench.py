@@ -590,13 +590,13 @@ def seconds_of(call, at_most=9, seconds=0.3):
     return times
 
 
-def seconds_alone(fn, arguments, seconds=0.1):
-    """fn, list of arguments -> seconds of a call: the best run of one program that makes one call
-    for each entry of the list."""
+def seconds_alone(fn, arguments, seconds=0.1, choose=statistics.median):
+    """fn, list of arguments -> seconds of a call: of the runs of one program that makes one call
+    for each entry of the list, the median, as of a row."""
     program = jax.jit(lambda arguments: [fn(*each) for each in arguments])
     jax.block_until_ready(program(arguments))
-    return min(seconds_of(lambda: jax.block_until_ready(program(arguments)),
-                          seconds=seconds)) / len(arguments)
+    return choose(seconds_of(lambda: jax.block_until_ready(program(arguments)),
+                             seconds=seconds)) / len(arguments)
 
 
 def measure_flops(dtype):
@@ -606,7 +606,7 @@ def measure_flops(dtype):
     a = jax.random.randint(jax.random.key(0), (size, size), -127, 128).astype(dtype)
     product = partial(jax.lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())),
                       preferred_element_type="int32" if dtype == "int8" else "float32")
-    return 2 * size ** 3 / seconds_alone(product, [(a, a)], seconds=1)
+    return 2 * size ** 3 / seconds_alone(product, [(a, a)], 1, min)
 
 
 def measure_read():
@@ -2388,9 +2388,9 @@ def keep_freed_memory():
     one to the kernel, which has to zero every page again; kept, an f32 step takes 12 to 15% less.
     """
     if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
-        for name, value in ((trim_threshold, -1), (mmap_max, 0), (arena_max, 1)):
-            ctypes.CDLL(None).mallopt(name, value)
+        # M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX of malloc.h
+        for option_number, value in ((-1, -1), (-4, 0), (-8, 1)):
+            ctypes.CDLL(None).mallopt(option_number, value)
 
 
 def main(argv=None):
