@@ -984,8 +984,8 @@ def phase_facts(job, parameters, copies):
     hidden = min(part["seconds"] for part in parts if part["name"] != "attention") * (n > 1)
     facts = {"bytes": copies * moved, "seconds": seconds, "hidden_seconds": seconds - hidden,
              "expected_seconds": row["expected_seconds"], "parts": parts}
-    for name, time in (("limit", seconds), ("expected", row["expected_seconds"])):
-        facts |= {f"{name}_mfu": compute / time, f"{name}_mbu": moved / time / (n * chip.read)}
+    for name, each in (("limit", seconds), ("expected", row["expected_seconds"])):
+        facts |= {f"{name}_mfu": compute / each, f"{name}_mbu": moved / each / (n * chip.read)}
     return {f"{job.phase}_{name}": value for name, value in facts.items()}
 
 

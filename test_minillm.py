@@ -3284,15 +3284,21 @@ def test_all_pictures_are_drawn(calm, capsys, tmp_path, monkeypatch):
 
 
 ALONE = {  # functions of the libraries, and what their copies do
-    "causal_attention": "q = jnp.ones((1, 9, 4, 8))\nassert jax.grad(lambda q: jnp.sum("
-                        "causal_attention(q, *[jnp.ones((1, 2, 9, 8))] * 2)))(q).shape == q.shape",
-    "write": "import jax.numpy as jnp\nassert write(jnp.zeros((1, 1, 4, 2)), jnp.ones((1, 1, 1, 2)),"
-             " jnp.array([[2]]))[0, 0, :, 0].tolist() == [0, 0, 1, 0]",
-    "acceptance": "import numpy as np\nassert acceptance(np.zeros((1, 1), int), np.zeros((1, 1, 1)),"
-                  " np.zeros((1, 2, 1)))[0] == 1",
-    "quantize": "assert quantize(jnp.array([[1.0, -2.0]]), -1).q.tolist() == [[64, -127]]",
-    "tokenizer": "from collections import namedtuple\nassert tokenizer('.', namedtuple('C', 'V')(256))"
-                 ".decode([104, 105]) == 'hi'"}
+    "causal_attention": """
+q, k = jnp.ones((1, 9, 4, 8)), jnp.ones((1, 2, 9, 8))
+assert jax.grad(lambda q: jnp.sum(causal_attention(q, k, k)))(q).shape == q.shape""",
+    "write": """
+import jax.numpy as jnp
+slots = write(jnp.zeros((1, 1, 4, 2)), jnp.ones((1, 1, 1, 2)), jnp.array([[2]]))
+assert slots[0, 0, :, 0].tolist() == [0, 0, 1, 0]""",
+    "acceptance": """
+import numpy as np
+assert acceptance(np.zeros((1, 1), int), np.zeros((1, 1, 1)), np.zeros((1, 2, 1)))[0] == 1""",
+    "quantize": """
+assert quantize(jnp.array([[1.0, -2.0]]), -1).q.tolist() == [[64, -127]]""",
+    "tokenizer": """
+from collections import namedtuple
+assert tokenizer('.', namedtuple('Cfg', 'V')(256)).decode([104, 105]) == 'hi'"""}
 
 
 def test_copied_functions_run_in_an_empty_folder(tmp_path):
@@ -3302,7 +3308,7 @@ def test_copied_functions_run_in_an_empty_folder(tmp_path):
     for name, use in ALONE.items():
         text = tool.copy(name)
         assert not re.search("^(import|from) (minillm|infer|shard)", text, re.M)
-        (tmp_path / f"{name}.py").write_text(f"{text}\n{use}\n")
+        (tmp_path / f"{name}.py").write_text(f"{text}{use}\n")
     run = "import runpy, sys\nfor name in sys.argv[1:]:\n    runpy.run_path(f'{name}.py')"
     subprocess.run([sys.executable, "-I", "-c", run, *ALONE], cwd=tmp_path, check=True)
     with pytest.raises(SystemExit, match="'attend' is no name of minillm, infer, shard"):
