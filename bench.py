@@ -591,8 +591,8 @@ def seconds_of(call, at_most=9, seconds=0.3):
 
 
 def seconds_alone(fn, arguments, seconds=0.1, choose=statistics.median):
-    """fn, list of arguments -> seconds of a call: of the runs of one program that makes one call
-    for each entry of the list, the median, as of a row."""
+    """fn, list of arguments -> seconds of a call. One program calls fn on each entry of the list;
+    it runs for so many `seconds`, and `choose` takes one of its times: the median, as for a row."""
     program = jax.jit(lambda arguments: [fn(*each) for each in arguments])
     jax.block_until_ready(program(arguments))
     return choose(seconds_of(lambda: jax.block_until_ready(program(arguments)),
@@ -927,8 +927,8 @@ def rows_at_a_time(job):
 
 
 def library_seconds(job):
-    """Job -> list of float: of each part of its step, if matmuls with weights, attention to a cache
-    of its size and the optimizer run alone here, each as often as the step has it."""
+    """Job -> list of float: seconds of each part of its step when it runs alone here: matmuls with
+    weights, attention to a cache of its size, the optimizer, times how often each occurs."""
     if job.phase == "serve":
         return [times * seconds for times, step in serve_steps(job)
                 for seconds in library_seconds(step)]
@@ -1312,9 +1312,10 @@ generate_jit = jax.jit(generate, static_argnames=("n", "cfg", "sampling", "end")
 
 
 def splash(q, k, v, interpret=False):
-    """BTHD, BKTD, BKTD -> BTHD: `causal_attention` by a kernel of JAX for TPUs, which takes heads
-    before tokens, scaled queries, and blocks of 128 or more tokens that divide T. What it saves for
-    its gradient has the name "attention", as in `causal_forward`."""
+    """BTHD, BKTD, BKTD -> BTHD: `causal_attention` by a kernel of JAX for TPUs. The kernel takes
+    heads before tokens, queries that are scaled already (here), and blocks of 128 or more tokens
+    that divide T. What it saves for its gradient has the name "attention" for `jax.checkpoint`, as
+    in `causal_forward`."""
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
     (_, T, H, D), block = q.shape, math.gcd(q.shape[1], 512)
     require(block >= 128, f"T={T}: splash attention takes a multiple of 128 tokens")

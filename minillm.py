@@ -634,13 +634,13 @@ def adamw(params, adam, grads, lr, b1=0.9, b2=0.95, eps=1e-8, decay=0.1):
 
 
 def train_step(params, adam, tokens, cfg, lr, loss=loss, update=adamw):
-    """Params, Adam, B(T+1), cfg, lr -> Params, Adam, scalar: one step of AdamW; the scalar is the
-    loss before it.
+    """Params, Adam, B(T+1), cfg, lr -> Params, Adam, scalar: one step of AdamW, and the loss at the
+    old parameters.
 
     Parameters of any dtype are converted to float32, cast to `cfg.dtype` for the loss, and receive
     float32 gradients; the update is rounded back to their dtype. Another optimizer is a function
-    `update(params, state, grads, lr)` that returns both anew; its state takes the place of `adam`.
-    ValueError if cfg.dtype is float16.
+    `update(params, state, grads, lr)` that returns new params and a new state, which is given in
+    place of `adam`. ValueError if cfg.dtype is float16.
     """
     value, grads = jax.value_and_grad(lambda p: loss(cast(p, cfg.dtype), tokens, cfg))(
         cast(params, "float32"))

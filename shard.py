@@ -548,7 +548,7 @@ def is_later(i, axis):
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def ring_attention(q, k, v, axis):
     """B(T/n)HD, BK(T/n)D, BK(T/n)D, axis -> B(T/n)HD: `causal_attention` of tokens that are split
-    by `local_positions`.
+    by `local_positions`: device i holds tokens i, i + n, i + 2n and so on.
 
     k and v go once around the ring; each part is attended to while the next one travels.
     arXiv:2310.01889.

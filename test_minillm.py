@@ -3258,7 +3258,8 @@ def test_the_readmes_plans_are_what_the_command_prints(capsys, tmp_path):
     shown = re.findall(r"```sh\npython bench\.py (plan [^\n]*)\n```\n\n```\n(.*?)```", README, re.S)
     assert len(shown) == 2
     for command, expected in shown:
-        assert expected in result_of(capsys, tmp_path, *shlex.split(command))[1]
+        printed = result_of(capsys, tmp_path, *shlex.split(command))[1]
+        assert all(excerpt in printed for excerpt in expected.split("\n...\n"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason='pip install ".[plot]"')

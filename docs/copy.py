@@ -15,8 +15,8 @@ MODULES = "minillm", "infer", "shard"
 
 def find_pieces():
     """-> dict of (module, name) -> list of (place, module, source): the statements that define each
-    name, with the comments above them: an import, a definition, and what sets its gradient. The
-    place is a module's number and a line; imports come first."""
+    name: one import, or a definition with the comment above it, and after it the statement that
+    gives it a gradient. Places sort the statements: (number of the module, line), imports first."""
     pieces = {}
     for number, module in enumerate(MODULES):
         text = Path(__file__).parents[1].joinpath(f"{module}.py").read_text()
@@ -34,7 +34,7 @@ def find_pieces():
                         (origin, alias.name), [((-1, line), module, line)])
             elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 pieces[module, node.name] = [piece]
-            elif isinstance(node, ast.Assign):  # where the name is defined, a form for one backend
+            elif isinstance(node, ast.Assign):  # a second one, a form for one backend, is dropped
                 for part in ast.walk(ast.Tuple(node.targets)):
                     if isinstance(part, ast.Name):
                         pieces.setdefault((module, part.id), [piece])
@@ -57,7 +57,7 @@ def copy(name):
     if not wanted:
         sys.exit(f"copy.py: {name!r} is no name of {', '.join(MODULES)}")
     while wanted:
-        for place, module, source in pieces.get(wanted.pop(), ()):  # Python's own names have none
+        for place, module, source in pieces.get(wanted.pop(), ()):  # nothing for names of Python
             if place not in chosen:
                 chosen[place] = source
                 wanted += [(module, used) for used in global_names(
