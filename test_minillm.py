@@ -3256,7 +3256,7 @@ def test_the_readmes_recipes_with_files_run(beside):
 
 def test_the_readmes_plans_are_what_the_command_prints(capsys, tmp_path):
     shown = re.findall(r"```sh\npython bench\.py (plan [^\n]*)\n```\n\n```\n(.*?)```", README, re.S)
-    assert len(shown) == 2
+    assert len(shown) == 3
     for command, expected in shown:
         printed = result_of(capsys, tmp_path, *shlex.split(command))[1]
         assert all(excerpt in printed for excerpt in expected.split("\n...\n"))
