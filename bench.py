@@ -2323,17 +2323,18 @@ def heading(job, limits):
 def make_row(job, limits, args, traced):
     """Job, dict, args, bool -> dict: predicted, compiled and, here, measured; and profiled where it
     is traced."""
+    job = fastest_int8(job)
     row = ROW | asdict(job) | predict(job, limits)
     say(f"{name_of(row)}: limit {si(row['limit_seconds'], 's')} ...")
-    if not (job.chip or job.mesh):
-        for part, seconds in zip(row["parts"], library_seconds(job), strict=True):
-            part["library_seconds"] = seconds
-        row["library_seconds"] = sum(part["library_seconds"] for part in row["parts"])
     prepared = prepare(job, params_of(job, args.seed), args.seed)
     step = prepared.step
     if job.phase != "serve":
         step, facts = inspect(prepared, traced)
         row |= facts
+    if not (job.chip or job.mesh):  # just before the step runs: a machine's speed changes
+        for part, seconds in zip(row["parts"], library_seconds(job), strict=True):
+            part["library_seconds"] = seconds
+        row["library_seconds"] = sum(part["library_seconds"] for part in row["parts"])
     if not job.chip:
         row |= measure(prepared, step)
         row |= shares(row, row["measured_seconds"], limits, job.matmul_dtype)
@@ -2351,7 +2352,6 @@ def run(args):
     first = jobs[0]
     for job in jobs:
         check(job)
-    jobs = [*map(fastest_int8, jobs)]
     require(not (first.chip and (path or args.profile) or path and (first.mesh or args.profile)
                  or args.profile and args.command == "serve"),
             "--profile is for this machine, but not for serve, which runs on the host; a text "
