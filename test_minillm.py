@@ -3095,10 +3095,10 @@ def test_the_readmes_rows_of_chips_are_what_their_compilers_say(compiled, capsys
         job, bench.sheet(bench.CHIPS["tpu-v4"], 4))
     bench.print_row(bench.ROW | row)
     shown = re.search(r"```\n(generate bfloat16 B=110: .*?)```", README, re.S)[1].splitlines()
-    for ours, theirs in zip(capsys.readouterr().out.strip().splitlines(), shown, strict=True):
-        label = theirs.split()[0]  # versions differ in cycles, and in order
-        assert label in ("compiler", "cycle", "regions") or sorted(re.findall(r"[\w.]+", ours)) \
-            == sorted(re.findall(r"[\w.]+", theirs))
+    printed = capsys.readouterr().out.splitlines()
+    for line in shown:  # an excerpt; versions differ in cycles, and in order
+        label = line.split()[0]
+        assert label in ("...", "compiler", "cycle", "regions") or line in printed
     cycles = float(re.search(r"cycle seconds +([\d.]+) ms", "\n".join(shown))[1])
     assert row["cycle_seconds"] * 1e3 == pytest.approx(cycles, rel=0.05)
     text = " ".join(README.split())
