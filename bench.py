@@ -2359,6 +2359,8 @@ def run(args):
     if first.chip:
         check_compiler(first.chip)
     text = read_text(path, first.prompt) if path else None  # refused before anything is measured
+    if path and args.resume:
+        load_state(args.resume)
     limits = sheet(CHIPS[first.chip], first.chips) if first.chip else ceilings(
         {part.dtype for job in jobs for part in COSTS[job.phase](job).parts})
     result = {"machine": machine(), "ceilings": limits, "rows": rows}
