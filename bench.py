@@ -984,8 +984,9 @@ def phase_facts(job, parameters, copies):
     hidden = min(part["seconds"] for part in parts if part["name"] != "attention") * (n > 1)
     facts = {"bytes": copies * moved, "seconds": seconds, "hidden_seconds": seconds - hidden,
              "expected_seconds": row["expected_seconds"], "parts": parts}
-    for name, each in (("limit", seconds), ("expected", row["expected_seconds"])):
-        facts |= {f"{name}_mfu": compute / each, f"{name}_mbu": moved / each / (n * chip.read)}
+    for name in ("limit", "expected"):
+        facts |= {f"{name}_mfu": compute / row[f"{name}_seconds"],
+                  f"{name}_mbu": moved / (n * chip.read) / row[f"{name}_seconds"]}
     return {f"{job.phase}_{name}": value for name, value in facts.items()}
 
 
@@ -1088,7 +1089,8 @@ def plan(args):
     check(job)
     trained = args.train and training(replace(  # refused before anything is printed
         job, batch=B or 4 * chips, dtype=job.cfg.dtype, int8=""), args.tokens, args.mfu)
-    exact, rounded = (napkin(job, count, B) for count in (None, args.parameters))
+    exact = napkin(job, None, B)
+    rounded = napkin(job, args.parameters, B) if args.parameters else exact
     n, rows = exact["chips_per_replica"], -(-rounded["batch"] // exact["replicas"])
     steps = layer_steps(tensor_parallel(replace(job, phase="generate", batch=rows), n))
     remedies = million(job, chip, chips, rounded["weight_bytes"])
@@ -1999,9 +2001,9 @@ def train_text(args, job, params, adam, ceilings, texts):
     return row, params, adam
 
 
-def train_on_text(args, jobs, ceilings, texts):
-    """args, list of Job, dict, `read_text` -> dict: trains once for each job, saves the model, and
-    continues the text that is held out."""
+def train_on_text(args, jobs, ceilings, texts, state):
+    """args, list of Job, dict, `read_text`, `load_state` or None -> dict: trains once for each job,
+    saves the model, and continues the text that is held out."""
     job, rows = jobs[0], []
     settings = {"text": hashlib.sha256(Path(args.text).read_bytes()).hexdigest(), **{
         name: (vars(args) | vars(job))[name]
@@ -2009,7 +2011,7 @@ def train_on_text(args, jobs, ceilings, texts):
     require(not (args.save or args.resume) or len(jobs) == 1 and not (args.resume and job.kv_heads),
             "--save and --resume take one model: one of each option, and the saved number of heads")
     if args.resume:
-        cfg, params, adam = load_state(args.resume)
+        cfg, params, adam = state
         require(not args.model or replace(job.cfg, dtype=cfg.dtype) == cfg, f"--model {job.model} "
                 f"is not the model in --resume {args.resume}: leave it out")
         for name, value in read_json(Path(args.resume) / "run.json").items():
@@ -2179,8 +2181,7 @@ OPTIONS = {f.name: f for f in fields(Job) if f.name != "phase"} | {
     "parameters": option("a rounded count, as 7e9, beside the exact one", None, above),
     "train": field(default=False, metadata=dict(help="plan training, too", action="store_true")),
     "tokens": option("to train on", 1e12, above),
-    "mfu": option("model flops utilization that training is assumed to reach", 0.5,
-                  partial(above, most=1)),
+    "mfu": option("model flops utilization, assumed of training", 0.5, partial(above, most=1)),
     "temperature": option("0 is greedy", 0.0, float),
     "top_k": option("draw from the k most probable (0: all)", 0, int),
     "top_p": option("draw from those that reach p", 1.0, float),
@@ -2359,14 +2360,13 @@ def run(args):
     if first.chip:
         check_compiler(first.chip)
     text = read_text(path, first.prompt) if path else None  # refused before anything is measured
-    if path and args.resume:
-        load_state(args.resume)
+    state = path and args.resume and load_state(args.resume)
     limits = sheet(CHIPS[first.chip], first.chips) if first.chip else ceilings(
         {part.dtype for job in jobs for part in COSTS[job.phase](job).parts})
     result = {"machine": machine(), "ceilings": limits, "rows": rows}
     print(heading(first, limits))
     if text:
-        return result | train_on_text(args, jobs, limits, text)
+        return result | train_on_text(args, jobs, limits, text, state)
     if not first.chip:
         print(LINE("phase", "dtype", "cache", "B", "T/S", "limit", "library", "took",
                    "took/library", "MFU", "MBU", "tokens/s"))

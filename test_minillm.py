@@ -3312,6 +3312,14 @@ def test_copied_functions_run_in_an_empty_folder(tmp_path):
         (tmp_path / f"{name}.py").write_text(f"{text}{use}\n")
     run = "import runpy, sys\nfor name in sys.argv[1:]:\n    runpy.run_path(f'{name}.py')"
     subprocess.run([sys.executable, "-I", "-c", run, *ALONE], cwd=tmp_path, check=True)
+    space = {"__name__": "alone"}
+    exec(tool.copy("write") + tool.copy("causal_attention"), space)
+    write, causal = space["write"], space["causal_attention"]
+    slots, new = jnp.zeros((1, 1, 4, 2)), jnp.ones((1, 1, 1, 2))
+    assert same(write(slots, new, jnp.array([[2]])), infer.write(slots, new, jnp.array([[2]])))
+    q, k, v = normals((2, 9, 4, 8), (2, 2, 9, 8), (2, 2, 9, 8))
+    assert same(*(jax.jit(jax.grad(lambda *qkv: jnp.sum(fn(*qkv) ** 2), (0, 1, 2)))(q, k, v)
+                  for fn in (causal, causal_attention)))
     with pytest.raises(SystemExit, match="'attend' is no name of minillm, infer, shard"):
         tool.copy("attend")
 
