@@ -1740,17 +1740,13 @@ def collectives(ops):
 
 
 def copied_bytes(ops, text):
-    """list of operations, str -> int: bytes that a step copies, from memory to memory, of arrays
-    alike one of the program's arguments of two dimensions or more: a weight or a cache."""
-    def alike(shape):  # dtype and sizes of the first array, whatever their order and layout
-        dtype, sizes = re.search(r"(\w+)\[([\d,]*)\]", shape).groups()
-        return dtype, *sorted(size for size in sizes.split(",") if size != "1")
-
+    """list of operations, str -> int: bytes that a step copies, from memory to memory, of arrays as
+    large as one of the program's arguments of two dimensions or more: a weight or a cache."""
     *_, entry = parse_program(text).values()
-    arguments = {alike(op.shape) for op in entry if op.opcode == "parameter" and arrays(op.shape)}
-    return sum(size * op.times for op in ops if op.kind == "copy"
-               for size, hbm in arrays(op.shape)[:1] if hbm and op.reads >= size
-               and len(alike(op.shape)) > 2 and alike(op.shape) in arguments)
+    sizes = {arrays(op.shape)[0] for op in entry if op.opcode == "parameter"
+             and re.search(r"\d,\d", op.shape)}
+    return sum(copied[0] * op.times for op in ops if op.kind == "copy"
+               for copied in arrays(op.shape)[:1] if copied in sizes and op.reads >= copied[0])
 
 
 def by_cycles(ops, job):
@@ -1766,7 +1762,7 @@ def by_cycles(ops, job):
         if op.number:
             op.seconds = shard.link_seconds(op.kind, op.sent, op.n, *links)
             waits[op.asynchronous] += op.times * op.seconds
-        elif op.cycles:
+        elif op.cycles * op.times:
             regions[op.region or "?"] += op.times * op.seconds
     return {"cycle_seconds": sum(regions.values()), "regions": dict(regions.most_common()),
             "transfer_seconds": waits[False], "hidden_transfer_seconds": waits[True],

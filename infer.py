@@ -48,18 +48,19 @@ class Q8(namedtuple("Q8", "q scale")):
         """index, dtype -> array: these rows of the table, as floats."""
         return (self.q[index] * self.scale[index]).astype(dtype)
 
-    def matmul(self, x):
-        """MC -> MO."""
-        w = self.q.reshape(-1, x.shape[-1]).astype(x.dtype)
-        return matmul(x, w) * self.scale.reshape(-1)
+    def matmul(self, x, n=1):
+        """MC -> MO: n letters are contracted."""
+        return matmul(x, self.q.astype(x.dtype), n) * self.scale.reshape(self.shape[:-n])
 
 
 class Q8A8(Q8):
     """int8 weights times int8 activations (W8A8): each row of x is quantized, sums are int32."""
-    def matmul(self, x):
-        """MC -> MO."""
-        x, w = quantize(x, -1), self.q.reshape(-1, x.shape[-1])
-        return product(x.q, w, "int32") * x.scale * self.scale.reshape(-1)
+    def matmul(self, x, n=1):
+        """MC -> MO: n letters are contracted."""
+        outputs = self.shape[:-n]
+        x = quantize(x, tuple(range(-n, 0)))
+        row_scale = x.scale.reshape(x.shape[:-n] + (1,) * len(outputs))
+        return product(x.q, self.q, n, "int32") * row_scale * self.scale.reshape(outputs)
 
 
 def quantize(x, axes):

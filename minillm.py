@@ -4,7 +4,7 @@ One alphabet, here and in every other file. A shape is written as its letters, B
 
     B batch   T new tokens   S cache slots   L layers   V vocabulary
     E embed   F feed-forward   H query heads   K key/value heads   G = H/K   D head dim
-    and in a matmul: M rows   C contracted   O outputs
+    and in a matmul: M rows   C contracted   O outputs, each of one letter or more: BT, HD
 
 The first line of a docstring is its contract: `BT, E -> BTE` gives the shapes of arguments and
 results; cfg is a Config. Functions are pure: state goes in and comes out, and the caller adds
@@ -23,6 +23,7 @@ from jax import custom_vjp, lax, named_scope, tree
 from jax.ad_checkpoint import checkpoint_name
 
 einsum = partial(jnp.einsum, preferred_element_type="float32")  # accumulates in float32
+tensordot = partial(jnp.tensordot, preferred_element_type="float32")
 
 
 def require(condition, message):
@@ -34,31 +35,35 @@ def require(condition, message):
 # ------------------------------------------------------------------------------- matmuls and norms
 
 
-def product(x, w, sums="float32"):
-    """MC, OC -> MO: the dot product of every row of x with every row of w, summed in `sums`."""
-    return jnp.einsum("MC,OC->MO", x, w, preferred_element_type=sums)
+def product(x, w, n=1, sums="float32"):
+    """MC, OC -> MO: the dot product of every row of x with every row of w, over the last n letters
+    of both, summed in `sums`. BTHD times EHD is BTE, with n = 2."""
+    contracted = tuple(range(-n, 0))
+    return tensordot(x, w, (contracted, contracted), preferred_element_type=sums)
 
 
-@custom_vjp
-def matmul(x, w):
-    """MC, OC -> MO: activations times a weight: 2BP flops for B = M rows and P = OC weights."""
-    return product(x, w)
+@partial(custom_vjp, nondiff_argnums=(2,))
+def matmul(x, w, n=1):
+    """MC, OC -> MO: activations times a weight, contracted over n letters: 2BP flops for B = M rows
+    and P = OC weights."""
+    return product(x, w, n)
 
 
-def matmul_forward(x, w):
+def matmul_forward(x, w, n=1):
     """MC, OC -> MO, (MC, OC): the product, and both operands for its gradient. ValueError in
     float16: its smallest number is 6e-8, so most gradients would become 0."""
     require(x.dtype != "float16", "float16 gradients underflow: set Config.dtype to bfloat16")
-    return product(x, w), (x, w)
+    return product(x, w, n), (x, w)
 
 
-def matmul_backward(saved, dy):
-    """(MC, OC), MO -> MC, OC: two matmuls for the one of the forward pass, so training costs 6BP:
-    the spine, which is the gradient with respect to the input, and the weight gradient."""
+def matmul_backward(n, saved, dy):
+    """n, (BTHD, EHD), BTE -> BTHD, EHD: two matmuls for the one of the forward pass, so training
+    costs 6BP: the spine, which is the gradient with respect to the input, and the weight gradient.
+    """
     x, w = saved
-    dy = dy.astype(w.dtype)
-    spine = einsum("MO,OC->MC", dy, w)             # goes on to the layer below
-    weight_gradient = einsum("MO,MC->OC", dy, x)   # stays here
+    dy, outputs, rows = dy.astype(w.dtype), w.ndim - n, tuple(range(x.ndim - n))
+    spine = tensordot(dy, w, outputs)                 # MO, OC -> MC: goes on to the layer below
+    weight_gradient = tensordot(dy, x, (rows, rows))  # MO, MC -> OC: stays here
     return spine.astype(x.dtype), weight_gradient.astype(w.dtype)
 
 
@@ -66,15 +71,14 @@ matmul.defvjp(matmul_forward, matmul_backward)
 
 
 def dot(x, w, n=1, dtype=None):
-    """...C, OC -> ...O: x times a weight, contracted over the last n letters of both, as one 2-D
-    matmul.
+    """MC, OC -> MO: x times a weight, contracted over the last n letters of both.
 
     The result has the dtype of x unless `dtype` is given. A weight that is not an array brings a
-    `matmul` method of its own, MC -> MO: see infer.Q8.
+    `matmul` method of its own: see infer.Q8. Letters stay apart in a matmul: to join H and D, or B
+    and T, a TPU would copy the array, for 6% of the time of a training step.
     """
-    rows = x.reshape(-1, math.prod(w.shape[-n:]))
-    y = w.matmul(rows) if hasattr(w, "matmul") else matmul(rows, w.reshape(-1, rows.shape[1]))
-    return y.reshape(x.shape[:-n] + w.shape[:-n]).astype(dtype or x.dtype)
+    y = w.matmul(x, n) if hasattr(w, "matmul") else matmul(x, w, n)
+    return y.astype(dtype or x.dtype)
 
 
 def dots(x, ws, norm):
@@ -788,6 +792,19 @@ def few_rows(plain):
     return wraps(plain)(form)
 
 
+def flattened(form, plain):
+    """fn, fn -> fn: the plain product, whose few rows meet a weight in another form, as matrices.
+    """
+    def choose(x, w, n=1, sums="float32"):
+        rows = math.prod(x.shape[:-n])
+        if rows > 16:
+            return plain(x, w, n, sums)
+        y = form(x.reshape(rows, -1), w.reshape(-1, math.prod(w.shape[-n:])), sums=sums)
+        return y.reshape(x.shape[:-n] + w.shape[:-n])
+
+    return wraps(plain)(choose)
+
+
 def one_query(plain):
     """fn -> fn: the same `partial_attention`. For a single query per key head a TPU would not use
     its matrix units, and would take 2 to 4 times as long, so the query is duplicated there."""
@@ -805,5 +822,5 @@ def one_query(plain):
     return wraps(plain)(form)
 
 
-product, scores = few_rows(product), few_rows(scores)
+product, scores = flattened(few_rows(product), product), few_rows(scores)
 partial_attention, rotary = one_query(partial_attention), materialized(rotary)

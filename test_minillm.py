@@ -523,17 +523,36 @@ def test_a_form_for_one_backend_is_in_the_programs_of_that_backend_alone(name, M
                          if operations(fn, platform) != operations(fn.__wrapped__, platform)}
 
 
-@pytest.mark.parametrize("M", [1, 2, 15, 16, 17])
+@pytest.mark.parametrize("B, T", [(1, 1), (2, 1), (3, 5), (4, 4), (1, 17)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_a_product_is_summed_in_float32_or_int32_for_any_number_of_rows(M, dtype):
-    """One product of bfloat16 is exact in float32, and 999 sums lose at most 999 * 6e-8 of the
-    total of magnitudes; int32 loses nothing."""
-    x, w = (jnp.asarray(30 * a, dtype) for a in normals((M, 999), (21, 999), seed=M))
+def test_a_product_is_summed_in_float32_or_int32_over_one_letter_or_two(B, T, dtype):
+    """For any number of rows, of weights [F, E] and [E, H, D]. One product of bfloat16 is exact in
+    float32, and 999 sums lose at most 999 * 6e-8 of the total of magnitudes; int32 loses nothing.
+    """
     sums = jnp.dtype("int32" if dtype == "int8" else "float32")
-    y = jax.jit(minillm.product, static_argnums=2)(x, w, sums)
-    x, w = doubles(x, w)
-    limit = 0 if dtype == "int8" else 999 * 6e-8 * np.abs(x) @ np.abs(w).T
-    assert y.dtype == sums and np.all(np.abs(y - x @ w.T) <= limit)
+    for n, letters in ((1, (999,)), (2, (9, 111))):
+        x, w = (jnp.asarray(30 * a, dtype) for a in normals((B, T, *letters), (21, *letters)))
+        y = jax.jit(partial(minillm.product, n=n, sums=sums))(x, w)
+        x, w = (a.reshape(-1, 999) for a in doubles(x, w))
+        limit = 0 if dtype == "int8" else 999 * 6e-8 * np.abs(x) @ np.abs(w).T
+        assert y.dtype == sums and y.shape == (B, T, 21)
+        assert np.all(np.abs(y.reshape(-1, 21) - x @ w.T) <= limit)
+
+
+@pytest.mark.parametrize("B, T", [(2, 3), (3, 7)])
+def test_letters_that_stay_apart_have_the_gradients_of_matrices(B, T):
+    """[B, T, E] times [H, D, E], and [B, T, H, D] times [E, H, D], for few rows and for many."""
+    x, w, out, back = normals((B, T, 12), (4, 6, 12), (B, T, 4, 6), (12, 4, 6))
+    for a, b, n in ((x, w, 1), (out, back, 2)):
+        (dy,) = normals(a.shape[:-n] + b.shape[:-n])
+        y, pull = jax.vjp(lambda a, b: matmul(a, b, n), a, b)
+        spine, weight_gradient = pull(dy)
+        C = np.prod(b.shape[-n:])
+        rows, matrix, dy = (np.asarray(array).reshape(-1, width) for array, width in (
+            (a, C), (b, C), (dy, b.size // C)))
+        for result, expected in ((y, rows @ matrix.T), (spine, dy @ matrix),
+                                 (weight_gradient, dy.T @ rows)):
+            close(result.reshape(expected.shape), expected)
 
 
 def act_by_hand(x, act):
