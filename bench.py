@@ -54,12 +54,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import shard
-from infer import (CACHE_DTYPES, HERE, Q8, Q8A8, Cache, Sampling, array_bytes, byte_text,
-                   byte_tokens, cached_attention, decode_bytes, decode_flops, extend, generate,
-                   init_cache, kv_bytes, library, load, load_state, model_draft, ngram_draft,
-                   prefill, prefill_flops, quantize_params, read_arrays, read_json, save,
-                   save_state, serve, slots_of, speculate, tokenizer, weight_bytes)
-from minillm import (KEEPABLE, Adam, Config, Params, adam_init, adamw, cast, causal_attention,
+from infer import (CACHE_DTYPES, HERE, Q8, Q8A8, Sampling, array_bytes, byte_text,
+                   byte_tokens, cached_attention, cudnn, decode_bytes, decode_flops, extend, generate,
+                   init_cache, kv_bytes, library, load, load_state, model_draft, multiplied,
+                   ngram_draft, prefill, prefill_flops, quantize_params, read_json, save,
+                   save_state, serve, slots_of, speculate, splash, tokenizer, weight_bytes)
+from minillm import (KEEPABLE, Adam, Config, adam_init, adamw, cast, causal_attention,
                      check_tokens, dims, dot, init, loss, param_count, require, size_of,
                      traced_flops, train_flops, train_step)
 
@@ -185,8 +185,7 @@ def chip_of(text):
     if name in CHIPS:
         return CHIPS[name]
     with suppress(ValueError):
-        peak, *others = map(above, text.split(","))
-        read, memory, link = others
+        peak, read, memory, link = map(above, text.split(","))
         return Chip(dict.fromkeys(DTYPES, peak), read, memory, link, 1, "given by hand")
     raise ValueError(f"chip {text!r}: expected one of {', '.join(CHIPS)}, or flops/s,bytes/s,bytes,"
                      "link bytes/s such as 275e12,1.23e12,32e9,9e10")
@@ -233,11 +232,11 @@ TARGETS = {  # clocks: the sheet's peak over what the matrix units multiply a cy
     "tpu-v7x": Target("tpu", "tpu7x", TORUS, 2.2e9, devices=2),
     **{name: Target("gpu", name, HOSTS) for name in GPUS}}
 EXTRAS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}  # and the module that each brings
-FLAGS = dict.fromkeys(  # the lecture's, for collectives beside matmuls on a TPU
-    ("xla_enable_async_all_gather", "xla_enable_async_collective_permute",
-     "xla_tpu_enable_async_collective_fusion",
-     "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-     "xla_tpu_overlap_compute_collective_tc"), "true")
+FLAGS = (  # the lecture's, for collectives beside matmuls on a TPU
+    "xla_enable_async_all_gather", "xla_enable_async_collective_permute",
+    "xla_tpu_enable_async_collective_fusion",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+    "xla_tpu_overlap_compute_collective_tc")
 
 
 def slice_of(name, chips):
@@ -259,16 +258,12 @@ def check_compiler(name):
 
 
 def compiled_with(lowered, flags):
-    """Lowered, dict -> Compiled or None, dict: with the flags that this compiler takes; where the
-    program does not fit, what it needs and what there is."""
+    """Lowered, dict -> Compiled or None, dict: with these flags; where the program does not fit,
+    what it needs and what there is."""
     try:
         return lowered.compile(compiler_options=flags or None), {}
     except Exception as error:
         message, size = str(error), r"\((\d[\d.]*)([KMGT])\)"
-        # from 0.0.50 on libtpu fuses gathers with matmuls on v5e alone, and names wrong results
-        kept = {name: on for name, on in flags.items() if "fuse_all_gather" not in name}
-        if kept != flags and "AllGather is enabled on platform" in message:
-            return compiled_with(lowered, kept)
         if not (match := re.search(f"{size} exceeds available HBM {size}", message)):
             raise ValueError(f"the compiler: {message.splitlines()[0]}") from None
         needed, granted = (int(float(match[i]) * 1024 ** "BKMGT".index(match[i + 1]))
@@ -417,21 +412,6 @@ def settle(job):
     return split(replace(job, cache=job.cache or wide, int8=job.int8 or kind))
 
 
-def layouts(job):
-    """Job -> list of str: layouts of its cache that divide over the last axis of "tensor", the best
-    one first."""
-    *first, last = job.tensor
-    heads, rows = job.cfg.K // math.prod(first), job.batch // job.copies
-    return ["heads"] * (heads % last == 0) + ["batch"] * (rows % last == 0) + [
-        "sequence", "context"]
-
-
-def degree(cfg, chips):
-    """cfg, int -> int: how many of the chips can share one copy by tensor parallelism: the greatest
-    common divisor of their number, E, F, H and V. The others hold further copies."""
-    return math.gcd(chips, cfg.E, cfg.F, cfg.H, cfg.V)
-
-
 def split(job):
     """Job -> Job: with its mesh and the layout of its cache. Where none is given, training is FSDP
     over all devices, and all else is tensor parallel (`shard.over_heads`), its cache split over
@@ -454,7 +434,7 @@ def split(job):
             (job.batch % data == 0, f"B={job.batch} rows over {data} devices of data: --batch "
              f"{-(-job.batch // data) * data}"),
             (not alone or n == data, "by the compiler training is split over data alone"),
-            (degree(job.cfg, tensor) == tensor, f"{tensor} devices of tensor must divide E, F, H "
+            (shard.degree(job.cfg, tensor) == tensor, f"{tensor} devices of tensor must divide E, F, H "
              f"and V, which are {', '.join(str(getattr(job.cfg, name)) for name in 'EFHV')}")):
         require(right, why)
     sizes = {"data": shard.torus_axes(shape, context * tensor) if target else axes.get("data", 1),
@@ -463,7 +443,7 @@ def split(job):
     job = replace(job, mesh=mesh_text({name: sizes[name] for name in sizes if needed[name]}))
     if train:
         return replace(job, keep=job.keep or ("" if alone else ",".join(shard.KEPT)))
-    fit = layouts(job)
+    fit = shard.layouts(job.cfg, job.batch // data, job.tensor)
     require(job.layout in ("", *fit), f"layout {job.layout!r} does not divide over {tensor} "
             f"devices of tensor with K={job.cfg.K} and B={job.batch // data} rows a copy: --layout "
             f"{' or '.join(fit)}")
@@ -754,21 +734,10 @@ def layer_steps(job):
     in a ring permutes, run beside matmuls."""
     if not (job.chip and job.layout) or job.ring:
         return []
-    shapes, links = shard.step_shapes(job.tensor, job.layout), links_of(job)
-    rows = []
-    for name, (times, events) in step_events(job).items():
-        tally = shard.tally(events)
-        rows.append({
-            "step": name, "times": times, "before": shapes[name][0], "after": shapes[name][1],
-            "collectives": {kind: number for kind, (number, _) in tally.items()},
-            "bytes": sum(size for _, size in tally.values()),
-            "seconds": sum(number * shard.link_seconds(
-                kind, shard.SENT[kind](size, n), n, *links)
-                for (kind, size, n), number in events.items())})
-    return rows
+    return shard.step_table(step_events(job), job.tensor, job.layout, *links_of(job))
 
 
-# What good programs take of a chip: `fit` of PUBLISHED.
+# What good programs take of a chip: a fit to PUBLISHED, in the tests.
 EXPECTED = {
     # seconds for each second that the data sheet gives
     "reading": 1.16,      # of weights, cache and optimizer: they reach 86% of its bandwidth
@@ -782,7 +751,6 @@ EXPECTED = {
     # seconds a layer of inference
     "GPU, layer": 53.3e-6,    # kernels start and end
     "links, layer": 14.7e-6}  # collectives start and end, where a layer is on several chips
-LEAST = np.array([1, 1, 1, 1, 0, 0, 0, 0])  # nothing is faster than the sheet
 
 
 def terms(job, ceilings, tokens, parts):
@@ -841,11 +809,6 @@ def predict(job, ceilings, parameters=None):
         row["terms"] = terms(job, ceilings, cost.tokens, parts)
         row["expected_seconds"] = expected(row["terms"])
     return row
-
-
-def multiplied(cfg):
-    """cfg -> int: parameters in matmuls: all but norms and an untied embedding table."""
-    return sum(size_of(name, cfg) for name in jax.tree.leaves(read_arrays(cfg)) if " " in name)
 
 
 def critical_batch(job, ceilings):
@@ -954,7 +917,8 @@ def fastest_int8(job):
 def tensor_parallel(job, n):
     """Job, int -> Job: on n chips that share one copy of the weights."""
     job = replace(job, chips=n, mesh=mesh_text({"tensor": shard.over_heads(job.cfg, n)}))
-    return replace(job, layout=layouts(job)[0] if n > 1 else "")
+    layout, *_ = shard.layouts(job.cfg, job.batch, job.tensor)
+    return replace(job, layout=layout * (n > 1))
 
 
 def on_chips(job, parameters=None):
@@ -966,7 +930,7 @@ def useful_degree(job, parameters):
     """Job, number -> int: the most chips, in powers of two, whose links take no longer than their
     memory and matmuls do. More would wait for links."""
     n = 2
-    while degree(job.cfg, n) == n:
+    while shard.degree(job.cfg, n) == n:
         *parts, links = on_chips(tensor_parallel(job, n), parameters)["parts"]
         if links["seconds"] > sum(part["seconds"] for part in parts):
             break
@@ -995,7 +959,7 @@ def napkin(job, parameters=None, batch=None):
     rounded count in place of the exact one; job.prompt is the context, job.new is 0. Copies of the
     model that share no chips share the batch."""
     cfg, chip, chips = job.cfg, chip_of(job.chip), job.chips
-    n, size = degree(cfg, chips), array_bytes("", cfg, job.dtype)
+    n, size = shard.degree(cfg, chips), array_bytes("", cfg, job.dtype)
     copies = chips // n
     weights = parameters * size if parameters else (
         weight_bytes(cfg, job.dtype) + (not cfg.tied) * cfg.V * cfg.E * size)
@@ -1006,7 +970,7 @@ def napkin(job, parameters=None, batch=None):
     batch = batch or rows * copies
 
     def fits(chips):
-        n = degree(cfg, chips)
+        n = shard.degree(cfg, chips)
         return weights + -(-batch // (chips // n)) * sequence <= n * chip.memory
 
     def one_copy(phase, rows):
@@ -1270,15 +1234,6 @@ def published_row(row):
     return result
 
 
-def fit(rows):
-    """list of (`terms`, seconds) -> array: the numbers for EXPECTED: least squares of the relative
-    errors, of which those above 10% count linearly (Huber's loss). No number falls below LEAST."""
-    from scipy.optimize import least_squares  # JAX brings SciPy
-    x = np.array([[term / seconds for term in terms.values()] for terms, seconds in rows])
-    return least_squares(lambda numbers: x @ numbers - 1, LEAST + 1e-3, bounds=(LEAST, np.inf),
-                         x_scale="jac", loss="huber", f_scale=0.1).x
-
-
 def published(args):
     """args -> dict: prints what others measured beside its limit and what was expected."""
     rows = []
@@ -1311,32 +1266,6 @@ train_jit = jax.jit(train_step, static_argnames="cfg", donate_argnames=("params"
 prefill_jit = jax.jit(prefill, static_argnames="cfg", donate_argnames="cache")
 generate_jit = jax.jit(generate, static_argnames=("n", "cfg", "sampling", "end"),
                        donate_argnames=("cache", "logits"))
-
-
-def splash(q, k, v, interpret=False):
-    """BTHD, BKTD, BKTD -> BTHD: `causal_attention` by a kernel of JAX for TPUs. The kernel takes
-    heads before tokens, queries that are scaled already (here), and blocks of 128 or more tokens
-    that divide T. What it saves for its gradient has the name "attention" for `jax.checkpoint`, as
-    in `causal_forward`."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
-    (_, T, H, D), block = q.shape, math.gcd(q.shape[1], 512)
-    require(block >= 128, f"T={T}: splash attention takes a multiple of 128 tokens")
-    blocks = kernels.BlockSizes(**dict.fromkeys((
-        "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
-        "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"), block))
-    run = kernels.make_splash_mha(
-        kernels.MultiHeadMask([kernels.CausalMask((T, T))] * H), block_sizes=blocks, head_shards=1,
-        q_seq_shards=1, residual_checkpoint_name="attention", interpret=interpret)
-    return jax.vmap(run)((q * D ** -0.5).astype(q.dtype).swapaxes(1, 2), k, v).swapaxes(1, 2)
-
-
-def cudnn(q, k, v, pos=None):
-    """BTHD, BKSD, BKSD, BT -> BTHD: `cached_attention` by NVIDIA's kernels, and without positions
-    `causal_attention`. They take tokens before heads, and no int8."""
-    k, v = (a.astype(q.dtype).swapaxes(1, 2) for a in (k, v))
-    mask = None if pos is None else jnp.arange(k.shape[1]) <= pos[:, None, :, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=pos is None,
-                                        implementation="cudnn")
 
 
 KERNELS = {"plain": (causal_attention, cached_attention), "splash": (splash, cached_attention),
@@ -1526,17 +1455,6 @@ def sent(job):
     elif math.prod(job.tensor) == job.axes.get("context", 1) == 1:
         events = shard.fsdp_comm(job.cfg, shard.as_axes(job.axes["data"]))
     return shard.tally(events) or None
-
-
-def argument_kinds(args):
-    """arguments -> dict: bytes of each kind on one device, by formula."""
-    sizes = dict.fromkeys(("weights", "cache", "optimizer", "inputs"), 0)
-    kinds = dict(zip((Params, Cache, Adam), sizes))
-    for arg in jax.tree.leaves(args, is_leaf=lambda arg: type(arg) in kinds):
-        for a in jax.tree.leaves(arg):
-            sizes[kinds.get(type(arg), "inputs") if a.ndim else "inputs"] += (
-                a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)))
-    return sizes
 
 
 def measure(prepared, step):
@@ -1752,8 +1670,7 @@ def copied_bytes(ops, text):
 def by_cycles(ops, job):
     """list of operations, Job -> dict: of a step on a TPU: the compiler's cycles as seconds, by
     region; seconds of collectives over the sheet's links, of those that wait and of those that are
-    asynchronous; and the operations of one layer. They are estimates, and no sum of them is a time.
-    """
+    asynchronous; and the operations. They are estimates, and no sum of them is a time."""
     target, regions, waits = TARGETS[job.chip], Counter(), Counter()
     link, shape = links_of(job)
     links = link / target.devices, (*shape, target.devices)
@@ -1768,24 +1685,7 @@ def by_cycles(ops, job):
             "transfer_seconds": waits[False], "hidden_transfer_seconds": waits[True],
             "unestimated": sum(op.times for op in ops if not (
                 op.number or op.cycles or "-start" in op.name)),
-            "layer": one_layer([op for op in ops if op.times])}
-
-
-def one_layer(ops):
-    """list of operations -> list of dict: those of the middle layer, from its first matmul to that
-    of the next one; of a loop over layers, its body."""
-    loops = Counter(op.loop for op in ops if op.times > 1 and op.region == "mlp")
-    matmuls = [i for i, op in enumerate(ops)
-               if op.kind == "product" and op.region in ("qkv", "mlp")]
-    begins = [b for a, b in itertools.pairwise(matmuls)
-              if (ops[a].region, ops[b].region) == ("mlp", "qkv")]
-    if loops:
-        ops = [op for op in ops if op.loop == max(loops, key=loops.get)]
-    elif len(begins) > 1:
-        ops = ops[begins[len(begins) // 2 - 1]:begins[len(begins) // 2]]
-    return [{"region": op.region, "kind": op.kind, "seconds": op.seconds,
-             "transfer": bool(op.number), "ends": op.asynchronous * sum(
-                 op.start < other.start < op.done for other in ops)} for op in ops]
+            "operations": [vars(op) for op in ops if op.times]}
 
 
 def inspect(prepared, traced=False):
@@ -1794,10 +1694,13 @@ def inspect(prepared, traced=False):
     together."""
     job, step, args = prepared.job, prepared.step, prepared.args
     by_hand = prepared.mesh is not None and job.by == "hand"
-    options = FLAGS if job.flags == "on" else {"xla_gpu_enable_command_buffer": ""} \
+    options = {"xla_gpu_enable_command_buffer": ""} \
         if traced and not job.chip and jax.default_backend() == "gpu" else {}
+    if job.flags == "on":  # libtpu fuses gathers with matmuls on v5e alone: others' were wrong
+        options = {flag: "true" for flag in FLAGS
+                   if job.chip == "tpu-v5e" or "fuse_all_gather" not in flag}
     compiled, refusal = compiled_with(jax.jit(step, donate_argnums=1).lower(*args), options)
-    sizes = argument_kinds(args)
+    sizes = shard.device_bytes(args)
     facts = {"formula": sizes, "formula_bytes": sum(sizes.values()), "fits": False}
     facts |= prepared.facts | refusal
     if compiled is None:
@@ -2267,7 +2170,7 @@ COMPILED = ("compiler", "slice", "formula", "formula_bytes", "argument_bytes", "
             "needed_bytes", "copies", "collectives", "sent", "counted", "cycle_seconds", "regions",
             "unestimated", "transfer_seconds", "hidden_transfer_seconds")
 ROW = dict.fromkeys((*PREDICTED, *COMPILED, "measured_seconds", "mfu", "mbu", "tokens_per_second",
-                     "layer"))  # what stages add to a row, each None where it does not apply
+                     "operations"))  # what stages add to a row, each None where it does not apply
 
 drawn = lru_cache(maxsize=1)(lambda job, seed: draw(job, jax.random.key(seed)))
 learned = lru_cache(maxsize=1)(learn)

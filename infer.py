@@ -221,6 +221,32 @@ def cached_attention(q, k, v, pos, finish=normalize):
     return join_blocks(finish(part)[None], T, H).astype(q.dtype)
 
 
+def splash(q, k, v, interpret=False):
+    """BTHD, BKTD, BKTD -> BTHD: `causal_attention` by a kernel of JAX for TPUs. The kernel takes
+    heads before tokens, queries that are scaled already (here), and blocks of 128 or more tokens
+    that divide T. What it saves for its gradient has the name "attention" for `jax.checkpoint`, as
+    in `causal_forward`."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+    (_, T, H, D), block = q.shape, math.gcd(q.shape[1], 512)
+    require(block >= 128, f"T={T}: splash attention takes a multiple of 128 tokens")
+    blocks = kernels.BlockSizes(**dict.fromkeys((
+        "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
+        "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"), block))
+    run = kernels.make_splash_mha(
+        kernels.MultiHeadMask([kernels.CausalMask((T, T))] * H), block_sizes=blocks, head_shards=1,
+        q_seq_shards=1, residual_checkpoint_name="attention", interpret=interpret)
+    return jax.vmap(run)((q * D ** -0.5).astype(q.dtype).swapaxes(1, 2), k, v).swapaxes(1, 2)
+
+
+def cudnn(q, k, v, pos=None):
+    """BTHD, BKSD, BKSD, BT -> BTHD: `cached_attention` by NVIDIA's kernels, and without positions
+    `causal_attention`. They take tokens before heads, and no int8."""
+    k, v = (a.astype(q.dtype).swapaxes(1, 2) for a in (k, v))
+    mask = None if pos is None else jnp.arange(k.shape[1]) <= pos[:, None, :, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=pos is None,
+                                        implementation="cudnn")
+
+
 # ----------------------------------------------------------------------- a model around the cache
 
 
@@ -808,6 +834,11 @@ def read_arrays(cfg):
     """cfg -> Params: names of the arrays that a step reads whole: not a table that is only looked
     up."""
     return dims(cfg)._replace(embed="V E" if cfg.tied else None)
+
+
+def multiplied(cfg):
+    """cfg -> int: parameters in matmuls: all but norms and an untied embedding table."""
+    return sum(size_of(name, cfg) for name in jax.tree.leaves(read_arrays(cfg)) if " " in name)
 
 
 def weight_bytes(cfg, dtype=None):

@@ -84,6 +84,12 @@ def size_over(mesh, axes):
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
+def degree(cfg, n):
+    """cfg, int -> int: how many of n devices can share one copy of the weights: the greatest common
+    divisor of n, E, F, H and V. The others hold further copies."""
+    return math.gcd(n, cfg.E, cfg.F, cfg.H, cfg.V)
+
+
 def over_heads(cfg, n):
     """cfg, int -> int or tuple: n devices of an axis "tensor", or of two where there are fewer key
     heads: the first over them, the second over rows or slots."""
@@ -736,6 +742,14 @@ LAYOUTS = {
 LAYOUTS["context"] = LAYOUTS["sequence"]._replace(by_token=True)
 
 
+def layouts(cfg, rows, axes):
+    """cfg, int, tuple -> list of str: layouts of a cache of so many rows that divide over the last
+    of these axes of "tensor", the best one first."""
+    *first, last = axes
+    sizes = {"heads": cfg.K // math.prod(first), "batch": rows, "sequence": last, "context": last}
+    return [layout for layout, size in sizes.items() if size % last == 0]
+
+
 def read_context(parts, params, cache, tokens, lengths, cfg, where, **row):
     """Parts, Params, Cache, BT, B, cfg, Where -> B(V/t), Cache: a prefill of prompts that are split
     over their tokens.
@@ -927,6 +941,18 @@ def argument_shardings(args, cfg, mesh, rules, where=None):
         leaf, args, is_leaf=lambda a: isinstance(a, (Params, Adam, Cache))))
 
 
+def device_bytes(args):
+    """arrays -> dict: bytes that a step's arguments take on each device, by kind: their shapes,
+    split as they are."""
+    sizes = dict.fromkeys(("weights", "cache", "optimizer", "inputs"), 0)
+    kinds = dict(zip((Params, Cache, Adam), sizes))
+    for arg in jax.tree.leaves(args, is_leaf=lambda arg: type(arg) in kinds):
+        for a in jax.tree.leaves(arg):
+            sizes[kinds.get(type(arg), "inputs") if a.ndim else "inputs"] += (
+                a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)))
+    return sizes
+
+
 # ------------------------------------------------------------------------------ what is sent
 
 
@@ -1062,6 +1088,21 @@ def step_shapes(axes, layout):
         "attention": (f"{heads}, 2 x {slots}", heads), "out": (heads, x),
         "gate, up": (x, f"2 x {hidden}"), "down": (hidden, x), "logits": (x, last),
         "draw": (last, "[B]")}
+
+
+def step_table(steps, axes, layout, link, shape):
+    """dict, tuple, str, scalar, tuple -> list of dict: of each step of `step_comm` what a device
+    holds before and after it, what it sends, and the least seconds of that by `link_seconds`."""
+    rows, shapes = [], step_shapes(axes, layout)
+    for name, (times, events) in steps.items():
+        sent, (before, after) = tally(events), shapes[name]
+        rows.append({
+            "step": name, "times": times, "before": before, "after": after,
+            "collectives": {kind: number for kind, (number, _) in sent.items()},
+            "bytes": sum(size for _, size in sent.values()),
+            "seconds": sum(number * link_seconds(kind, SENT[kind](size, n), n, link, shape)
+                           for (kind, size, n), number in events.items())})
+    return rows
 
 
 def fsdp_comm(cfg, axes):

@@ -772,7 +772,8 @@ HOST_WORDS = ("path module namespace tensor slices iterator prompts names shardi
               "AbstractMesh Where P specs axis strs").split()  # of files, a mesh, or a host's loop
 ON_THE_HOST = {"serve", "read_requests", "library", "read_json", "open_tensors", "find_tensors",
                "load", "read_params", "load_state", "host_arrays", "put_in_place", "write_tensors",
-               "save", "save_state", "byte_tokens", "byte_text", "end_tokens", "tokenizer"}
+               "save", "save_state", "byte_tokens", "byte_text", "end_tokens", "tokenizer", "splash",
+               "cudnn"}  # the last two: on a chip
 CONTRACTS = [fn for module in (minillm, infer, shard) for name, fn in inspect.getmembers(module)
              if callable(fn) and not inspect.isclass(fn) and not name.startswith("_")
              and getattr(fn, "__module__", "") == module.__name__]
@@ -1997,7 +1998,7 @@ def test_any_attention_in_the_hook_gives_the_same_loss_and_gradients(axes, kerne
     """Also a Pallas kernel, which `jax.shard_map` takes with check_vma=False alone, under which it
     differentiates collectives by other rules."""
     T = 128 if kernel == "splash" else 7
-    causal = reference if kernel == "reference" else partial(bench.splash, interpret=True)
+    causal = reference if kernel == "reference" else partial(infer.splash, interpret=True)
     cfg = replace(WIDE, L=1, E=32, H=4, D=128 if kernel == "splash" else 4, qk_norm=True)
     params, tokens = weights(cfg), draw_tokens(cfg, 2, T + 1)
     expected = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, tokens, cfg)
@@ -2773,7 +2774,7 @@ def napkin(name, chip, n, context, batch, dtype="bfloat16", cache="bfloat16"):
 @given(MODEL_CHIP, st.sampled_from([1, 2]), st.integers(1, 5000), st.integers(1, 999))
 def test_a_plan_grows_with_batch_and_context_and_fewer_bytes_never_slow_it(of, n, context, batch):
     name, chip = of
-    if bench.degree(bench.MODELS[name], n) < n:
+    if shard.degree(bench.MODELS[name], n) < n:
         n = 1
     plan = napkin(name, chip, n, context, batch)
     for phase in ("prefill", "generate"):
@@ -2802,14 +2803,25 @@ def test_at_the_critical_batch_flops_take_as_long_as_bytes(of, dtype, int8):
     assert weights.flops / 10 ** 6 * B / peak == pytest.approx(weights.bytes / read)
 
 
+def fit(rows, least):
+    """list of (`terms`, seconds), array -> array: the numbers for EXPECTED: least squares of the
+    relative errors, of which those above 10% count linearly (Huber's loss), and none below `least`.
+    """
+    from scipy.optimize import least_squares  # JAX brings SciPy
+    x = np.array([[term / seconds for term in terms.values()] for terms, seconds in rows])
+    return least_squares(lambda numbers: x @ numbers - 1, least + 1e-3, bounds=(least, np.inf),
+                         x_scale="jac", loss="huber", f_scale=0.1).x
+
+
 def test_no_published_figure_is_below_its_limit_and_what_is_expected_is_their_fit():
     """With links and without; a good program's terms are never less than the limit."""
     rows = [(bench.published_row(row), row["seconds"]) for row in bench.PUBLISHED]
     for row, seconds in rows:
         assert seconds >= row["limit_seconds"] <= bench.expected(row["terms"])
-    numbers = bench.fit([(row["terms"], seconds) for row, seconds in rows])
+    least = np.array([1, 1, 1, 1, 0, 0, 0, 0])  # nothing is faster than the sheet
+    numbers = fit([(row["terms"], seconds) for row, seconds in rows], least)
     assert np.allclose(numbers, [*bench.EXPECTED.values()], rtol=5e-3)
-    assert (np.array([*bench.EXPECTED.values()]) >= bench.LEAST).all()
+    assert (np.array([*bench.EXPECTED.values()]) >= least).all()
     errors = [abs(bench.expected(row["terms"]) / seconds - 1) for row, seconds in rows]
     assert np.median(errors) < 0.08 and max(errors) < 0.5
 
@@ -2819,7 +2831,7 @@ def test_training_is_planned_from_6BP_and_whether_links_hide(capsys, tmp_path):
     t = result_of(capsys, tmp_path, *command.split(), "--tokens", "2e12")[0]["training"]
     N = 6_738_415_616
     assert t["optimizer_bytes"] == 12 * N and t["gradient_bytes"] == 4 * N
-    assert t["weight_flops"] == 6 * t["tokens_per_step"] * bench.multiplied(
+    assert t["weight_flops"] == 6 * t["tokens_per_step"] * infer.multiplied(
         bench.MODELS["llama-2-7b"])
     steps = t["tokens"] / t["tokens_per_step"]
     assert t["days"] == pytest.approx(steps * t["step_flops"] / (64 * 459e12 * 0.5) / 86400)
@@ -3256,8 +3268,9 @@ def test_a_phase_on_chips_prints_what_was_predicted_and_what_was_compiled(compil
         "v4 2x2x1", "tensor=4", "heads", 1)
     assert reference["collectives"].keys() == {"all_gather", "reduce_scatter", "all_reduce"}
     assert sum(reference["regions"].values()) == pytest.approx(reference["cycle_seconds"])
-    assert reference["measured_seconds"] is None and reference["layer"] and ring["layer"]
-    assert any(op["transfer"] and op["ends"] > 1 for op in ring["layer"])
+    assert reference["measured_seconds"] is None and reference["operations"]
+    assert any(op["number"] and op["asynchronous"] and op["done"] > op["start"] + 2
+               for op in ring["operations"])
     assert "cost model, not a clock" in out and "libtpu" in out and "v4 2x2x1" in out
 
 
@@ -3286,10 +3299,12 @@ def test_all_pictures_are_drawn(calm, capsys, tmp_path, monkeypatch):
     result_of(capsys, tmp_path, "generate", "--model", TINY, "--prompt", 4, "--new", 2)
     row = dict(bench.ROW, phase="generate", model="gemma-7b", layout="heads", ring=0, flags="off",
                cycle_seconds=3e-3, transfer_seconds=1e-3, peak_bytes=9e9, memory_bytes=30e9,
-               formula=dict(weights=3e9, cache=5e9), layer=[
-                   dict(region="qkv", kind="product", seconds=2e-3, transfer=False, ends=0),
-                   dict(region="out", kind="permute", seconds=1e-3, transfer=True, ends=1),
-                   dict(region="mlp", kind="product", seconds=1e-3, transfer=False, ends=0)])
+               formula=dict(weights=3e9, cache=5e9), operations=[dict(
+                   region=region, kind=kind, seconds=1e-3, number=int(done > start + 1), times=1,
+                   loop=0, start=start, done=done, asynchronous=done > start + 1)
+                   for start, region, kind, done in (
+                       (0, "qkv", "product", 1), (1, "out", "permute", 3),
+                       (2, "mlp", "product", 3))])
     (tmp_path / "ring.json").write_text(json.dumps(dict(rows=[row])))
     spec = importlib.util.spec_from_file_location("draw", DOCS / "draw.py")
     draw = importlib.util.module_from_spec(spec)

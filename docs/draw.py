@@ -14,6 +14,7 @@ import argparse  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
+from collections import Counter  # noqa: E402
 from dataclasses import replace  # noqa: E402
 
 import jax  # noqa: E402
@@ -226,6 +227,23 @@ def draw_run(result):
     save(figure, "roofline_run.svg")
 
 
+def one_layer(ops):
+    """list of operations of a row -> list: those of the middle layer, from its first matmul to that
+    of the next one; of a loop over layers, its body. `beside` is how many of them run before an
+    asynchronous transfer is awaited."""
+    loops = Counter(op["loop"] for op in ops if op["times"] > 1 and op["region"] == "mlp")
+    matmuls = [i for i, op in enumerate(ops)
+               if op["kind"] == "product" and op["region"] in ("qkv", "mlp")]
+    begins = [b for a, b in itertools.pairwise(matmuls)
+              if (ops[a]["region"], ops[b]["region"]) == ("mlp", "qkv")]
+    if loops:
+        ops = [op for op in ops if op["loop"] == max(loops, key=loops.get)]
+    elif len(begins) > 1:
+        ops = ops[begins[len(begins) // 2 - 1]:begins[len(begins) // 2]]
+    return [{**op, "beside": op["asynchronous"] * sum(
+        op["start"] < other["start"] < op["done"] for other in ops)} for op in ops]
+
+
 def draw_timeline(rows, name):
     """rows, str -> None: one layer of each, in the order of its compiler's schedule: what computes,
     by cycles, on one track, and transfers on another. Synchronous transfers stand between
@@ -234,18 +252,18 @@ def draw_timeline(rows, name):
                                    layout="constrained", squeeze=False)
     colors = {}
     for row, axis in zip(rows, axes[:, 0]):
-        starts, now = [], 0.0
-        for op in row["layer"]:
+        layer, starts, now = one_layer(row["operations"]), [], 0.0
+        for op in layer:
             starts.append(now)
-            now += 0 if op["ends"] else op["seconds"]
+            now += 0 if op["beside"] else op["seconds"]
         starts.append(now)
-        for i, op in enumerate(row["layer"]):
-            label = op["kind"] if op["transfer"] else op["region"] or "other"
+        for i, op in enumerate(layer):
+            label = op["kind"] if op["number"] else op["region"] or "other"
             color = colors.setdefault(label, f"C{len(colors) % 10}")
-            end = starts[min(i + 1 + op["ends"], len(starts) - 1)] if op["ends"] \
+            end = starts[min(i + 1 + op["beside"], len(starts) - 1)] if op["beside"] \
                 else starts[i] + op["seconds"]
             axis.broken_barh([(starts[i] * 1e3, (end - starts[i]) * 1e3)],
-                             (0 if op["transfer"] else 1, 0.8), color=color)
+                             (0 if op["number"] else 1, 0.8), color=color)
         axis.set(yticks=(0.4, 1.4), yticklabels=("transfers", "compute"))
         axis.set_title(f"{row['phase']} {row['layout']} ring={row['ring']} flags={row['flags']}, a "
                        f"layer, in milliseconds (a step: cycles {si(row['cycle_seconds'], 's')}, "
@@ -264,7 +282,7 @@ def main():
         draw()
     for file in parser.parse_args().json:
         result = json.loads(Path(file).read_text())
-        rows = [row for row in result["rows"] if row.get("layer")]
+        rows = [row for row in result["rows"] if row.get("operations")]
         if rows:
             draw_timeline(rows, f"timeline_{Path(file).stem}.svg")
             if (rows[0]["phase"], rows[0]["model"]) == ("generate", "gemma-7b"):
