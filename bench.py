@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
+from collections import Counter, namedtuple
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -61,7 +61,7 @@ from minillm import (KEEPABLE, Adam, Config, adam_init, adamw, cast, causal_atte
                      check_tokens, dims, dot, init, loss, param_count, require, size_of,
                      traced_flops, train_flops, train_step)
 
-MB, GB = 1e6, 1e9
+GB = 1e9
 SENTENCE = "So long and thanks for all the fish; "
 DEFAULT = "L2,E1024,H16,K4,D64,F10240,V256"
 LARGE = "L8,E2048,H32,K8,D64,F8192,V32000"  # the default on a GPU or TPU: half of llama-3.2-1b
@@ -106,15 +106,15 @@ MODELS = {  # L, E, H, K, D, F, V: from each model's own config.json on huggingf
 }
 
 
-class Chip(NamedTuple):
-    """What the data sheet of one chip says. Matmuls are dense; those of float32 are as JAX makes
-    them by default: rounded to bf16 on a TPU, to TF32 on a GPU."""
-    flops: dict    # dtype -> flops/s
-    read: float    # bytes/s of its memory
-    memory: float  # bytes
-    link: float    # bytes/s that it sends over one axis, in both directions together
-    axes: int      # of links
-    source: str
+# What the data sheet of one chip says. Matmuls are dense; those of float32 are as JAX makes them by
+# default: rounded to bf16 on a TPU, to TF32 on a GPU.
+#     flops   dtype -> flops/s
+#     read    bytes/s of its memory
+#     memory  bytes
+#     link    bytes/s that it sends over one axis, in both directions together
+#     axes    how many axes of links it has
+#     source  where all this stands
+Chip = namedtuple("Chip", "flops read memory link axes source")
 
 
 def chip(f32, bf16, int8, *rest):
@@ -153,16 +153,15 @@ def above(text, most=math.inf):
 
 
 def find(what, values, text):
-    """str, names, str -> str: the name in `values`, in any case; an empty text, or one with commas,
-    as it is. ValueError with the nearest names, or with all."""
+    """str, names, str -> str: the name in `values`, which are in lower case, for text in any case;
+    an empty text, or one with commas, as it is. ValueError with the nearest names, or with all."""
     if not text or "," in text:
         return text
-    names = {name.lower(): name for name in values}
-    near = difflib.get_close_matches(text.lower(), names, cutoff=0.7)
-    require(text.lower() in names, f"{what} {text!r} is unknown: " + (
-        f"did you mean {' or '.join(names[name] for name in near)}?" if near else
-        f"one of {', '.join(values)}"))
-    return names[text.lower()]
+    name = text.lower()
+    near = difflib.get_close_matches(name, values, cutoff=0.7)
+    require(name in values, f"{what} {text!r} is unknown: " + (
+        f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(values)}"))
+    return name
 
 
 def config_of(text):
@@ -194,25 +193,25 @@ def on_cpu():
 # ---------------------------------------------------------------------- chips that are not here
 
 
-class Target(NamedTuple):
-    """What a chip's compiler is asked for, and how its cycles become seconds."""
-    extra: str     # that installs the compiler
-    name: str      # of the chip, to its compiler
-    slices: str    # shapes that exist
-    clock: float = 0.0  # cycles/s; 0 where its estimates are worth nothing
-    devices: int = 1    # that JAX sees, a chip
+# What a chip's compiler is asked for, and how its cycles become seconds:
+#     extra    that installs the compiler
+#     name     of the chip, to its compiler
+#     slices   shapes that exist
+#     clock    cycles/s; 0 where its estimates are worth nothing
+#     devices  that JAX sees, a chip
+Target = namedtuple("Target", "extra name slices clock devices", defaults=(0.0, 1))
 
 
 TORUS, PLANE = "2x2x1 2x2x2 2x2x4 4x4x4 4x4x8", "2x2 2x4 4x4 4x8 8x8"
 HOSTS = "1x1x1 1x1x2 1x1x4 1x1x8 1x2x8 1x4x8 1x8x8"  # partitions, hosts, GPUs a host
 GPU = """gpu_device_info {{ core_count: {} fpus_per_core: {} shared_memory_per_core: {}
     shared_memory_per_block_optin: {} memory_bandwidth: {} l2_cache_size: {} clock_rate_ghz: {}
-    device_memory_size: {} cuda_compute_capability {{ major: {} {} }}
-    threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-    shared_memory_per_block: 49152 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-    block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 }}
-    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
-    runtime_version {{ major: 12 minor: 9 }} device_description_str: "{}" """
+    device_memory_size: {} cuda_compute_capability {{ major: {} {} }} threads_per_block_limit: 1024
+    threads_per_warp: 32 threads_per_core_limit: 2048 shared_memory_per_block: 49152
+    registers_per_core_limit: 65536 registers_per_block_limit: 65536 block_dim_limit_x: 2147483647
+    block_dim_limit_y: 65535 block_dim_limit_z: 65535 }} platform_name: "CUDA"
+    dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 9 }}
+    device_description_str: "{}" """
 FAST = "feature_extension: ACCELERATED_FEATURES"
 GPUS = {  # what stands in it: openxla/xla, xla/backends/gpu/target_config/specs
     "a100": (108, 64, 167936, 166912, 2039040000000, 41943040, 1.41, 85100068864, 8, ""),
@@ -503,7 +502,8 @@ def si(x, unit):
     return f"0 {unit}"
 
 
-UNITS = {"seconds|regions": "s", "bytes|formula|copies": "B", "flops": "FLOP"}  # by words in a key
+# The unit of what has one of these words in its name.
+UNITS = {"seconds|regions": "s", "bytes|formula|copies": "B", "flops": "FLOP", "mfu|mbu|share": "%"}
 
 
 def cell(key, value):
@@ -516,11 +516,8 @@ def cell(key, value):
         return f"{value[0]} of {si(value[1], 'B')}"
     if value is None or isinstance(value, (str, bool)):
         return "-" if value in (None, "") else str(value)
-    for words, unit in UNITS.items():
-        if re.search(words, key):
-            return si(value, unit)
-    if re.search("mfu|mbu|share", key):
-        return f"{value:.0%}"
+    if unit := next((unit for words, unit in UNITS.items() if re.search(words, key)), None):
+        return f"{value:.0%}" if unit == "%" else si(value, unit)
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -827,7 +824,7 @@ def mlp_weights(cfg, dtype):
     """cfg, dtype -> list of FE, FE, EF: weights of MLPs, as many as 64 MB take, which is more than
     a processor's cache, but at most L."""
     w = some_numbers((cfg.F, cfg.E), dtype)
-    n = min(cfg.L, math.ceil(64 * MB / (3 * w.nbytes)))
+    n = min(cfg.L, math.ceil(64e6 / (3 * w.nbytes)))
     return [jnp.array(w.reshape(shape)) for shape in n * [w.shape, w.shape, w.shape[::-1]]]
 
 
