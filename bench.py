@@ -52,14 +52,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import shard
-from infer import (CACHE_DTYPES, HERE, Q8, Q8A8, Sampling, array_bytes, byte_text,
-                   byte_tokens, cached_attention, cudnn, decode_bytes, decode_flops, extend, generate,
+from infer import (CACHE_DTYPES, HERE, Q8, Q8A8, Sampling, array_bytes, byte_text, byte_tokens,
+                   cached_attention, cudnn, decode_bytes, decode_flops, extend, generate,
                    init_cache, kv_bytes, library, load, load_state, model_draft, multiplied,
                    ngram_draft, prefill, prefill_flops, quantize_params, read_json, save,
                    save_state, serve, slots_of, speculate, splash, tokenizer, weight_bytes)
-from minillm import (KEEPABLE, Adam, Config, adam_init, adamw, cast, causal_attention,
-                     check_tokens, dims, dot, init, loss, param_count, require, size_of,
-                     traced_flops, train_flops, train_step)
+from minillm import (KEEPABLE, Adam, Config, adam_init, adamw, cast, causal_attention, check_tokens,
+                     dims, dot, init, loss, param_count, require, size_of, traced_flops,
+                     train_flops, train_step)
 
 GB = 1e9
 SENTENCE = "So long and thanks for all the fish; "
@@ -108,32 +108,25 @@ MODELS = {  # L, E, H, K, D, F, V: from each model's own config.json on huggingf
 
 # What the data sheet of one chip says. Matmuls are dense; those of float32 are as JAX makes them by
 # default: rounded to bf16 on a TPU, to TF32 on a GPU.
-#     flops   dtype -> flops/s
-#     read    bytes/s of its memory
-#     memory  bytes
-#     link    bytes/s that it sends over one axis, in both directions together
-#     axes    how many axes of links it has
-#     source  where all this stands
-Chip = namedtuple("Chip", "flops read memory link axes source")
-
-
-def chip(f32, bf16, int8, *rest):
-    """-> Chip."""
-    return Chip({"float32": f32, "bfloat16": bf16, "int8": int8}, *rest)
-
-
+#     float32, bfloat16, int8  flops/s
+#     read                     bytes/s of its memory
+#     memory                   bytes
+#     link                     bytes/s that it sends over one axis, in both directions together
+#     axes                     how many axes of links it has
+#     source                   where all this stands
+Chip = namedtuple("Chip", "float32 bfloat16 int8 read memory link axes source")
 CLOUD, NVIDIA = "docs.cloud.google.com/tpu/docs/", "nvidia.com/en-us/data-center/"
 CHIPS = {
-    "tpu-v4": chip(275e12, 275e12, 275e12, 1.23e12, 32e9, 9e10, 3,
+    "tpu-v4": Chip(275e12, 275e12, 275e12, 1.23e12, 32e9, 9e10, 3,
                    CLOUD + "v4; links: jax-ml.github.io/scaling-book/tpus"),
-    "tpu-v5e": chip(197e12, 197e12, 393e12, 8.19e11, 16e9, 1e11, 2, CLOUD + "v5e"),
-    "tpu-v5p": chip(459e12, 459e12, 918e12, 2.765e12, 95e9, 2e11, 3, CLOUD + "v5p"),
-    "tpu-v6e": chip(918e12, 918e12, 1836e12, 1.638e12, 32e9, 2e11, 2, CLOUD + "v6e"),
-    "tpu-v7x": chip(2307e12, 2307e12, 2307e12, 7.37e12, 192e9, 4e11, 3, CLOUD + "tpu7x"),
-    "a100": chip(156e12, 312e12, 624e12, 2.039e12, 80e9, 3e11, 1, NVIDIA + "a100 (SXM, 80 GB)"),
-    "h100": chip(494.5e12, 989e12, 1979e12, 3.35e12, 80e9, 4.5e11, 1, NVIDIA + "h100 (SXM)"),
-    "h200": chip(494.5e12, 989e12, 1979e12, 4.8e12, 141e9, 4.5e11, 1, NVIDIA + "h200 (SXM)"),
-    "b200": chip(1.125e15, 2.25e15, 4.5e15, 8e12, 180e9, 9e11, 1, NVIDIA + "dgx-b200, an eighth"),
+    "tpu-v5e": Chip(197e12, 197e12, 393e12, 8.19e11, 16e9, 1e11, 2, CLOUD + "v5e"),
+    "tpu-v5p": Chip(459e12, 459e12, 918e12, 2.765e12, 95e9, 2e11, 3, CLOUD + "v5p"),
+    "tpu-v6e": Chip(918e12, 918e12, 1836e12, 1.638e12, 32e9, 2e11, 2, CLOUD + "v6e"),
+    "tpu-v7x": Chip(2307e12, 2307e12, 2307e12, 7.37e12, 192e9, 4e11, 3, CLOUD + "tpu7x"),
+    "a100": Chip(156e12, 312e12, 624e12, 2.039e12, 80e9, 3e11, 1, NVIDIA + "a100 (SXM, 80 GB)"),
+    "h100": Chip(494.5e12, 989e12, 1979e12, 3.35e12, 80e9, 4.5e11, 1, NVIDIA + "h100 (SXM)"),
+    "h200": Chip(494.5e12, 989e12, 1979e12, 4.8e12, 141e9, 4.5e11, 1, NVIDIA + "h200 (SXM)"),
+    "b200": Chip(1.125e15, 2.25e15, 4.5e15, 8e12, 180e9, 9e11, 1, NVIDIA + "dgx-b200, an eighth"),
 }
 
 
@@ -155,13 +148,11 @@ def above(text, most=math.inf):
 def find(what, values, text):
     """str, names, str -> str: the name in `values`, which are in lower case, for text in any case;
     an empty text, or one with commas, as it is. ValueError with the nearest names, or with all."""
-    if not text or "," in text:
-        return text
     name = text.lower()
     near = difflib.get_close_matches(name, values, cutoff=0.7)
-    require(name in values, f"{what} {text!r} is unknown: " + (
+    require(name in values or not text or "," in text, f"{what} {text!r} is unknown: " + (
         f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(values)}"))
-    return name
+    return name if name in values else text
 
 
 def config_of(text):
@@ -180,7 +171,7 @@ def chip_of(text):
         return CHIPS[text]
     with suppress(ValueError):
         peak, read, memory, link = map(above, text.split(","))
-        return Chip(dict.fromkeys(DTYPES, peak), read, memory, link, 1, "given by hand")
+        return Chip(peak, peak, peak, read, memory, link, 1, "given by hand")
     raise ValueError(f"chip {text!r}: expected one of {', '.join(CHIPS)}, or flops/s,bytes/s,bytes,"
                      "link bytes/s such as 275e12,1.23e12,32e9,9e10")
 
@@ -283,9 +274,8 @@ def chip_devices(name, chips):
     # from this size on a slice is a torus: its ends are connected
     how |= {"wrap": (True, True, True)} if shape.startswith("4x4x") else {}
     devices = get_topology_desc(f"{target.name}:{shape}", "tpu", **how).devices
-    large = jax.jit(partial(jnp.zeros, 1 << 40),
-                    out_shardings=jax.sharding.SingleDeviceSharding(devices[0]))
-    _, refusal = compiled_with(large.lower(), {})
+    where = jax.sharding.SingleDeviceSharding(devices[0])
+    _, refusal = compiled_with(jax.jit(partial(jnp.ones, 1 << 40), out_shardings=where).lower(), {})
     return devices[:chips * target.devices], facts | {"memory_bytes": refusal["memory_bytes"]}
 
 
@@ -361,8 +351,8 @@ class Job:
         pairs = re.findall(r"(data|context|tensor)=([1-9]\d*(?:x[1-9]\d*)*)", self.mesh)
         axes = {name: tuple(map(int, sizes.split("x"))) if "x" in sizes else int(sizes)
                 for name, sizes in pairs}
-        require(mesh_text(axes) == self.mesh, f"--mesh {self.mesh!r}: expected axes and sizes, each "
-                "once, as data=16,tensor=4, or tensor=4x4")
+        require(mesh_text(axes) == self.mesh, f"--mesh {self.mesh!r}: expected axes and sizes, "
+                "each once, as data=16,tensor=4, or tensor=4x4")
         return axes
 
     @property
@@ -421,8 +411,8 @@ def split(job):
     require(job.batch % data == 0, f"B={job.batch} rows over {data} devices of data: --batch "
             f"{-(-job.batch // data) * data}")
     require(not alone or n == data, "by the compiler training is split over data alone")
-    require(shard.degree(job.cfg, tensor) == tensor, f"{tensor} devices of tensor must divide E, F, "
-            f"H and V, which are {', '.join(str(getattr(job.cfg, name)) for name in 'EFHV')}")
+    require(shard.degree(job.cfg, tensor) == tensor, f"{tensor} devices of tensor must divide E, "
+            f"F, H and V, which are {', '.join(str(getattr(job.cfg, name)) for name in 'EFHV')}")
     parts = shard.torus_axes(shape, n // data) if target else axes.get("data", 1)
     job = replace(job, mesh=mesh_text({name: sizes for name, sizes, named in (
         ("data", parts, train or data > 1), ("context", context, context > 1),
@@ -494,8 +484,7 @@ def check(job):
 
 def si(x, unit):
     """number, unit -> str: three digits and a prefix."""
-    for power, prefix in zip(range(18, -10, -3), "EPTGMk mun"):
-        size = 10.0 ** power
+    for size, prefix in zip(10.0 ** np.arange(18, -10, -3), "EPTGMk mun"):
         if abs(x) >= 0.9995 * size:
             digits = max(0, 2 - int(math.log10(max(1, x / size * 1.0005))))
             return f"{x / size:.{digits}f} {prefix.strip()}{unit}"
@@ -590,7 +579,7 @@ def ceilings(dtypes):
 
 def sheet(chip, chips=1):
     """Chip, int -> dict: what so many chips should do, in the form of `ceilings`."""
-    return {"flops_per_second": {dtype: chips * peak for dtype, peak in chip.flops.items()},
+    return {"flops_per_second": {dtype: chips * getattr(chip, dtype) for dtype in DTYPES},
             "read_bytes_per_second": chips * chip.read}
 
 
@@ -926,7 +915,7 @@ def phase_facts(job, parameters, copies):
     row, chip, n = on_chips(job, parameters), chip_of(job.chip), job.chips
     parts, seconds = row["parts"], row["limit_seconds"]
     moved = sum(part["bytes"] for part in parts[:2])
-    compute = sum(part["flops"] for part in parts) / (n * chip.flops[job.matmul_dtype])
+    compute = sum(part["flops"] for part in parts) / (n * getattr(chip, job.matmul_dtype))
     hidden = min(part["seconds"] for part in parts if part["name"] != "attention") * (n > 1)
     facts = {"bytes": copies * moved, "seconds": seconds, "hidden_seconds": seconds - hidden,
              "expected_seconds": row["expected_seconds"], "parts": parts}
@@ -1005,7 +994,7 @@ def training(job, tokens, mfu):
             f" --batch {-(-B // chips) * chips}")
     chip, count, flops = chip_of(job.chip), param_count(cfg), train_flops(cfg, B, T)
     attention, total = flops["scores"] + flops["values"], sum(flops.values())
-    size, peak = jnp.dtype(cfg.dtype).itemsize, chips * chip.flops[job.dtype]
+    size, peak = jnp.dtype(cfg.dtype).itemsize, chips * getattr(chip, job.dtype)
     sent = 3 * size * count * (chips - 1) / chips  # gathered twice, gradients scattered once
     compute, links = total / peak, sent / chip.link
     return {"batch": B, "tokens_per_step": B * T, "step_flops": total,
@@ -1040,8 +1029,8 @@ def plan(args):
     n, rows = exact["chips_per_replica"], -(-rounded["batch"] // exact["replicas"])
     steps = layer_steps(tensor_parallel(replace(job, phase="generate", batch=rows), n))
     remedies = million(job, chip, chips, rounded["weight_bytes"])
-    print(f"{job.model} on {chips} x {job.chip}: {si(chip.flops[job.matmul_dtype], 'FLOP/s')} in "
-          f"{job.matmul_dtype}, {si(chip.read, 'B/s')}, {si(chip.memory, 'B')}, links "
+    print(f"{job.model} on {chips} x {job.chip}: {si(getattr(chip, job.matmul_dtype), 'FLOP/s')} "
+          f"in {job.matmul_dtype}, {si(chip.read, 'B/s')}, {si(chip.memory, 'B')}, links "
           f"{si(chip.link, 'B/s')} an axis ({chip.axes})\n({chip.source})\n"
           f"weights {job.dtype}, cache {job.cache}, context {job.prompt}. Times are limits, which "
           "no program beats; expected: what good programs reach;\nhidden: the limit if matmuls hid "
