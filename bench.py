@@ -362,7 +362,8 @@ class Job:
 
     @property
     def copies(self):
-        """-> int: of the weights: devices of axes other than "tensor" read them once each."""
+        """-> int: of the weights: devices of axes other than "tensor" read them once each. `split`
+        makes "context" one axis."""
         return math.prod(shard.as_axes(self.axes.get("data", 1))) * self.axes.get("context", 1)
 
     @property
