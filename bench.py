@@ -14,7 +14,6 @@ measured. Tables go to stdout, progress to stderr, rows as JSON to --json FILE (
 import argparse
 import ctypes
 import difflib
-import glob
 import hashlib
 import importlib.util
 import itertools
@@ -28,7 +27,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
+from collections import Counter, namedtuple
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -45,8 +44,7 @@ COMPILERS = {  # what compilers for chips that are not here read before JAX is i
 if __name__ == "__main__":
     if any(word.startswith("--chip") for word in sys.argv):
         os.environ.update(COMPILERS)
-    elif sys.platform == "linux" and not any(map(glob.glob, ("/dev/nvidia*", "/dev/accel*",
-                                                             "/dev/vfio/*"))):
+    elif sys.platform == "linux" and not re.search("nvidia|accel|vfio", str(os.listdir("/dev"))):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else installed compilers print warnings
 
 import jax
@@ -54,16 +52,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import shard
-from infer import (CACHE_DTYPES, HERE, Q8, Q8A8, Sampling, array_bytes, byte_text,
-                   byte_tokens, cached_attention, cudnn, decode_bytes, decode_flops, extend, generate,
+from infer import (CACHE_DTYPES, HERE, Q8, Q8A8, Sampling, array_bytes, byte_text, byte_tokens,
+                   cached_attention, cudnn, decode_bytes, decode_flops, extend, generate,
                    init_cache, kv_bytes, library, load, load_state, model_draft, multiplied,
                    ngram_draft, prefill, prefill_flops, quantize_params, read_json, save,
                    save_state, serve, slots_of, speculate, splash, tokenizer, weight_bytes)
-from minillm import (KEEPABLE, Adam, Config, adam_init, adamw, cast, causal_attention,
-                     check_tokens, dims, dot, init, loss, param_count, require, size_of,
-                     traced_flops, train_flops, train_step)
+from minillm import (KEEPABLE, Adam, Config, adam_init, adamw, cast, causal_attention, check_tokens,
+                     dims, dot, init, loss, param_count, require, size_of, traced_flops,
+                     train_flops, train_step)
 
-MB, GB = 1e6, 1e9
+GB = 1e9
 SENTENCE = "So long and thanks for all the fish; "
 DEFAULT = "L2,E1024,H16,K4,D64,F10240,V256"
 LARGE = "L8,E2048,H32,K8,D64,F8192,V32000"  # the default on a GPU or TPU: half of llama-3.2-1b
@@ -79,7 +77,8 @@ INT8 = {"Q8": Q8, "Q8A8": Q8A8}  # weight-only int8, and W8A8
 
 gemma = partial(Config, act="gelu", embed_scale=True)
 llama2 = partial(Config, eps=1e-5, tied=False)
-llama3 = partial(Config, rope_base=5e5, eps=1e-5)
+llama3 = partial(llama2, rope_base=5e5)
+small_llama3 = partial(llama3, rope_scaling=(32, 1, 4, 8192), tied=True)
 qwen3 = partial(Config, rope_base=1e6, qk_norm=True)
 smollm2 = partial(Config, rope_base=1e5, eps=1e-5)
 MODELS = {  # L, E, H, K, D, F, V: from each model's own config.json on huggingface.co
@@ -88,13 +87,12 @@ MODELS = {  # L, E, H, K, D, F, V: from each model's own config.json on huggingf
     "llama-2-7b": llama2(32, 4096, 32, 32, 128, 11008, 32000),
     "llama-2-13b": llama2(40, 5120, 40, 40, 128, 13824, 32000),
     "llama-2-70b": llama2(80, 8192, 64, 8, 128, 28672, 32000),
-    "llama-3-8b": llama3(32, 4096, 32, 8, 128, 14336, 128256, tied=False),
-    "llama-3-70b": llama3(80, 8192, 64, 8, 128, 28672, 128256, tied=False),
-    "llama-3.1-405b": llama3(126, 16384, 128, 8, 128, 53248, 128256, tied=False, rope_scaling=(8,
-                             1, 4, 8192)),
-    "llama-3.2-1b": llama3(16, 2048, 32, 8, 64, 8192, 128256, rope_scaling=(32, 1, 4, 8192)),
-    "llama-3.2-3b": llama3(28, 3072, 24, 8, 128, 8192, 128256, rope_scaling=(32, 1, 4, 8192)),
-    "mistral-7b": Config(32, 4096, 32, 8, 128, 14336, 32768, rope_base=1e6, eps=1e-5, tied=False),
+    "llama-3-8b": llama3(32, 4096, 32, 8, 128, 14336, 128256),
+    "llama-3-70b": llama3(80, 8192, 64, 8, 128, 28672, 128256),
+    "llama-3.1-405b": llama3(126, 16384, 128, 8, 128, 53248, 128256, rope_scaling=(8, 1, 4, 8192)),
+    "llama-3.2-1b": small_llama3(16, 2048, 32, 8, 64, 8192, 128256),
+    "llama-3.2-3b": small_llama3(28, 3072, 24, 8, 128, 8192, 128256),
+    "mistral-7b": llama2(32, 4096, 32, 8, 128, 14336, 32768, rope_base=1e6),
     "qwen3-0.6b": qwen3(28, 1024, 16, 8, 128, 3072, 151936),
     "qwen3-1.7b": qwen3(28, 2048, 16, 8, 128, 6144, 151936),
     "qwen3-4b": qwen3(36, 2560, 32, 8, 128, 9728, 151936),
@@ -104,38 +102,31 @@ MODELS = {  # L, E, H, K, D, F, V: from each model's own config.json on huggingf
     "smollm2-135m": smollm2(30, 576, 9, 3, 64, 1536, 49152),
     "smollm2-360m": smollm2(32, 960, 15, 5, 64, 2560, 49152),
     "smollm2-1.7b": smollm2(24, 2048, 32, 32, 64, 8192, 49152, rope_base=130000),
-    "tinyllama-1.1b": Config(22, 2048, 32, 4, 64, 5632, 32000, eps=1e-5, tied=False),
+    "tinyllama-1.1b": llama2(22, 2048, 32, 4, 64, 5632, 32000),
 }
 
 
-class Chip(NamedTuple):
-    """What the data sheet of one chip says. Matmuls are dense; those of float32 are as JAX makes
-    them by default: rounded to bf16 on a TPU, to TF32 on a GPU."""
-    flops: dict    # dtype -> flops/s
-    read: float    # bytes/s of its memory
-    memory: float  # bytes
-    link: float    # bytes/s that it sends over one axis, in both directions together
-    axes: int      # of links
-    source: str
-
-
-def chip(f32, bf16, int8, *rest):
-    """-> Chip."""
-    return Chip({"float32": f32, "bfloat16": bf16, "int8": int8}, *rest)
-
-
+# What the data sheet of one chip says. Matmuls are dense; those of float32 are as JAX makes them by
+# default: rounded to bf16 on a TPU, to TF32 on a GPU.
+#     float32, bfloat16, int8  flops/s
+#     read                     bytes/s of its memory
+#     memory                   bytes
+#     link                     bytes/s that it sends over one axis, in both directions together
+#     axes                     how many axes of links it has
+#     source                   where all this stands
+Chip = namedtuple("Chip", "float32 bfloat16 int8 read memory link axes source")
 CLOUD, NVIDIA = "docs.cloud.google.com/tpu/docs/", "nvidia.com/en-us/data-center/"
 CHIPS = {
-    "tpu-v4": chip(275e12, 275e12, 275e12, 1.23e12, 32e9, 9e10, 3,
+    "tpu-v4": Chip(275e12, 275e12, 275e12, 1.23e12, 32e9, 9e10, 3,
                    CLOUD + "v4; links: jax-ml.github.io/scaling-book/tpus"),
-    "tpu-v5e": chip(197e12, 197e12, 393e12, 8.19e11, 16e9, 1e11, 2, CLOUD + "v5e"),
-    "tpu-v5p": chip(459e12, 459e12, 918e12, 2.765e12, 95e9, 2e11, 3, CLOUD + "v5p"),
-    "tpu-v6e": chip(918e12, 918e12, 1836e12, 1.638e12, 32e9, 2e11, 2, CLOUD + "v6e"),
-    "tpu-v7x": chip(2307e12, 2307e12, 2307e12, 7.37e12, 192e9, 4e11, 3, CLOUD + "tpu7x"),
-    "a100": chip(156e12, 312e12, 624e12, 2.039e12, 80e9, 3e11, 1, NVIDIA + "a100 (SXM, 80 GB)"),
-    "h100": chip(494.5e12, 989e12, 1979e12, 3.35e12, 80e9, 4.5e11, 1, NVIDIA + "h100 (SXM)"),
-    "h200": chip(494.5e12, 989e12, 1979e12, 4.8e12, 141e9, 4.5e11, 1, NVIDIA + "h200 (SXM)"),
-    "b200": chip(1.125e15, 2.25e15, 4.5e15, 8e12, 180e9, 9e11, 1, NVIDIA + "dgx-b200, an eighth"),
+    "tpu-v5e": Chip(197e12, 197e12, 393e12, 8.19e11, 16e9, 1e11, 2, CLOUD + "v5e"),
+    "tpu-v5p": Chip(459e12, 459e12, 918e12, 2.765e12, 95e9, 2e11, 3, CLOUD + "v5p"),
+    "tpu-v6e": Chip(918e12, 918e12, 1836e12, 1.638e12, 32e9, 2e11, 2, CLOUD + "v6e"),
+    "tpu-v7x": Chip(2307e12, 2307e12, 2307e12, 7.37e12, 192e9, 4e11, 3, CLOUD + "tpu7x"),
+    "a100": Chip(156e12, 312e12, 624e12, 2.039e12, 80e9, 3e11, 1, NVIDIA + "a100 (SXM, 80 GB)"),
+    "h100": Chip(494.5e12, 989e12, 1979e12, 3.35e12, 80e9, 4.5e11, 1, NVIDIA + "h100 (SXM)"),
+    "h200": Chip(494.5e12, 989e12, 1979e12, 4.8e12, 141e9, 4.5e11, 1, NVIDIA + "h200 (SXM)"),
+    "b200": Chip(1.125e15, 2.25e15, 4.5e15, 8e12, 180e9, 9e11, 1, NVIDIA + "dgx-b200, an eighth"),
 }
 
 
@@ -155,25 +146,20 @@ def above(text, most=math.inf):
 
 
 def find(what, values, text):
-    """str, names, str -> str: the name in `values`, in any case; an empty text, or one with commas,
-    as it is. ValueError with the nearest names, or with all."""
-    if not text or "," in text or text in values:
-        return text
-    names = {name.lower(): name for name in values}
-    near = difflib.get_close_matches(text.lower(), names, cutoff=0.7)
-    require(text.lower() in names, f"{what} {text!r} is unknown: " + (
-        f"did you mean {' or '.join(names[name] for name in near)}?" if near else
-        f"one of {', '.join(values)}"))
-    return names[text.lower()]
+    """str, names, str -> str: the name in `values`, which are in lower case, for text in any case;
+    an empty text, or one with commas, as it is. ValueError with the nearest names, or with all."""
+    name = text.lower()
+    near = difflib.get_close_matches(name, values, cutoff=0.7)
+    require(name in values or not text or "," in text, f"{what} {text!r} is unknown: " + (
+        f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(values)}"))
+    return name if name in values else text
 
 
-@lru_cache
 def config_of(text):
     """str -> Config: a name in MODELS, or a shape such as L8,E512,H8,K8,D64,F1408,V256[,untied]."""
-    name = find("model", MODELS, text)
-    if name in MODELS:
-        return MODELS[name]
-    shape = re.fullmatch(",".join(f"{letter}(\\d+)" for letter in "LEHKDFV") + "(,untied)?", text)
+    if text in MODELS:
+        return MODELS[text]
+    shape = re.fullmatch(r"L(\d+),E(\d+),H(\d+),K(\d+),D(\d+),F(\d+),V(\d+)(,untied)?", text)
     require(shape, f"model {text!r} is no shape such as {DEFAULT}[,untied]")
     *sizes, untied = shape.groups()
     return Config(*map(int, sizes), tied=not untied)
@@ -181,12 +167,11 @@ def config_of(text):
 
 def chip_of(text):
     """str -> Chip: a name in CHIPS, or flops/s, bytes/s, bytes of memory, bytes/s over links."""
-    name = find("chip", CHIPS, text)
-    if name in CHIPS:
-        return CHIPS[name]
+    if text in CHIPS:
+        return CHIPS[text]
     with suppress(ValueError):
         peak, read, memory, link = map(above, text.split(","))
-        return Chip(dict.fromkeys(DTYPES, peak), read, memory, link, 1, "given by hand")
+        return Chip(peak, peak, peak, read, memory, link, 1, "given by hand")
     raise ValueError(f"chip {text!r}: expected one of {', '.join(CHIPS)}, or flops/s,bytes/s,bytes,"
                      "link bytes/s such as 275e12,1.23e12,32e9,9e10")
 
@@ -199,25 +184,25 @@ def on_cpu():
 # ---------------------------------------------------------------------- chips that are not here
 
 
-class Target(NamedTuple):
-    """What a chip's compiler is asked for, and how its cycles become seconds."""
-    extra: str     # that installs the compiler
-    name: str      # of the chip, to its compiler
-    slices: str    # shapes that exist
-    clock: float = 0.0  # cycles/s; 0 where its estimates are worth nothing
-    devices: int = 1    # that JAX sees, a chip
+# What a chip's compiler is asked for, and how its cycles become seconds:
+#     extra    that installs the compiler
+#     name     of the chip, to its compiler
+#     slices   shapes that exist
+#     clock    cycles/s; 0 where its estimates are worth nothing
+#     devices  that JAX sees, a chip
+Target = namedtuple("Target", "extra name slices clock devices", defaults=(0.0, 1))
 
 
 TORUS, PLANE = "2x2x1 2x2x2 2x2x4 4x4x4 4x4x8", "2x2 2x4 4x4 4x8 8x8"
 HOSTS = "1x1x1 1x1x2 1x1x4 1x1x8 1x2x8 1x4x8 1x8x8"  # partitions, hosts, GPUs a host
 GPU = """gpu_device_info {{ core_count: {} fpus_per_core: {} shared_memory_per_core: {}
     shared_memory_per_block_optin: {} memory_bandwidth: {} l2_cache_size: {} clock_rate_ghz: {}
-    device_memory_size: {} cuda_compute_capability {{ major: {} {} }}
-    threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-    shared_memory_per_block: 49152 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-    block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 }}
-    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
-    runtime_version {{ major: 12 minor: 9 }} device_description_str: "{}" """
+    device_memory_size: {} cuda_compute_capability {{ major: {} {} }} threads_per_block_limit: 1024
+    threads_per_warp: 32 threads_per_core_limit: 2048 shared_memory_per_block: 49152
+    registers_per_core_limit: 65536 registers_per_block_limit: 65536 block_dim_limit_x: 2147483647
+    block_dim_limit_y: 65535 block_dim_limit_z: 65535 }} platform_name: "CUDA"
+    dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 9 }}
+    device_description_str: "{}" """
 FAST = "feature_extension: ACCELERATED_FEATURES"
 GPUS = {  # what stands in it: openxla/xla, xla/backends/gpu/target_config/specs
     "a100": (108, 64, 167936, 166912, 2039040000000, 41943040, 1.41, 85100068864, 8, ""),
@@ -234,9 +219,8 @@ TARGETS = {  # clocks: the sheet's peak over what the matrix units multiply a cy
 EXTRAS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}  # and the module that each brings
 FLAGS = (  # the lecture's, for collectives beside matmuls on a TPU
     "xla_enable_async_all_gather", "xla_enable_async_collective_permute",
-    "xla_tpu_enable_async_collective_fusion",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-    "xla_tpu_overlap_compute_collective_tc")
+    "xla_tpu_enable_async_collective_fusion", "xla_tpu_overlap_compute_collective_tc",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather")
 
 
 def slice_of(name, chips):
@@ -263,13 +247,13 @@ def compiled_with(lowered, flags):
     try:
         return lowered.compile(compiler_options=flags or None), {}
     except Exception as error:
-        message, size = str(error), r"\((\d[\d.]*)([KMGT])\)"
-        if not (match := re.search(f"{size} exceeds available HBM {size}", message)):
-            raise ValueError(f"the compiler: {message.splitlines()[0]}") from None
-        needed, granted = (int(float(match[i]) * 1024 ** "BKMGT".index(match[i + 1]))
-                           for i in (1, 3))
-        return None, {"message": message.splitlines()[0], "needed_bytes": needed,
-                      "memory_bytes": granted}
+        message, *_ = str(error).splitlines()
+        size = r"\((\d[\d.]*)([KMGT])\)"
+        match = re.search(f"{size} exceeds available HBM {size}", str(error))
+        require(match, f"the compiler: {message}")
+        needed, granted = (int(float(number) * 1024 ** "BKMGT".index(prefix))
+                           for number, prefix in re.findall(size, match[0]))
+        return None, {"message": message, "needed_bytes": needed, "memory_bytes": granted}
 
 
 @lru_cache
@@ -290,9 +274,8 @@ def chip_devices(name, chips):
     # from this size on a slice is a torus: its ends are connected
     how |= {"wrap": (True, True, True)} if shape.startswith("4x4x") else {}
     devices = get_topology_desc(f"{target.name}:{shape}", "tpu", **how).devices
-    large = jax.ShapeDtypeStruct((1 << 40,), jnp.float32,
-                                 sharding=jax.sharding.SingleDeviceSharding(devices[0]))
-    _, refusal = compiled_with(jax.jit(lambda x: x + 1).lower(large), {})
+    where = jax.sharding.SingleDeviceSharding(devices[0])
+    _, refusal = compiled_with(jax.jit(partial(jnp.ones, 1 << 40), out_shardings=where).lower(), {})
     return devices[:chips * target.devices], facts | {"memory_bytes": refusal["memory_bytes"]}
 
 
@@ -312,17 +295,8 @@ def option(text, default, parse=str, several=False, **how):
     return field(default=default, metadata=dict(help=text, type=read, **how))
 
 
-def parse_mesh(text):
-    """str -> dict: axes and sizes, from text such as data=16,tensor=4x4."""
-    axes = dict(re.findall(r"(data|context|tensor)=([1-9]\d*(?:x[1-9]\d*)*)", text))
-    require(",".join(map("=".join, axes.items())) == text, f"--mesh {text!r}: expected axes and "
-            "sizes, each once, as data=16,tensor=4, or tensor=4x4")
-    return {name: tuple(map(int, sizes.split("x"))) if "x" in sizes else int(sizes)
-            for name, sizes in axes.items()}
-
-
 def mesh_text(axes):
-    """dict -> str: undo `parse_mesh`."""
+    """dict -> str: axes and sizes as text, such as data=16,tensor=4x4."""
     return ",".join(f"{name}={'x'.join(map(str, shard.as_axes(sizes)))}"
                     for name, sizes in axes.items())
 
@@ -338,7 +312,7 @@ class Job:
     new: int = option("tokens to generate", 32, number)
     dtype: str = option("of the weights", "float32", partial(find, "dtype", DTYPES), several=True)
     cache: str = option("dtype of the cache, else the fastest", "", choices=CACHE_DTYPES)
-    int8: str = option("weight-only int8 (Q8), or W8A8 (Q8A8)", "", choices=tuple(INT8))
+    int8: str = option("weight-only int8 (Q8), or W8A8 (Q8A8)", "", choices=INT8)
     n_draft: int = option("proposed tokens", 4, number)
     chip: str = option("one that is not here: predict, and compile for it", "",
                        partial(find, "chip", CHIPS))
@@ -346,7 +320,7 @@ class Job:
     devices: int = option("devices here; a CPU simulates them", 1, number)
     mesh: str = option("of devices, as data=2,tensor=4 (training: data; others: tensor)", "")
     layout: str = option("of a cache on several devices (the first that divides)", "",
-                         choices=tuple(shard.LAYOUTS))
+                         choices=shard.LAYOUTS)
     ring: int = option("collective matmuls: 0 references, 1 or 2 rings of so many directions", 0,
                        partial(number, least=0, most=2), several=True)
     attention: str = option("a kernel: splash (a TPU's prefill and training), cudnn (on a GPU)",
@@ -373,8 +347,13 @@ class Job:
 
     @property
     def axes(self):
-        """-> dict: of the mesh."""
-        return parse_mesh(self.mesh)
+        """-> dict: of the mesh, with sizes. ValueError for text that `mesh_text` does not make."""
+        pairs = re.findall(r"(data|context|tensor)=([1-9]\d*(?:x[1-9]\d*)*)", self.mesh)
+        axes = {name: tuple(map(int, sizes.split("x"))) if "x" in sizes else int(sizes)
+                for name, sizes in pairs}
+        require(mesh_text(axes) == self.mesh, f"--mesh {self.mesh!r}: expected axes and sizes, "
+                "each once, as data=16,tensor=4, or tensor=4x4")
+        return axes
 
     @property
     def tensor(self):
@@ -383,9 +362,9 @@ class Job:
 
     @property
     def copies(self):
-        """-> int: of the weights: devices of axes other than "tensor" read them once each."""
-        return math.prod(n for name, sizes in self.axes.items() if name != "tensor"
-                         for n in shard.as_axes(sizes))
+        """-> int: of the weights: devices of axes other than "tensor" read them once each. `split`
+        makes "context" one axis."""
+        return math.prod(shard.as_axes(self.axes.get("data", 1))) * self.axes.get("context", 1)
 
     @property
     def most_slots(self):
@@ -416,9 +395,9 @@ def split(job):
     """Job -> Job: with its mesh and the layout of its cache. Where none is given, training is FSDP
     over all devices, and all else is tensor parallel (`shard.over_heads`), its cache split over
     heads if they divide, else rows, else slots. ValueError where it cannot be."""
-    target, train = TARGETS.get(job.chip), job.phase == "train"
-    n = job.chips * target.devices if target else job.devices
-    shape = f"{slice_of(job.chip, job.chips)}x{target.devices}" if target else str(n)
+    target, train, n = TARGETS.get(job.chip), job.phase == "train", job.devices
+    if target:
+        n, shape = job.chips * target.devices, f"{slice_of(job.chip, job.chips)}x{target.devices}"
     if n == 1:
         require(not job.mesh, f"--mesh {job.mesh} takes several devices: --devices, or --chip and "
                 "--chips")
@@ -427,20 +406,18 @@ def split(job):
     data, context, tensor = (math.prod(shard.as_axes(axes.get(name, 1)))
                              for name in ("data", "context", "tensor"))
     alone = train and job.by == "compiler"
-    for right, why in (
-            (data * context * tensor == n, f"a mesh of {mesh_text(axes)} has "
-             f"{data * context * tensor} devices: {n} are asked for"),
-            (train or context == 1, "--mesh context=: only training has this axis"),
-            (job.batch % data == 0, f"B={job.batch} rows over {data} devices of data: --batch "
-             f"{-(-job.batch // data) * data}"),
-            (not alone or n == data, "by the compiler training is split over data alone"),
-            (shard.degree(job.cfg, tensor) == tensor, f"{tensor} devices of tensor must divide E, F, H "
-             f"and V, which are {', '.join(str(getattr(job.cfg, name)) for name in 'EFHV')}")):
-        require(right, why)
-    sizes = {"data": shard.torus_axes(shape, context * tensor) if target else axes.get("data", 1),
-             "context": context, "tensor": axes.get("tensor", 1)}
-    needed = {"data": train or data > 1, "context": context > 1, "tensor": not alone}
-    job = replace(job, mesh=mesh_text({name: sizes[name] for name in sizes if needed[name]}))
+    require(data * context * tensor == n, f"a mesh of {mesh_text(axes)} has "
+            f"{data * context * tensor} devices: {n} are asked for")
+    require(train or context == 1, "--mesh context=: only training has this axis")
+    require(job.batch % data == 0, f"B={job.batch} rows over {data} devices of data: --batch "
+            f"{-(-job.batch // data) * data}")
+    require(not alone or n == data, "by the compiler training is split over data alone")
+    require(shard.degree(job.cfg, tensor) == tensor, f"{tensor} devices of tensor must divide E, "
+            f"F, H and V, which are {', '.join(str(getattr(job.cfg, name)) for name in 'EFHV')}")
+    parts = shard.torus_axes(shape, n // data) if target else axes.get("data", 1)
+    job = replace(job, mesh=mesh_text({name: sizes for name, sizes, named in (
+        ("data", parts, train or data > 1), ("context", context, context > 1),
+        ("tensor", axes.get("tensor", 1), not alone)) if named}))
     if train:
         return replace(job, keep=job.keep or ("" if alone else ",".join(shard.KEPT)))
     fit = shard.layouts(job.cfg, job.batch // data, job.tensor)
@@ -451,13 +428,12 @@ def split(job):
 
 
 def free_memory():
-    """-> bytes that are free here: of the device where it tells, else of this machine; None where
-    neither does."""
+    """-> bytes that are free here: of the device where it tells, else of this machine; infinite
+    where neither does."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    with suppress(AttributeError, ValueError, OSError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if on_cpu() else None
+    if on_cpu() and sys.platform == "linux":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
 
 
 def needed_bytes(job):
@@ -471,35 +447,33 @@ def needed_bytes(job):
 def check_memory(what, size, remedy):
     """str, bytes, str -> None: ValueError unless so much memory is free here."""
     free = free_memory()
-    require(free is None or size <= free, f"{what} holds {size / GB:.1f} GB and "
-            f"{(free or 0) / GB:.1f} GB are free: {remedy}")
+    require(size <= free, f"{what} holds {size / GB:.1f} GB and {free / GB:.1f} GB are free: "
+            f"{remedy}")
 
 
 def check(job):
     """Job -> None: ValueError, in one line, for what cannot be."""
-    train, mesh = job.phase == "train", bool(job.mesh)
+    train, alone = job.phase == "train", job.by == "compiler"
     backend = TARGETS[job.chip].extra if job.chip in TARGETS else jax.default_backend()
-    for wrong, why in (
-            (job.attention == "splash" and (backend != "tpu" or job.phase not in (
-                "train", "prefill")), "--attention splash is for train and prefill on a TPU, not "
-             f"for {job.phase} on a {backend}"),
-            (job.by == "compiler" and not train, "--by compiler is for train"),
-            (job.chips > 1 and not job.chip, f"--chips {job.chips}: of which --chip?"),
-            (job.attention == "cudnn" and (job.chip or backend != "gpu"),
-             "--attention cudnn is for a GPU that is here: JAX asks its cuDNN what it can do"),
-            (job.attention != "plain" and job.by == "compiler",
-             f"--attention {job.attention}: by the compiler training has plain attention"),
-            (train and job.dtype == "int8", "train takes --dtype float32 or bfloat16: int8 has no "
-             "gradient"),
-            (job.phase == "serve" and job.chip, "serve runs on the host: leave out --chip"),
-            (job.flags == "on" and not job.chip.startswith("tpu"), "--flags are a TPU compiler's: "
-             "choose a --chip tpu-..."),
-            (not mesh and (job.layout or job.ring or job.by == "compiler"),
-             "--layout, --ring and --by take several devices: --devices, or --chip and --chips"),
-            (job.keep and not (train and mesh and job.by == "hand"),
-             "--keep is for training on several devices by hand"),
-            (job.int8 and job.dtype != "int8", f"--int8 {job.int8}: for --dtype int8")):
-        require(not wrong, why)
+    require(job.attention != "splash" or backend == "tpu" and job.phase in ("train", "prefill"),
+            f"--attention splash is for train and prefill on a TPU, not for {job.phase} on a "
+            f"{backend}")
+    require(train or not alone, "--by compiler is for train")
+    require(job.chip or job.chips == 1, f"--chips {job.chips}: of which --chip?")
+    require(job.attention != "cudnn" or backend == "gpu" and not job.chip,
+            "--attention cudnn is for a GPU that is here: JAX asks its cuDNN what it can do")
+    require(job.attention == "plain" or not alone,
+            f"--attention {job.attention}: by the compiler training has plain attention")
+    require(not train or job.dtype != "int8",
+            "train takes --dtype float32 or bfloat16: int8 has no gradient")
+    require(job.phase != "serve" or not job.chip, "serve runs on the host: leave out --chip")
+    require(job.flags == "off" or job.chip.startswith("tpu"),
+            "--flags are a TPU compiler's: choose a --chip tpu-...")
+    require(job.mesh or not (job.layout or job.ring or alone),
+            "--layout, --ring and --by take several devices: --devices, or --chip and --chips")
+    require(not job.keep or train and job.mesh and not alone,
+            "--keep is for training on several devices by hand")
+    require(not job.int8 or job.dtype == "int8", f"--int8 {job.int8}: for --dtype int8")
     shard.check_kept(job.kept or ())
     if not job.chip:
         check_memory(f"{job.phase} of {job.model} in {job.dtype} at B={job.batch}",
@@ -511,16 +485,15 @@ def check(job):
 
 def si(x, unit):
     """number, unit -> str: three digits and a prefix."""
-    for power, prefix in zip(range(18, -10, -3), "EPTGMk mun"):
-        size = 10.0 ** power
+    for size, prefix in zip(10.0 ** np.arange(18, -10, -3), "EPTGMk mun"):
         if abs(x) >= 0.9995 * size:
             digits = max(0, 2 - int(math.log10(max(1, x / size * 1.0005))))
             return f"{x / size:.{digits}f} {prefix.strip()}{unit}"
     return f"0 {unit}"
 
 
-UNITS = {"seconds": "s", "regions": "s", "bytes": "B", "formula": "B", "copies": "B",
-         "flops": "FLOP"}  # of what has this word in its name
+# The unit of what has one of these words in its name.
+UNITS = {"seconds|regions": "s", "bytes|formula|copies": "B", "flops": "FLOP", "mfu|mbu|share": "%"}
 
 
 def cell(key, value):
@@ -533,22 +506,21 @@ def cell(key, value):
         return f"{value[0]} of {si(value[1], 'B')}"
     if value is None or isinstance(value, (str, bool)):
         return "-" if value in (None, "") else str(value)
-    if unit := next((unit for word, unit in UNITS.items() if word in key), None):
-        return si(value, unit)
-    return f"{value:.0%}" if re.search("mfu|mbu|share", key) else f"{value:,}" if isinstance(
-        value, int) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    if unit := next((unit for words, unit in UNITS.items() if re.search(words, key)), None):
+        return f"{value:.0%}" if unit == "%" else si(value, unit)
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def print_rows(rows):
     """list of dict with the same keys -> None: prints a table; a list in a row is left out."""
-    keys = [key for key, value in rows[0].items() if not isinstance(value, list)]
-    lines = [[key.replace("_", " ") for key in keys],
-             *([cell(key, row[key]) for key in keys] for row in rows)]
-    widths = [max(map(len, column)) * (1 if isinstance(rows[0][key], (str, dict)) else -1)
-              for key, column in zip(keys, zip(*lines))]
-    for line in lines:
-        print("  ".join(word.ljust(width) if width > 0 else word.rjust(-width)
-                        for word, width in zip(line, widths)).rstrip())
+    columns = []
+    for key, value in rows[0].items():
+        if not isinstance(value, list):
+            words = [key.replace("_", " "), *(cell(key, row[key]) for row in rows)]
+            justify = str.ljust if isinstance(value, (str, dict)) else str.rjust
+            columns.append([justify(word, max(map(len, words))) for word in words])
+    for line in zip(*columns):
+        print("  ".join(line).rstrip())
 
 
 def say(text):
@@ -608,7 +580,7 @@ def ceilings(dtypes):
 
 def sheet(chip, chips=1):
     """Chip, int -> dict: what so many chips should do, in the form of `ceilings`."""
-    return {"flops_per_second": {dtype: chips * peak for dtype, peak in chip.flops.items()},
+    return {"flops_per_second": {dtype: chips * getattr(chip, dtype) for dtype in DTYPES},
             "read_bytes_per_second": chips * chip.read}
 
 
@@ -842,7 +814,7 @@ def mlp_weights(cfg, dtype):
     """cfg, dtype -> list of FE, FE, EF: weights of MLPs, as many as 64 MB take, which is more than
     a processor's cache, but at most L."""
     w = some_numbers((cfg.F, cfg.E), dtype)
-    n = min(cfg.L, math.ceil(64 * MB / (3 * w.nbytes)))
+    n = min(cfg.L, math.ceil(64e6 / (3 * w.nbytes)))
     return [jnp.array(w.reshape(shape)) for shape in n * [w.shape, w.shape, w.shape[::-1]]]
 
 
@@ -944,7 +916,7 @@ def phase_facts(job, parameters, copies):
     row, chip, n = on_chips(job, parameters), chip_of(job.chip), job.chips
     parts, seconds = row["parts"], row["limit_seconds"]
     moved = sum(part["bytes"] for part in parts[:2])
-    compute = sum(part["flops"] for part in parts) / (n * chip.flops[job.matmul_dtype])
+    compute = sum(part["flops"] for part in parts) / (n * getattr(chip, job.matmul_dtype))
     hidden = min(part["seconds"] for part in parts if part["name"] != "attention") * (n > 1)
     facts = {"bytes": copies * moved, "seconds": seconds, "hidden_seconds": seconds - hidden,
              "expected_seconds": row["expected_seconds"], "parts": parts}
@@ -1023,7 +995,7 @@ def training(job, tokens, mfu):
             f" --batch {-(-B // chips) * chips}")
     chip, count, flops = chip_of(job.chip), param_count(cfg), train_flops(cfg, B, T)
     attention, total = flops["scores"] + flops["values"], sum(flops.values())
-    size, peak = jnp.dtype(cfg.dtype).itemsize, chips * chip.flops[job.dtype]
+    size, peak = jnp.dtype(cfg.dtype).itemsize, chips * getattr(chip, job.dtype)
     sent = 3 * size * count * (chips - 1) / chips  # gathered twice, gradients scattered once
     compute, links = total / peak, sent / chip.link
     return {"batch": B, "tokens_per_step": B * T, "step_flops": total,
@@ -1058,8 +1030,8 @@ def plan(args):
     n, rows = exact["chips_per_replica"], -(-rounded["batch"] // exact["replicas"])
     steps = layer_steps(tensor_parallel(replace(job, phase="generate", batch=rows), n))
     remedies = million(job, chip, chips, rounded["weight_bytes"])
-    print(f"{job.model} on {chips} x {job.chip}: {si(chip.flops[job.matmul_dtype], 'FLOP/s')} in "
-          f"{job.matmul_dtype}, {si(chip.read, 'B/s')}, {si(chip.memory, 'B')}, links "
+    print(f"{job.model} on {chips} x {job.chip}: {si(getattr(chip, job.matmul_dtype), 'FLOP/s')} "
+          f"in {job.matmul_dtype}, {si(chip.read, 'B/s')}, {si(chip.memory, 'B')}, links "
           f"{si(chip.link, 'B/s')} an axis ({chip.axes})\n({chip.source})\n"
           f"weights {job.dtype}, cache {job.cache}, context {job.prompt}. Times are limits, which "
           "no program beats; expected: what good programs reach;\nhidden: the limit if matmuls hid "
@@ -1711,7 +1683,7 @@ def inspect(prepared, traced=False):
     peak = facts["argument_bytes"] + facts["output_bytes"] + facts["temp_bytes"]
     facts["peak_bytes"] = peak - facts["alias_bytes"]
     most = facts.get("memory_bytes") or free_memory()
-    facts["fits"] = job.chip.startswith("tpu") or most is None or facts["peak_bytes"] <= most
+    facts["fits"] = job.chip.startswith("tpu") or facts["peak_bytes"] <= most
     steps = job.new if job.phase == "generate" else 1
     with suppress(ValueError):  # a loop of unknown length
         facts["program_flops"] = traced_flops(step, *args) // steps * (
@@ -2148,7 +2120,7 @@ def default_jobs(quick):
             for dtype, cache in kinds[:1 if quick else 4] for job in steps[:-quick or None]
             if job.phase == "generate" or not cache and (job.phase, dtype) != ("train", "int8")]
     free = free_memory()
-    return [job for job in jobs if free is None or needed_bytes(job) <= 0.8 * free]
+    return [job for job in jobs if needed_bytes(job) <= 0.8 * free]
 
 
 def jobs_of(args):
