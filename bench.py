@@ -635,18 +635,15 @@ class Cost(NamedTuple):
     S: int             # slots a row that attention attends to
     tokens: int        # made or read, in all rows
     flops: int         # of the model: MFU counts no recomputation
-    weight_bytes: int
-    cache_bytes: int
     parts: tuple       # of Part, with what the program multiplies
 
 
-def cost(job, T, S, tokens, flops, weight_bytes, cache_bytes, attention_dtype, *parts):
+def cost(job, T, S, flops, weight_bytes, cache_bytes, attention_dtype, *parts):
     """-> Cost: attention's flops go with `cache_bytes`, all others with `weight_bytes`, which each
     copy of the weights reads."""
     attention, total = flops["scores"] + flops["values"], sum(flops.values())
-    weight_bytes *= job.copies
-    return Cost(T, S, tokens, total, weight_bytes, cache_bytes, (
-        Part("weights", total - attention, weight_bytes, job.matmul_dtype),
+    return Cost(T, S, job.batch * T, total, (
+        Part("weights", total - attention, job.copies * weight_bytes, job.matmul_dtype),
         Part("attention", attention, cache_bytes, attention_dtype), *parts))
 
 
@@ -656,7 +653,7 @@ def train_cost(job):
     What is saved between the passes is not predicted: it need not leave the chip."""
     cfg, B, T = job.cfg, job.batch, job.prompt
     size, count = jnp.dtype(cfg.dtype).itemsize, param_count(cfg)
-    step = cost(job, T, T, B * T, train_flops(cfg, B, T, job.kept), 3 * size * count, 0, cfg.dtype,
+    step = cost(job, T, T, train_flops(cfg, B, T, job.kept), 3 * size * count, 0, cfg.dtype,
                 Part("optimizer", 0, 28 * count, "float32"))
     return step._replace(flops=sum(train_flops(cfg, B, T).values()))
 
@@ -670,7 +667,7 @@ def slots(job, S):
 def prefill_cost(job):
     """Job -> Cost: all weights once, and the cache written once."""
     cfg, B, T, S = job.cfg, job.batch, job.prompt, slots(job, job.prompt)
-    return cost(job, T, S, B * T, prefill_flops(cfg, B, T), weight_bytes(cfg, job.dtype),
+    return cost(job, T, S, prefill_flops(cfg, B, T), weight_bytes(cfg, job.dtype),
                 kv_bytes(cfg, B, S, job.cache), cfg.dtype)
 
 
@@ -678,12 +675,13 @@ def extend_cost(job):
     """Job -> Cost: a decode step, or a round of speculation: the last token and a draft (n-grams
     cost nothing). All weights, and all slots of the cache, filled or not. A query meets the cache
     in the wider dtype of both."""
-    plain, cfg, B = job.phase == "generate", job.cfg, job.batch
-    T, S = (1, job.prompt + job.new) if plain else (job.n_draft + 1, job.most_slots)
+    cfg, B, T, S = job.cfg, job.batch, job.n_draft + 1, job.most_slots
+    if job.phase == "generate":
+        T, S = 1, job.prompt + job.new
     S = slots(job, S)
     moved = decode_bytes(cfg, B, S, T, cache_dtype=job.cache, dtype=job.dtype)
     slot_dtype = cfg.dtype if job.cache == "int8" else job.cache
-    return cost(job, T, S, B * T, decode_flops(cfg, B, S, T), moved["weights"],
+    return cost(job, T, S, decode_flops(cfg, B, S, T), moved["weights"],
                 moved["cache_read"] + moved["cache_write"],
                 str(jnp.promote_types(cfg.dtype, slot_dtype)))
 
@@ -696,13 +694,10 @@ def serve_steps(job):
 
 def serve_cost(job):
     """Job -> Cost: of all its steps."""
-    each = [(times, COSTS[step.phase](step)) for times, step in serve_steps(job)]
-    flops, weights, slots = (sum(n * getattr(cost, name) for n, cost in each)
-                             for name in ("flops", "weight_bytes", "cache_bytes"))
-    parts = tuple(part._replace(flops=n * part.flops, bytes=n * part.bytes)
-                  for n, cost in each for part in cost.parts)
-    return Cost(1, job.prompt + job.new, REQUESTS * job.batch * job.new, flops, weights, slots,
-                parts)
+    parts = tuple(part._replace(flops=times * part.flops, bytes=times * part.bytes)
+                  for times, step in serve_steps(job) for part in COSTS[step.phase](step).parts)
+    return Cost(1, job.prompt + job.new, REQUESTS * job.batch * job.new,
+                sum(part.flops for part in parts), parts)
 
 
 COSTS = {"train": train_cost, "prefill": prefill_cost, "generate": extend_cost,
@@ -721,8 +716,8 @@ def step_events(job):
 def links_of(job):
     """Job -> bytes/s, tuple: of a chip's links, an axis; and the shape of the slice. A switch, and
     a number of chips that is no slice, have one axis."""
-    target, shape = TARGETS.get(job.chip), str(job.chips)
-    if target and target.extra == "tpu":
+    shape = str(job.chips)
+    if job.chip.startswith("tpu"):
         with suppress(ValueError):
             shape = slice_of(job.chip, job.chips)
     return chip_of(job.chip).link, tuple(map(int, shape.split("x")))
@@ -782,25 +777,27 @@ def predict(job, ceilings, parameters=None):
     bound by. Chips that are not here also wait for links, and `expected_seconds` are those of a
     good program. `parameters` replaces the exact count of what is multiplied.
     """
-    cost, parts = COSTS[job.phase](job), []
-    for part in cost.parts:
-        if parameters and part.name == "weights":
-            part = part._replace(flops=2 * job.batch * cost.T * parameters,
-                                 bytes=parameters * jnp.dtype(job.dtype).itemsize)
-        seconds = {"flops": part.flops / ceilings["flops_per_second"][part.dtype],
-                   "bytes": part.bytes / ceilings["read_bytes_per_second"]}
+    cost, sizes, parts = COSTS[job.phase](job), Counter(), []
+
+    def add(part, matmul, byte, link=0):
+        seconds = {"flops": matmul, "bytes": byte, "links": link}
         bound = max(seconds, key=seconds.get)
-        parts.append({**part._asdict(), "matmul_seconds": seconds["flops"],
-                      "byte_seconds": seconds["bytes"], "link_seconds": 0,
-                      "seconds": seconds[bound], "bound": bound})
+        parts.append({**part._asdict(), "matmul_seconds": matmul, "byte_seconds": byte,
+                      "link_seconds": link, "seconds": seconds[bound], "bound": bound})
+
+    for part in cost.parts:
+        sizes[part.name] += part.bytes
+        if parameters and part.name == "weights":
+            part = part._replace(flops=2 * cost.tokens * parameters,
+                                 bytes=parameters * jnp.dtype(job.dtype).itemsize)
+        add(part, part.flops / ceilings["flops_per_second"][part.dtype],
+            part.bytes / ceilings["read_bytes_per_second"])
     if steps := layer_steps(job):
         size, seconds = (sum(step["times"] * step[key] for step in steps)
                          for key in ("bytes", "seconds"))
-        parts.append({"name": "links", "flops": 0, "bytes": job.chips * size, "dtype": "",
-                      "matmul_seconds": 0, "byte_seconds": 0, "link_seconds": seconds,
-                      "seconds": seconds, "bound": "links"})
-    row = {**cost._asdict(), "parts": parts,
-           "limit_seconds": sum(part["seconds"] for part in parts),
+        add(Part("links", 0, job.chips * size, ""), 0, 0, seconds)
+    row = {**cost._asdict(), "weight_bytes": sizes["weights"], "cache_bytes": sizes["attention"],
+           "parts": parts, "limit_seconds": sum(part["seconds"] for part in parts),
            "bound": max(parts, key=lambda part: part["seconds"])["bound"],
            "byte_seconds": sum(part["byte_seconds"] for part in parts)}
     if job.attention != "plain":
@@ -837,22 +834,17 @@ def some_numbers(shape, dtype):
     return jnp.asarray(numbers if dtype == "int8" else numbers / np.float32(127), dtype)
 
 
-@lru_cache(maxsize=1)
-def mlp_weights(cfg, dtype):
-    """cfg, dtype -> list of FE, FE, EF: weights of MLPs, as many as 64 MB take, which is more than
-    a processor's cache, but at most L."""
-    w = some_numbers((cfg.F, cfg.E), dtype)
-    n = min(cfg.L, math.ceil(64 * MB / (3 * w.nbytes)))
-    return [jnp.array(w.reshape(shape)) for shape in n * [w.shape, w.shape, w.shape[::-1]]]
-
-
 @lru_cache
 def matmul_rate(cfg, rows, kind="", train=False):
     """cfg, int, str, bool -> flops/s of so many rows times the weights of MLPs, in training with
-    their gradients."""
+    their gradients: of as many MLPs as 64 MB take, which is more than a processor's cache, but at
+    most L."""
     inputs = {size: some_numbers((rows, size), cfg.dtype) for size in (cfg.E, cfg.F)}
-    weights = [INT8[kind](w, jnp.full((len(w), 1), 1e-2)) if kind else w
-               for w in mlp_weights(cfg, "int8" if kind else cfg.dtype)]
+    w = some_numbers((cfg.F, cfg.E), "int8" if kind else cfg.dtype)
+    n = min(cfg.L, math.ceil(64 * MB / (3 * w.nbytes)))
+    weights = [jnp.array(w.reshape(shape)) for shape in n * [w.shape, w.shape, w.shape[::-1]]]
+    if kind:
+        weights = [INT8[kind](w, jnp.full((len(w), 1), 1e-2)) for w in weights]
     seconds = seconds_alone(with_gradient(dot) if train else dot, [
         (inputs[w.shape[1]], w) for w in weights])
     return (2 + 4 * train) * rows * cfg.E * cfg.F / seconds
@@ -884,9 +876,8 @@ def rows_at_a_time(job):
     tokens: the largest divisor of B whose rows hold 1,024 to 2,048; else, and in other phases,
     None: all rows."""
     B, T = job.batch, job.prompt
-    fit = [rows for rows in range(2, B) if B % rows == 0 and 1024 <= rows * T <= 2048]
-    some = job.phase == "prefill" and job.here and B * T > 2048
-    return max(fit, default=None) if some else None
+    fit = (rows for rows in range(2, B) if B % rows == 0 and 1024 <= rows * T <= 2048 < B * T)
+    return max(fit, default=None) if job.phase == "prefill" and job.here else None
 
 
 def library_seconds(job):
@@ -897,10 +888,10 @@ def library_seconds(job):
                 for seconds in library_seconds(step)]
     cfg, cost, train = job.cfg, COSTS[job.phase](job), job.phase == "train"
     B = rows_at_a_time(job) or job.batch
-    weights = cost.parts[0].flops / matmul_rate(cfg, B * cost.T, job.int8, train)
-    attention = cfg.L * (job.batch // B) * attention_seconds(
-        cfg, B, cost.T, cost.S, job.cache, train)
-    return [weights, attention, *([param_count(cfg) / optimizer_rate(cfg)] if train else [])]
+    seconds = [cost.parts[0].flops / matmul_rate(cfg, B * cost.T, job.int8, train),
+               cfg.L * (job.batch // B) * attention_seconds(
+                   cfg, B, cost.T, cost.S, job.cache, train)]
+    return seconds + [param_count(cfg) / optimizer_rate(cfg)] if train else seconds
 
 
 def fastest_int8(job):
@@ -959,10 +950,10 @@ def napkin(job, parameters=None, batch=None):
     rounded count in place of the exact one; job.prompt is the context, job.new is 0. Copies of the
     model that share no chips share the batch."""
     cfg, chip, chips = job.cfg, chip_of(job.chip), job.chips
-    n, size = shard.degree(cfg, chips), array_bytes("", cfg, job.dtype)
+    n = shard.degree(cfg, chips)
     copies = chips // n
-    weights = parameters * size if parameters else (
-        weight_bytes(cfg, job.dtype) + (not cfg.tied) * cfg.V * cfg.E * size)
+    weights = parameters * array_bytes("", cfg, job.dtype) if parameters else (
+        weight_bytes(cfg, job.dtype) + (not cfg.tied) * array_bytes("VE", cfg, job.dtype))
     token, sequence = (kv_bytes(cfg, 1, S, job.cache) for S in (1, job.prompt))
     most, roomy = (max(0, int((share * n * chip.memory - weights) // sequence))
                    for share in (1, 1 - RESERVE))
@@ -996,42 +987,38 @@ def napkin(job, parameters=None, batch=None):
         "weights_over_links_seconds": weights * (chips - 1) / chips / chip.link}
 
 
-REMEDIES = {  # against a large cache: what becomes smaller
-    "as it is": {}, "grouped queries, K=1": {"kv_heads": 1}, "int8": {"cache": "int8"},
-    "both": {"kv_heads": 1, "cache": "int8"}}
-
-
-def million(job, chip, chips, weights, context=1_000_000):
-    """Job, Chip, int, bytes -> list of dict: what the cache of a very long sequence takes, and what
-    makes it smaller."""
-    rows = {}
-    for name, change in REMEDIES.items():
+def million(job, weights):
+    """Job, bytes -> list of dict: what the cache of a million tokens takes, and what makes it
+    smaller."""
+    rows, chip = {}, chip_of(job.chip)
+    one, int8 = {"kv_heads": 1}, {"cache": "int8"}
+    for name, change in (("as it is", {}), ("grouped queries, K=1", one), ("int8", int8),
+                         ("both", one | int8)):
         smaller = replace(job, **change)
-        size = kv_bytes(smaller.cfg, 1, context, smaller.cache)
+        size = kv_bytes(smaller.cfg, 1, 1_000_000, smaller.cache)
         rows.setdefault(size, {
-            "cache": name, "cache_bytes": size, "bytes_per_chip": size / chips,
+            "cache": name, "cache_bytes": size, "bytes_per_chip": size / job.chips,
             "chips_needed": math.ceil((size + weights) / chip.memory),
-            "generate_seconds": (size + weights) / chips / chip.read})
+            "generate_seconds": (size + weights) / job.chips / chip.read})
     return [*rows.values()]
 
 
 def training(job, tokens, mfu):
     """Job, float, float -> dict: a step of AdamW and a whole training, with weights sharded over
     all chips (FSDP)."""
-    cfg, B, T, chips = job.cfg, job.batch, job.prompt, job.chips
+    B, chips, chip, count = job.batch, job.chips, chip_of(job.chip), param_count(job.cfg)
     require(B % chips == 0, f"a training batch of {B} sequences cannot be split over {chips} chips:"
             f" --batch {-(-B // chips) * chips}")
-    chip, count, flops = chip_of(job.chip), param_count(cfg), train_flops(cfg, B, T)
-    attention, total = flops["scores"] + flops["values"], sum(flops.values())
-    size, peak = jnp.dtype(cfg.dtype).itemsize, chips * chip.flops[job.dtype]
-    sent = 3 * size * count * (chips - 1) / chips  # gathered twice, gradients scattered once
-    compute, links = total / peak, sent / chip.link
-    return {"batch": B, "tokens_per_step": B * T, "step_flops": total,
-            "weight_flops": total - attention, "attention_flops": attention,
-            "compute_seconds": compute, "expected_seconds": on_chips(replace(
-                job, phase="train", mesh=f"data={chips}"))["expected_seconds"],
+    row = on_chips(replace(job, phase="train", mesh=f"data={chips}"))
+    weights, attention, _ = row["parts"]
+    compute = row["flops"] / (chips * chip.flops[job.dtype])
+    sent = row["weight_bytes"] // chips * (chips - 1) / chips  # by each: gathers, and a scatter
+    links = sent / chip.link
+    return {"batch": B, "tokens_per_step": row["tokens"], "step_flops": row["flops"],
+            "weight_flops": weights["flops"], "attention_flops": attention["flops"],
+            "compute_seconds": compute, "expected_seconds": row["expected_seconds"],
             "assumed_mfu": mfu, "step_seconds": compute / mfu, "tokens": tokens,
-            "days": tokens / (B * T) * compute / mfu / 86400,
+            "days": tokens / row["tokens"] * compute / mfu / 86400,
             "optimizer_bytes": 12 * count, "gradient_bytes": 4 * count,
             "bytes_per_chip": 16 * count / chips, "fits": 16 * count <= chips * chip.memory,
             "fsdp_bytes_per_chip": sent, "fsdp_seconds": links,
@@ -1053,19 +1040,19 @@ def plan(args):
     check(job)
     trained = args.train and training(replace(  # refused before anything is printed
         job, batch=B or 4 * chips, dtype=job.cfg.dtype, int8=""), args.tokens, args.mfu)
-    exact = napkin(job, None, B)
-    rounded = napkin(job, args.parameters, B) if args.parameters else exact
+    columns = {f"{args.parameters:g} parameters": napkin(job, args.parameters, B)} \
+        if args.parameters else {}
+    columns["exact"] = exact = napkin(job, None, B)
+    rounded, *_ = columns.values()
     n, rows = exact["chips_per_replica"], -(-rounded["batch"] // exact["replicas"])
     steps = layer_steps(tensor_parallel(replace(job, phase="generate", batch=rows), n))
-    remedies = million(job, chip, chips, rounded["weight_bytes"])
+    remedies = million(job, rounded["weight_bytes"])
     print(f"{job.model} on {chips} x {job.chip}: {si(chip.flops[job.matmul_dtype], 'FLOP/s')} in "
           f"{job.matmul_dtype}, {si(chip.read, 'B/s')}, {si(chip.memory, 'B')}, links "
           f"{si(chip.link, 'B/s')} an axis ({chip.axes})\n({chip.source})\n"
           f"weights {job.dtype}, cache {job.cache}, context {job.prompt}. Times are limits, which "
           "no program beats; expected: what good programs reach;\nhidden: the limit if matmuls hid "
           f"the links. Batch with room: {RESERVE:.0%} of the memory is left free")
-    columns = ({f"{args.parameters:g} parameters": rounded} if args.parameters else {}) | {
-        "exact": exact}
     for name, facts in columns.items():
         if not facts["fits"]:
             print(f"DOES NOT FIT ({name}): batch {facts['batch']} takes more memory: "
@@ -1236,25 +1223,25 @@ def published_row(row):
 
 def published(args):
     """args -> dict: prints what others measured beside its limit and what was expected."""
-    rows = []
+    rows, table = [], []
     for row in PUBLISHED:
-        result = published_row(row)
-        good = expected(result["terms"])
+        result, took = published_row(row), row["seconds"]
+        limit, good = result["limit_seconds"], expected(result["terms"])
         rows.append({
             "phase": row["phase"], "model": row["model"].split(",")[0],
-            "dtype": "fp8" if row.get("fp8") else row["dtype"], "B": row["batch"],
-            "chips": f"{row['chips']} x {row['chip']}", "limit_seconds": result["limit_seconds"],
-            "expected_seconds": good, "published_seconds": row["seconds"],
-            "published/limit": row["seconds"] / result["limit_seconds"],
-            "expected/published": good / row["seconds"], "system": row["system"]})
+            "dtype": "fp8" if "fp8" in row else row["dtype"], "B": row["batch"],
+            "chips": f"{row['chips']} x {row['chip']}", "limit_seconds": limit,
+            "expected_seconds": good, "published_seconds": took, "published/limit": took / limit,
+            "expected/published": good / took, "system": row["system"]})
     print_rows(rows)
-    phases = {phase: [row for row in rows if row["phase"] == phase]
-              for phase in dict.fromkeys(row["phase"] for row in rows)}
-    table = [{"phase": phase, "rows": len(some), "published/limit": statistics.median(
-        row["published/limit"] for row in some), **{
-            f"{name} error": f"{choose(abs(row['expected/published'] - 1) for row in some):.0%}"
-            for name, choose in (("median", statistics.median), ("worst", max))}}
-        for phase, some in [*phases.items(), ("all", rows)]]
+    for phase in (*dict.fromkeys(row["phase"] for row in rows), "all"):
+        some = [row for row in rows if phase in (row["phase"], "all")]
+        errors = [abs(row["expected/published"] - 1) for row in some]
+        table.append({
+            "phase": phase, "rows": len(some),
+            "published/limit": statistics.median(row["published/limit"] for row in some),
+            "median error": f"{statistics.median(errors):.0%}",
+            "worst error": f"{max(errors):.0%}"})
     print()
     print_rows(table)
     return {"rows": rows, "phases": table, "expected": EXPECTED}
