@@ -559,11 +559,11 @@ def say(text):
 # -------------------------------------------------------------------------- this machine's ceilings
 
 
-def seconds_of(call, at_most=9, seconds=0.3):
-    """call -> list of float: seconds of each run: until `seconds` are spent, once at least and
-    `at_most` times."""
+def seconds_of(call, seconds=0.3):
+    """call -> list of float: seconds of each run: until `seconds` are spent, once at least and nine
+    times at most."""
     times = []
-    while not times or len(times) < at_most and sum(times) < seconds:
+    while not times or len(times) < 9 and sum(times) < seconds:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
@@ -594,9 +594,8 @@ def measure_read():
     CPU; elsewhere 4 GiB four times in a row, beside which starting a program takes no time."""
     rows, times = (1 << 15, 1) if on_cpu() else (1 << 18, 4)
     a, row = jnp.ones((rows, 1 << 12), "float32"), jnp.ones((1 << 12,), "float32")
-    programs = jax.jit(lambda a: jnp.sum(a)), jax.jit(lambda a: a @ row)
-    return times * a.nbytes / min(min(seconds_of(lambda: jax.block_until_ready(
-        [program(a) for _ in range(times)]))) for program in programs)
+    return a.nbytes / min(seconds_alone(jnp.sum, times * [(a,)], 0.3, min),
+                          seconds_alone(jnp.matmul, times * [(a, row)], 0.3, min))
 
 
 def ceilings(dtypes):
@@ -660,8 +659,8 @@ def train_cost(job):
 
 def slots(job, S):
     """Job, int -> int: S, or where slots are split the next number that divides."""
-    n = job.tensor[-1]
-    return -(-S // n) * n if job.layout and shard.LAYOUTS[job.layout].letter == "S" else S
+    is_split = job.layout and shard.LAYOUTS[job.layout].letter == "S"
+    return S + -S % job.tensor[-1] if is_split else S
 
 
 def prefill_cost(job):
@@ -780,13 +779,13 @@ def predict(job, ceilings, parameters=None):
     cost, sizes, parts = COSTS[job.phase](job), Counter(), []
 
     def add(part, matmul, byte, link=0):
+        sizes[part.name] += part.bytes
         seconds = {"flops": matmul, "bytes": byte, "links": link}
         bound = max(seconds, key=seconds.get)
         parts.append({**part._asdict(), "matmul_seconds": matmul, "byte_seconds": byte,
                       "link_seconds": link, "seconds": seconds[bound], "bound": bound})
 
     for part in cost.parts:
-        sizes[part.name] += part.bytes
         if parameters and part.name == "weights":
             part = part._replace(flops=2 * cost.tokens * parameters,
                                  bytes=parameters * jnp.dtype(job.dtype).itemsize)
@@ -818,14 +817,11 @@ def critical_batch(job, ceilings):
 # --------------------------------------------------- library: this machine's operations, each alone
 
 
-def with_gradient(fn):
-    """fn -> fn: the gradients of its operands. The result is used as its own gradient, so that XLA
-    cannot drop the forward pass."""
-    def gradients(*operands):
-        result, pull = jax.vjp(fn, *operands)
-        return pull(result)
-
-    return gradients
+def gradients(fn, *operands):
+    """fn, arrays -> tuple: the gradients of its operands. The result is used as its own gradient,
+    so that XLA cannot drop the forward pass."""
+    result, pull = jax.vjp(fn, *operands)
+    return pull(result)
 
 
 def some_numbers(shape, dtype):
@@ -845,7 +841,7 @@ def matmul_rate(cfg, rows, kind="", train=False):
     weights = [jnp.array(w.reshape(shape)) for shape in n * [w.shape, w.shape, w.shape[::-1]]]
     if kind:
         weights = [INT8[kind](w, jnp.full((len(w), 1), 1e-2)) for w in weights]
-    seconds = seconds_alone(with_gradient(dot) if train else dot, [
+    seconds = seconds_alone(partial(gradients, dot) if train else dot, [
         (inputs[w.shape[1]], w) for w in weights])
     return (2 + 4 * train) * rows * cfg.E * cfg.F / seconds
 
@@ -857,7 +853,7 @@ def attention_seconds(cfg, B, T, S, cache, train=False):
     q = some_numbers((B, T, cfg.H, cfg.D), cfg.dtype)
     if S == T:
         k = some_numbers((B, cfg.K, T, cfg.D), cfg.dtype)
-        return seconds_alone(with_gradient(causal_attention) if train else causal_attention,
+        return seconds_alone(partial(gradients, causal_attention) if train else causal_attention,
                              [(q, k, k)])
     slots = init_cache(replace(cfg, L=min(cfg.L, 4)), B, S, cache)
     pos = np.full((B, T), S - 1)
@@ -908,8 +904,7 @@ def fastest_int8(job):
 def tensor_parallel(job, n):
     """Job, int -> Job: on n chips that share one copy of the weights."""
     job = replace(job, chips=n, mesh=mesh_text({"tensor": shard.over_heads(job.cfg, n)}))
-    layout, *_ = shard.layouts(job.cfg, job.batch, job.tensor)
-    return replace(job, layout=layout * (n > 1))
+    return replace(job, layout=(n > 1) * shard.layouts(job.cfg, job.batch, job.tensor)[0])
 
 
 def on_chips(job, parameters=None):
@@ -922,8 +917,8 @@ def useful_degree(job, parameters):
     memory and matmuls do. More would wait for links."""
     n = 2
     while shard.degree(job.cfg, n) == n:
-        *parts, links = on_chips(tensor_parallel(job, n), parameters)["parts"]
-        if links["seconds"] > sum(part["seconds"] for part in parts):
+        row = on_chips(tensor_parallel(job, n), parameters)
+        if row["parts"][-1]["seconds"] > row["limit_seconds"] / 2:
             break
         n *= 2
     return n // 2
@@ -934,7 +929,7 @@ def phase_facts(job, parameters, copies):
     the bytes of all copies. `hidden` is the time of a step whose matmuls hide its links."""
     row, chip, n = on_chips(job, parameters), chip_of(job.chip), job.chips
     parts, seconds = row["parts"], row["limit_seconds"]
-    moved = sum(part["bytes"] for part in parts[:2])
+    moved = row["weight_bytes"] + row["cache_bytes"]
     compute = sum(part["flops"] for part in parts) / (n * chip.flops[job.matmul_dtype])
     hidden = min(part["seconds"] for part in parts if part["name"] != "attention") * (n > 1)
     facts = {"bytes": copies * moved, "seconds": seconds, "hidden_seconds": seconds - hidden,
@@ -1045,7 +1040,7 @@ def plan(args):
     columns["exact"] = exact = napkin(job, None, B)
     rounded, *_ = columns.values()
     n, rows = exact["chips_per_replica"], -(-rounded["batch"] // exact["replicas"])
-    steps = layer_steps(tensor_parallel(replace(job, phase="generate", batch=rows), n))
+    steps = layer_steps(tensor_parallel(replace(job, batch=rows), n))
     remedies = million(job, rounded["weight_bytes"])
     print(f"{job.model} on {chips} x {job.chip}: {si(chip.flops[job.matmul_dtype], 'FLOP/s')} in "
           f"{job.matmul_dtype}, {si(chip.read, 'B/s')}, {si(chip.memory, 'B')}, links "
