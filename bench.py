@@ -60,7 +60,7 @@ from infer import (CACHE_DTYPES, HERE, Q8, Q8A8, Sampling, array_bytes, byte_tex
                    ngram_draft, prefill, prefill_flops, quantize_params, read_json, save,
                    save_state, serve, slots_of, speculate, splash, tokenizer, weight_bytes)
 from minillm import (KEEPABLE, Adam, Config, adam_init, adamw, cast, causal_attention,
-                     check_tokens, dims, dot, init, loss, param_count, require, size_of,
+                     check_tokens, dims, dot, init, loss, param_count, product, require, size_of,
                      traced_flops, train_flops, train_step)
 
 MB, GB = 1e6, 1e9
@@ -584,9 +584,8 @@ def measure_flops(dtype):
     numbers: a chip that multiplies ones takes less power, and runs faster."""
     size = 2048 if on_cpu() else 8192
     a = jax.random.randint(jax.random.key(0), (size, size), -127, 128).astype(dtype)
-    product = partial(jax.lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())),
-                      preferred_element_type="int32" if dtype == "int8" else "float32")
-    return 2 * size ** 3 / seconds_alone(product, [(a, a)], 1, min)
+    multiply = partial(product, sums="int32" if dtype == "int8" else "float32")
+    return 2 * size ** 3 / seconds_alone(multiply, [(a, a)], 1, min)
 
 
 def measure_read():
@@ -931,7 +930,7 @@ def phase_facts(job, parameters, copies):
     parts, seconds = row["parts"], row["limit_seconds"]
     moved = row["weight_bytes"] + row["cache_bytes"]
     compute = sum(part["flops"] for part in parts) / (n * chip.flops[job.matmul_dtype])
-    hidden = min(part["seconds"] for part in parts if part["name"] != "attention") * (n > 1)
+    hidden = min(parts[0]["seconds"], parts[-1]["seconds"]) * (n > 1)  # weights, and links
     facts = {"bytes": copies * moved, "seconds": seconds, "hidden_seconds": seconds - hidden,
              "expected_seconds": row["expected_seconds"], "parts": parts}
     for name in ("limit", "expected"):
@@ -950,14 +949,14 @@ def napkin(job, parameters=None, batch=None):
     weights = parameters * array_bytes("", cfg, job.dtype) if parameters else (
         weight_bytes(cfg, job.dtype) + (not cfg.tied) * array_bytes("VE", cfg, job.dtype))
     token, sequence = (kv_bytes(cfg, 1, S, job.cache) for S in (1, job.prompt))
-    most, roomy = (max(0, int((share * n * chip.memory - weights) // sequence))
-                   for share in (1, 1 - RESERVE))
-    rows = -(-batch // copies) if batch else max(1, roomy)  # of each
-    batch = batch or rows * copies
 
-    def fits(chips):
+    def most(chips, share=1):
         n = shard.degree(cfg, chips)
-        return weights + -(-batch // (chips // n)) * sequence <= n * chip.memory
+        return chips // n * max(0, int((share * n * chip.memory - weights) // sequence))
+
+    room = most(chips, 1 - RESERVE)
+    batch = batch or max(copies, room)
+    rows = -(-batch // copies)  # of each copy
 
     def one_copy(phase, rows):
         return tensor_parallel(replace(job, phase=phase, batch=rows), n)
@@ -966,10 +965,10 @@ def napkin(job, parameters=None, batch=None):
         "parameters": parameters or param_count(cfg),
         "multiplied_parameters": parameters or multiplied(cfg), "weight_bytes": weights,
         "cache_bytes_per_token": token, "cache_bytes_per_sequence": sequence,
-        "chips_per_replica": n, "replicas": copies, "max_batch": most * copies,
-        "batch_with_room": roomy * copies, "critical_batch": critical_batch(job, sheet(chip)),
-        "batch": batch, "cache_bytes": copies * rows * sequence, "fits": fits(chips),
-        "chips_needed": next((2 ** i for i in range(15) if fits(2 ** i)), None)}
+        "chips_per_replica": n, "replicas": copies, "max_batch": most(chips),
+        "batch_with_room": room, "critical_batch": critical_batch(job, sheet(chip)),
+        "batch": batch, "cache_bytes": copies * rows * sequence, "fits": batch <= most(chips),
+        "chips_needed": next((2 ** i for i in range(15) if batch <= most(2 ** i)), None)}
     for phase in ("prefill", "generate"):
         facts |= phase_facts(one_copy(phase, rows), parameters, copies)
     return facts | {
@@ -1211,8 +1210,8 @@ def published_row(row):
     if made := row.get("made"):
         read = on_chips(replace(job, phase="prefill", prompt=row["read"]))
         result["limit_seconds"] += read["limit_seconds"] / made
-        result["terms"] = {name: term + read["terms"][name] / made
-                           for name, term in result["terms"].items()}
+        for name, term in read["terms"].items():
+            result["terms"][name] += term / made
     return result
 
 
