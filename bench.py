@@ -563,7 +563,7 @@ def seconds_of(call, seconds=0.3):
     """call -> list of float: seconds of each run: until `seconds` are spent, once at least and nine
     times at most."""
     times = []
-    while not times or len(times) < 9 and sum(times) < seconds:
+    while len(times) < 9 and sum(times) <= seconds:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
@@ -592,9 +592,9 @@ def measure_read():
     """-> bytes/s of reading more than any cache holds, the best of two programs: half a GiB on a
     CPU; elsewhere 4 GiB four times in a row, beside which starting a program takes no time."""
     rows, times = (1 << 15, 1) if on_cpu() else (1 << 18, 4)
-    a, row = jnp.ones((rows, 1 << 12), "float32"), jnp.ones((1 << 12,), "float32")
+    a = jnp.ones((rows, 1 << 12), "float32")
     return a.nbytes / min(seconds_alone(jnp.sum, times * [(a,)], 0.3, min),
-                          seconds_alone(jnp.matmul, times * [(a, row)], 0.3, min))
+                          seconds_alone(jnp.matmul, times * [(a, a[0])], 0.3, min))
 
 
 def ceilings(dtypes):
@@ -658,8 +658,7 @@ def train_cost(job):
 
 def slots(job, S):
     """Job, int -> int: S, or where slots are split the next number that divides."""
-    is_split = job.layout and shard.LAYOUTS[job.layout].letter == "S"
-    return S + -S % job.tensor[-1] if is_split else S
+    return S + -S % job.tensor[-1] if job.layout in ("sequence", "context") else S
 
 
 def prefill_cost(job):
@@ -678,10 +677,9 @@ def extend_cost(job):
         T, S = 1, job.prompt + job.new
     S = slots(job, S)
     moved = decode_bytes(cfg, B, S, T, cache_dtype=job.cache, dtype=job.dtype)
-    slot_dtype = cfg.dtype if job.cache == "int8" else job.cache
     return cost(job, T, S, decode_flops(cfg, B, S, T), moved["weights"],
                 moved["cache_read"] + moved["cache_write"],
-                str(jnp.promote_types(cfg.dtype, slot_dtype)))
+                str(jnp.promote_types(cfg.dtype, job.cache)))
 
 
 def serve_steps(job):
