@@ -560,12 +560,12 @@ def say(text):
 
 
 def seconds_of(call, seconds=0.3):
-    """call -> list of float: seconds of each run: until `seconds` are spent, once at least and nine
-    times at most."""
+    """call -> list of float: seconds until each run's result is there: until `seconds` are spent,
+    once at least and nine times at most."""
     times = []
     while len(times) < 9 and sum(times) <= seconds:
         start = time.perf_counter()
-        call()
+        jax.block_until_ready(call())
         times.append(time.perf_counter() - start)
     return times
 
@@ -573,10 +573,9 @@ def seconds_of(call, seconds=0.3):
 def seconds_alone(fn, arguments, seconds=0.1, choose=statistics.median):
     """fn, list of arguments -> seconds of a call. One program calls fn on each entry of the list;
     it runs for so many `seconds`, and `choose` takes one of its times: the median, as for a row."""
-    program = jax.jit(lambda arguments: [fn(*each) for each in arguments])
-    jax.block_until_ready(program(arguments))
-    return choose(seconds_of(lambda: jax.block_until_ready(program(arguments)),
-                             seconds=seconds)) / len(arguments)
+    program = partial(jax.jit(lambda arguments: [fn(*each) for each in arguments]), arguments)
+    jax.block_until_ready(program())  # compiled
+    return choose(seconds_of(program, seconds=seconds)) / len(arguments)
 
 
 def measure_flops(dtype):
@@ -672,9 +671,8 @@ def extend_cost(job):
     """Job -> Cost: a decode step, or a round of speculation: the last token and a draft (n-grams
     cost nothing). All weights, and all slots of the cache, filled or not. A query meets the cache
     in the wider dtype of both."""
-    cfg, B, T, S = job.cfg, job.batch, job.n_draft + 1, job.most_slots
-    if job.phase == "generate":
-        T, S = 1, job.prompt + job.new
+    plain, cfg, B = job.phase == "generate", job.cfg, job.batch
+    T, S = (1, job.prompt + job.new) if plain else (job.n_draft + 1, job.most_slots)
     S = slots(job, S)
     moved = decode_bytes(cfg, B, S, T, cache_dtype=job.cache, dtype=job.dtype)
     return cost(job, T, S, decode_flops(cfg, B, S, T), moved["weights"],
@@ -836,10 +834,9 @@ def matmul_rate(cfg, rows, kind="", train=False):
     w = some_numbers((cfg.F, cfg.E), "int8" if kind else cfg.dtype)
     n = min(cfg.L, math.ceil(64 * MB / (3 * w.nbytes)))
     weights = [jnp.array(w.reshape(shape)) for shape in n * [w.shape, w.shape, w.shape[::-1]]]
-    if kind:
-        weights = [INT8[kind](w, jnp.full((len(w), 1), 1e-2)) for w in weights]
-    seconds = seconds_alone(partial(gradients, dot) if train else dot, [
-        (inputs[w.shape[1]], w) for w in weights])
+    operands = [(inputs[w.shape[1]], INT8[kind](w, jnp.full((len(w), 1), 1e-2)) if kind else w)
+                for w in weights]
+    seconds = seconds_alone(partial(gradients, dot) if train else dot, operands)
     return (2 + 4 * train) * rows * cfg.E * cfg.F / seconds
 
 
@@ -1002,12 +999,11 @@ def training(job, tokens, mfu):
     require(B % chips == 0, f"a training batch of {B} sequences cannot be split over {chips} chips:"
             f" --batch {-(-B // chips) * chips}")
     row = on_chips(replace(job, phase="train", mesh=f"data={chips}"))
-    weights, attention, _ = row["parts"]
     compute = row["flops"] / (chips * chip.flops[job.dtype])
     sent = row["weight_bytes"] // chips * (chips - 1) / chips  # by each: gathers, and a scatter
     links = sent / chip.link
     return {"batch": B, "tokens_per_step": row["tokens"], "step_flops": row["flops"],
-            "weight_flops": weights["flops"], "attention_flops": attention["flops"],
+            "weight_flops": row["parts"][0]["flops"], "attention_flops": row["parts"][1]["flops"],
             "compute_seconds": compute, "expected_seconds": row["expected_seconds"],
             "assumed_mfu": mfu, "step_seconds": compute / mfu, "tokens": tokens,
             "days": tokens / row["tokens"] * compute / mfu / 86400,
