@@ -833,7 +833,7 @@ def matmul_rate(cfg, rows, kind="", train=False):
     inputs = {size: some_numbers((rows, size), cfg.dtype) for size in (cfg.E, cfg.F)}
     w = some_numbers((cfg.F, cfg.E), "int8" if kind else cfg.dtype)
     n = min(cfg.L, math.ceil(64 * MB / (3 * w.nbytes)))
-    weights = [jnp.array(w.reshape(shape)) for shape in n * [w.shape, w.shape, w.shape[::-1]]]
+    weights = map(jnp.array, n * [w, w, w.T])  # copies
     operands = [(inputs[w.shape[1]], INT8[kind](w, jnp.full((len(w), 1), 1e-2)) if kind else w)
                 for w in weights]
     seconds = seconds_alone(partial(gradients, dot) if train else dot, operands)
@@ -979,12 +979,10 @@ def napkin(job, parameters=None, batch=None):
 def million(job, weights):
     """Job, bytes -> list of dict: what the cache of a million tokens takes, and what makes it
     smaller."""
-    rows, chip = {}, chip_of(job.chip)
-    one, int8 = {"kv_heads": 1}, {"cache": "int8"}
-    for name, change in (("as it is", {}), ("grouped queries, K=1", one), ("int8", int8),
-                         ("both", one | int8)):
-        smaller = replace(job, **change)
-        size = kv_bytes(smaller.cfg, 1, 1_000_000, smaller.cache)
+    cfg, chip, rows = job.cfg, chip_of(job.chip), {}
+    for name, K, cache in (("as it is", cfg.K, job.cache), ("grouped queries, K=1", 1, job.cache),
+                           ("int8", cfg.K, "int8"), ("both", 1, "int8")):
+        size = kv_bytes(replace(cfg, K=K), 1, 1_000_000, cache)
         rows.setdefault(size, {
             "cache": name, "cache_bytes": size, "bytes_per_chip": size / job.chips,
             "chips_needed": math.ceil((size + weights) / chip.memory),
@@ -1015,9 +1013,10 @@ def training(job, tokens, mfu):
 
 def print_facts(columns):
     """dict of heading -> dict -> None: a line for each key whose value is no list."""
-    keys = [key for key, value in [*columns.values()][0].items() if not isinstance(value, list)]
+    first, *_ = columns.values()
     print_rows([{"figure": key.replace("_", " "), **{
-        heading: cell(key, facts[key]) for heading, facts in columns.items()}} for key in keys])
+        heading: cell(key, facts[key]) for heading, facts in columns.items()}}
+        for key, value in first.items() if not isinstance(value, list)])
 
 
 def plan(args):
