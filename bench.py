@@ -746,8 +746,8 @@ def terms(job, ceilings, tokens, parts):
     """Job, dict, int, parts -> dict: what each number of EXPECTED multiplies. Reading and matmuls
     follow one another: in the limit one of them hides the other."""
     cfg, gpu, train = job.cfg, job.chip in GPUS, job.phase == "train"
-    matmuls, reading, links = (sum(part[name] for part in parts) for name in (
-        "matmul_seconds", "byte_seconds", "link_seconds"))
+    matmuls, reading, links = (sum(part[f"{kind}_seconds"] for part in parts)
+                               for kind in ("matmul", "byte", "link"))
     sizes = [size_of(letters, cfg) for name in jax.tree.leaves(dims(cfg).layers) if " " in name
              for letters in name.split()]
     activations = (1 + 2 * train) * tokens * sum(sizes) * jnp.dtype(cfg.dtype).itemsize
@@ -1004,11 +1004,10 @@ def training(job, tokens, mfu):
             "weight_flops": row["parts"][0]["flops"], "attention_flops": row["parts"][1]["flops"],
             "compute_seconds": compute, "expected_seconds": row["expected_seconds"],
             "assumed_mfu": mfu, "step_seconds": compute / mfu, "tokens": tokens,
-            "days": tokens / row["tokens"] * compute / mfu / 86400,
-            "optimizer_bytes": 12 * count, "gradient_bytes": 4 * count,
-            "bytes_per_chip": 16 * count / chips, "fits": 16 * count <= chips * chip.memory,
-            "fsdp_bytes_per_chip": sent, "fsdp_seconds": links,
-            "communication_bound": links > compute}
+            "days": tokens / row["tokens"] * compute / mfu / 86400, "optimizer_bytes": 12 * count,
+            "gradient_bytes": 4 * count, "bytes_per_chip": 16 * count / chips,
+            "fits": 16 * count <= chips * chip.memory, "fsdp_bytes_per_chip": sent,
+            "fsdp_seconds": links, "communication_bound": links > compute}
 
 
 def print_facts(columns):
@@ -1021,9 +1020,9 @@ def print_facts(columns):
 
 def plan(args):
     """args -> dict: prints the napkin of a model on chips that need not be here."""
-    job = replace(one_job(args), new=0)
+    job = one_job(args)
     chip, chips, B = chip_of(job.chip), job.chips, job.batch
-    job = replace(job, batch=B or 1, int8=job.int8 or "Q8" * (job.dtype == "int8"))
+    job = replace(job, new=0, batch=B or 1, int8=job.int8 or "Q8" * (job.dtype == "int8"))
     check(job)
     trained = args.train and training(replace(  # refused before anything is printed
         job, batch=B or 4 * chips, dtype=job.cfg.dtype, int8=""), args.tokens, args.mfu)
