@@ -58,7 +58,7 @@ from infer import (CACHE_DTYPES, HERE, Q8, Q8A8, Sampling, array_bytes, byte_tex
                    ngram_draft, prefill, prefill_flops, quantize_params, read_json, save,
                    save_state, serve, slots_of, speculate, splash, tokenizer, weight_bytes)
 from minillm import (KEEPABLE, Adam, Config, adam_init, adamw, cast, causal_attention, check_tokens,
-                     dims, dot, init, loss, param_count, require, size_of, traced_flops,
+                     dims, dot, init, loss, param_count, product, require, size_of, traced_flops,
                      train_flops, train_step)
 
 GB = 1e9
@@ -531,13 +531,13 @@ def say(text):
 # -------------------------------------------------------------------------- this machine's ceilings
 
 
-def seconds_of(call, at_most=9, seconds=0.3):
-    """call -> list of float: seconds of each run: until `seconds` are spent, once at least and
-    `at_most` times."""
+def seconds_of(call, seconds=0.3):
+    """call -> list of float: seconds until each run's result is there: until `seconds` are spent,
+    once at least and nine times at most."""
     times = []
-    while not times or len(times) < at_most and sum(times) < seconds:
+    while len(times) < 9 and sum(times) <= seconds:
         start = time.perf_counter()
-        call()
+        jax.block_until_ready(call())
         times.append(time.perf_counter() - start)
     return times
 
@@ -545,10 +545,9 @@ def seconds_of(call, at_most=9, seconds=0.3):
 def seconds_alone(fn, arguments, seconds=0.1, choose=statistics.median):
     """fn, list of arguments -> seconds of a call. One program calls fn on each entry of the list;
     it runs for so many `seconds`, and `choose` takes one of its times: the median, as for a row."""
-    program = jax.jit(lambda arguments: [fn(*each) for each in arguments])
-    jax.block_until_ready(program(arguments))
-    return choose(seconds_of(lambda: jax.block_until_ready(program(arguments)),
-                             seconds=seconds)) / len(arguments)
+    program = partial(jax.jit(lambda arguments: [fn(*each) for each in arguments]), arguments)
+    jax.block_until_ready(program())  # compiled
+    return choose(seconds_of(program, seconds=seconds)) / len(arguments)
 
 
 def measure_flops(dtype):
@@ -556,19 +555,17 @@ def measure_flops(dtype):
     numbers: a chip that multiplies ones takes less power, and runs faster."""
     size = 2048 if on_cpu() else 8192
     a = jax.random.randint(jax.random.key(0), (size, size), -127, 128).astype(dtype)
-    product = partial(jax.lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())),
-                      preferred_element_type="int32" if dtype == "int8" else "float32")
-    return 2 * size ** 3 / seconds_alone(product, [(a, a)], 1, min)
+    multiply = partial(product, sums="int32" if dtype == "int8" else "float32")
+    return 2 * size ** 3 / seconds_alone(multiply, [(a, a)], 1, min)
 
 
 def measure_read():
     """-> bytes/s of reading more than any cache holds, the best of two programs: half a GiB on a
     CPU; elsewhere 4 GiB four times in a row, beside which starting a program takes no time."""
     rows, times = (1 << 15, 1) if on_cpu() else (1 << 18, 4)
-    a, row = jnp.ones((rows, 1 << 12), "float32"), jnp.ones((1 << 12,), "float32")
-    programs = jax.jit(lambda a: jnp.sum(a)), jax.jit(lambda a: a @ row)
-    return times * a.nbytes / min(min(seconds_of(lambda: jax.block_until_ready(
-        [program(a) for _ in range(times)]))) for program in programs)
+    a = jnp.ones((rows, 1 << 12), "float32")
+    return a.nbytes / min(seconds_alone(jnp.sum, times * [(a,)], 0.3, min),
+                          seconds_alone(jnp.matmul, times * [(a, a[0])], 0.3, min))
 
 
 def ceilings(dtypes):
@@ -607,18 +604,15 @@ class Cost(NamedTuple):
     S: int             # slots a row that attention attends to
     tokens: int        # made or read, in all rows
     flops: int         # of the model: MFU counts no recomputation
-    weight_bytes: int
-    cache_bytes: int
     parts: tuple       # of Part, with what the program multiplies
 
 
-def cost(job, T, S, tokens, flops, weight_bytes, cache_bytes, attention_dtype, *parts):
+def cost(job, T, S, flops, weight_bytes, cache_bytes, attention_dtype, *parts):
     """-> Cost: attention's flops go with `cache_bytes`, all others with `weight_bytes`, which each
     copy of the weights reads."""
     attention, total = flops["scores"] + flops["values"], sum(flops.values())
-    weight_bytes *= job.copies
-    return Cost(T, S, tokens, total, weight_bytes, cache_bytes, (
-        Part("weights", total - attention, weight_bytes, job.matmul_dtype),
+    return Cost(T, S, job.batch * T, total, (
+        Part("weights", total - attention, job.copies * weight_bytes, job.matmul_dtype),
         Part("attention", attention, cache_bytes, attention_dtype), *parts))
 
 
@@ -628,21 +622,20 @@ def train_cost(job):
     What is saved between the passes is not predicted: it need not leave the chip."""
     cfg, B, T = job.cfg, job.batch, job.prompt
     size, count = jnp.dtype(cfg.dtype).itemsize, param_count(cfg)
-    step = cost(job, T, T, B * T, train_flops(cfg, B, T, job.kept), 3 * size * count, 0, cfg.dtype,
+    step = cost(job, T, T, train_flops(cfg, B, T, job.kept), 3 * size * count, 0, cfg.dtype,
                 Part("optimizer", 0, 28 * count, "float32"))
     return step._replace(flops=sum(train_flops(cfg, B, T).values()))
 
 
 def slots(job, S):
     """Job, int -> int: S, or where slots are split the next number that divides."""
-    n = job.tensor[-1]
-    return -(-S // n) * n if job.layout and shard.LAYOUTS[job.layout].letter == "S" else S
+    return S + -S % job.tensor[-1] if job.layout in ("sequence", "context") else S
 
 
 def prefill_cost(job):
     """Job -> Cost: all weights once, and the cache written once."""
     cfg, B, T, S = job.cfg, job.batch, job.prompt, slots(job, job.prompt)
-    return cost(job, T, S, B * T, prefill_flops(cfg, B, T), weight_bytes(cfg, job.dtype),
+    return cost(job, T, S, prefill_flops(cfg, B, T), weight_bytes(cfg, job.dtype),
                 kv_bytes(cfg, B, S, job.cache), cfg.dtype)
 
 
@@ -654,10 +647,9 @@ def extend_cost(job):
     T, S = (1, job.prompt + job.new) if plain else (job.n_draft + 1, job.most_slots)
     S = slots(job, S)
     moved = decode_bytes(cfg, B, S, T, cache_dtype=job.cache, dtype=job.dtype)
-    slot_dtype = cfg.dtype if job.cache == "int8" else job.cache
-    return cost(job, T, S, B * T, decode_flops(cfg, B, S, T), moved["weights"],
+    return cost(job, T, S, decode_flops(cfg, B, S, T), moved["weights"],
                 moved["cache_read"] + moved["cache_write"],
-                str(jnp.promote_types(cfg.dtype, slot_dtype)))
+                str(jnp.promote_types(cfg.dtype, job.cache)))
 
 
 def serve_steps(job):
@@ -668,13 +660,10 @@ def serve_steps(job):
 
 def serve_cost(job):
     """Job -> Cost: of all its steps."""
-    each = [(times, COSTS[step.phase](step)) for times, step in serve_steps(job)]
-    flops, weights, slots = (sum(n * getattr(cost, name) for n, cost in each)
-                             for name in ("flops", "weight_bytes", "cache_bytes"))
-    parts = tuple(part._replace(flops=n * part.flops, bytes=n * part.bytes)
-                  for n, cost in each for part in cost.parts)
-    return Cost(1, job.prompt + job.new, REQUESTS * job.batch * job.new, flops, weights, slots,
-                parts)
+    parts = tuple(part._replace(flops=times * part.flops, bytes=times * part.bytes)
+                  for times, step in serve_steps(job) for part in COSTS[step.phase](step).parts)
+    return Cost(1, job.prompt + job.new, REQUESTS * job.batch * job.new,
+                sum(part.flops for part in parts), parts)
 
 
 COSTS = {"train": train_cost, "prefill": prefill_cost, "generate": extend_cost,
@@ -693,8 +682,8 @@ def step_events(job):
 def links_of(job):
     """Job -> bytes/s, tuple: of a chip's links, an axis; and the shape of the slice. A switch, and
     a number of chips that is no slice, have one axis."""
-    target, shape = TARGETS.get(job.chip), str(job.chips)
-    if target and target.extra == "tpu":
+    shape = str(job.chips)
+    if job.chip.startswith("tpu"):
         with suppress(ValueError):
             shape = slice_of(job.chip, job.chips)
     return chip_of(job.chip).link, tuple(map(int, shape.split("x")))
@@ -729,8 +718,8 @@ def terms(job, ceilings, tokens, parts):
     """Job, dict, int, parts -> dict: what each number of EXPECTED multiplies. Reading and matmuls
     follow one another: in the limit one of them hides the other."""
     cfg, gpu, train = job.cfg, job.chip in GPUS, job.phase == "train"
-    matmuls, reading, links = (sum(part[name] for part in parts) for name in (
-        "matmul_seconds", "byte_seconds", "link_seconds"))
+    matmuls, reading, links = (sum(part[f"{kind}_seconds"] for part in parts)
+                               for kind in ("matmul", "byte", "link"))
     sizes = [size_of(letters, cfg) for name in jax.tree.leaves(dims(cfg).layers) if " " in name
              for letters in name.split()]
     activations = (1 + 2 * train) * tokens * sum(sizes) * jnp.dtype(cfg.dtype).itemsize
@@ -754,25 +743,27 @@ def predict(job, ceilings, parameters=None):
     bound by. Chips that are not here also wait for links, and `expected_seconds` are those of a
     good program. `parameters` replaces the exact count of what is multiplied.
     """
-    cost, parts = COSTS[job.phase](job), []
+    cost, sizes, parts = COSTS[job.phase](job), Counter(), []
+
+    def add(part, matmul, byte, link=0):
+        sizes[part.name] += part.bytes
+        seconds = {"flops": matmul, "bytes": byte, "links": link}
+        bound = max(seconds, key=seconds.get)
+        parts.append({**part._asdict(), "matmul_seconds": matmul, "byte_seconds": byte,
+                      "link_seconds": link, "seconds": seconds[bound], "bound": bound})
+
     for part in cost.parts:
         if parameters and part.name == "weights":
-            part = part._replace(flops=2 * job.batch * cost.T * parameters,
+            part = part._replace(flops=2 * cost.tokens * parameters,
                                  bytes=parameters * jnp.dtype(job.dtype).itemsize)
-        seconds = {"flops": part.flops / ceilings["flops_per_second"][part.dtype],
-                   "bytes": part.bytes / ceilings["read_bytes_per_second"]}
-        bound = max(seconds, key=seconds.get)
-        parts.append({**part._asdict(), "matmul_seconds": seconds["flops"],
-                      "byte_seconds": seconds["bytes"], "link_seconds": 0,
-                      "seconds": seconds[bound], "bound": bound})
+        add(part, part.flops / ceilings["flops_per_second"][part.dtype],
+            part.bytes / ceilings["read_bytes_per_second"])
     if steps := layer_steps(job):
         size, seconds = (sum(step["times"] * step[key] for step in steps)
                          for key in ("bytes", "seconds"))
-        parts.append({"name": "links", "flops": 0, "bytes": job.chips * size, "dtype": "",
-                      "matmul_seconds": 0, "byte_seconds": 0, "link_seconds": seconds,
-                      "seconds": seconds, "bound": "links"})
-    row = {**cost._asdict(), "parts": parts,
-           "limit_seconds": sum(part["seconds"] for part in parts),
+        add(Part("links", 0, job.chips * size, ""), 0, 0, seconds)
+    row = {**cost._asdict(), "weight_bytes": sizes["weights"], "cache_bytes": sizes["attention"],
+           "parts": parts, "limit_seconds": sum(part["seconds"] for part in parts),
            "bound": max(parts, key=lambda part: part["seconds"])["bound"],
            "byte_seconds": sum(part["byte_seconds"] for part in parts)}
     if job.attention != "plain":
@@ -793,14 +784,11 @@ def critical_batch(job, ceilings):
 # --------------------------------------------------- library: this machine's operations, each alone
 
 
-def with_gradient(fn):
-    """fn -> fn: the gradients of its operands. The result is used as its own gradient, so that XLA
-    cannot drop the forward pass."""
-    def gradients(*operands):
-        result, pull = jax.vjp(fn, *operands)
-        return pull(result)
-
-    return gradients
+def gradients(fn, *operands):
+    """fn, arrays -> tuple: the gradients of its operands. The result is used as its own gradient,
+    so that XLA cannot drop the forward pass."""
+    result, pull = jax.vjp(fn, *operands)
+    return pull(result)
 
 
 def some_numbers(shape, dtype):
@@ -809,24 +797,18 @@ def some_numbers(shape, dtype):
     return jnp.asarray(numbers if dtype == "int8" else numbers / np.float32(127), dtype)
 
 
-@lru_cache(maxsize=1)
-def mlp_weights(cfg, dtype):
-    """cfg, dtype -> list of FE, FE, EF: weights of MLPs, as many as 64 MB take, which is more than
-    a processor's cache, but at most L."""
-    w = some_numbers((cfg.F, cfg.E), dtype)
-    n = min(cfg.L, math.ceil(64e6 / (3 * w.nbytes)))
-    return [jnp.array(w.reshape(shape)) for shape in n * [w.shape, w.shape, w.shape[::-1]]]
-
-
 @lru_cache
 def matmul_rate(cfg, rows, kind="", train=False):
     """cfg, int, str, bool -> flops/s of so many rows times the weights of MLPs, in training with
-    their gradients."""
+    their gradients: of as many MLPs as 64 MB take, which is more than a processor's cache, but at
+    most L."""
     inputs = {size: some_numbers((rows, size), cfg.dtype) for size in (cfg.E, cfg.F)}
-    weights = [INT8[kind](w, jnp.full((len(w), 1), 1e-2)) if kind else w
-               for w in mlp_weights(cfg, "int8" if kind else cfg.dtype)]
-    seconds = seconds_alone(with_gradient(dot) if train else dot, [
-        (inputs[w.shape[1]], w) for w in weights])
+    w = some_numbers((cfg.F, cfg.E), "int8" if kind else cfg.dtype)
+    n = min(cfg.L, math.ceil(64e6 / (3 * w.nbytes)))
+    weights = map(jnp.array, n * [w, w, w.T])  # copies
+    operands = [(inputs[w.shape[1]], INT8[kind](w, jnp.full((len(w), 1), 1e-2)) if kind else w)
+                for w in weights]
+    seconds = seconds_alone(partial(gradients, dot) if train else dot, operands)
     return (2 + 4 * train) * rows * cfg.E * cfg.F / seconds
 
 
@@ -837,7 +819,7 @@ def attention_seconds(cfg, B, T, S, cache, train=False):
     q = some_numbers((B, T, cfg.H, cfg.D), cfg.dtype)
     if S == T:
         k = some_numbers((B, cfg.K, T, cfg.D), cfg.dtype)
-        return seconds_alone(with_gradient(causal_attention) if train else causal_attention,
+        return seconds_alone(partial(gradients, causal_attention) if train else causal_attention,
                              [(q, k, k)])
     slots = init_cache(replace(cfg, L=min(cfg.L, 4)), B, S, cache)
     pos = np.full((B, T), S - 1)
@@ -856,9 +838,8 @@ def rows_at_a_time(job):
     tokens: the largest divisor of B whose rows hold 1,024 to 2,048; else, and in other phases,
     None: all rows."""
     B, T = job.batch, job.prompt
-    fit = [rows for rows in range(2, B) if B % rows == 0 and 1024 <= rows * T <= 2048]
-    some = job.phase == "prefill" and job.here and B * T > 2048
-    return max(fit, default=None) if some else None
+    fit = (rows for rows in range(2, B) if B % rows == 0 and 1024 <= rows * T <= 2048 < B * T)
+    return max(fit, default=None) if job.phase == "prefill" and job.here else None
 
 
 def library_seconds(job):
@@ -869,10 +850,10 @@ def library_seconds(job):
                 for seconds in library_seconds(step)]
     cfg, cost, train = job.cfg, COSTS[job.phase](job), job.phase == "train"
     B = rows_at_a_time(job) or job.batch
-    weights = cost.parts[0].flops / matmul_rate(cfg, B * cost.T, job.int8, train)
-    attention = cfg.L * (job.batch // B) * attention_seconds(
-        cfg, B, cost.T, cost.S, job.cache, train)
-    return [weights, attention, *([param_count(cfg) / optimizer_rate(cfg)] if train else [])]
+    seconds = [cost.parts[0].flops / matmul_rate(cfg, B * cost.T, job.int8, train),
+               cfg.L * (job.batch // B) * attention_seconds(
+                   cfg, B, cost.T, cost.S, job.cache, train)]
+    return seconds + [param_count(cfg) / optimizer_rate(cfg)] if train else seconds
 
 
 def fastest_int8(job):
@@ -889,8 +870,7 @@ def fastest_int8(job):
 def tensor_parallel(job, n):
     """Job, int -> Job: on n chips that share one copy of the weights."""
     job = replace(job, chips=n, mesh=mesh_text({"tensor": shard.over_heads(job.cfg, n)}))
-    layout, *_ = shard.layouts(job.cfg, job.batch, job.tensor)
-    return replace(job, layout=layout * (n > 1))
+    return replace(job, layout=(n > 1) * shard.layouts(job.cfg, job.batch, job.tensor)[0])
 
 
 def on_chips(job, parameters=None):
@@ -903,8 +883,8 @@ def useful_degree(job, parameters):
     memory and matmuls do. More would wait for links."""
     n = 2
     while shard.degree(job.cfg, n) == n:
-        *parts, links = on_chips(tensor_parallel(job, n), parameters)["parts"]
-        if links["seconds"] > sum(part["seconds"] for part in parts):
+        row = on_chips(tensor_parallel(job, n), parameters)
+        if row["parts"][-1]["seconds"] > row["limit_seconds"] / 2:
             break
         n *= 2
     return n // 2
@@ -915,9 +895,9 @@ def phase_facts(job, parameters, copies):
     the bytes of all copies. `hidden` is the time of a step whose matmuls hide its links."""
     row, chip, n = on_chips(job, parameters), chip_of(job.chip), job.chips
     parts, seconds = row["parts"], row["limit_seconds"]
-    moved = sum(part["bytes"] for part in parts[:2])
+    moved = row["weight_bytes"] + row["cache_bytes"]
     compute = sum(part["flops"] for part in parts) / (n * getattr(chip, job.matmul_dtype))
-    hidden = min(part["seconds"] for part in parts if part["name"] != "attention") * (n > 1)
+    hidden = min(parts[0]["seconds"], parts[-1]["seconds"]) * (n > 1)  # weights, and links
     facts = {"bytes": copies * moved, "seconds": seconds, "hidden_seconds": seconds - hidden,
              "expected_seconds": row["expected_seconds"], "parts": parts}
     for name in ("limit", "expected"):
@@ -931,19 +911,19 @@ def napkin(job, parameters=None, batch=None):
     rounded count in place of the exact one; job.prompt is the context, job.new is 0. Copies of the
     model that share no chips share the batch."""
     cfg, chip, chips = job.cfg, chip_of(job.chip), job.chips
-    n, size = shard.degree(cfg, chips), array_bytes("", cfg, job.dtype)
+    n = shard.degree(cfg, chips)
     copies = chips // n
-    weights = parameters * size if parameters else (
-        weight_bytes(cfg, job.dtype) + (not cfg.tied) * cfg.V * cfg.E * size)
+    weights = parameters * array_bytes("", cfg, job.dtype) if parameters else (
+        weight_bytes(cfg, job.dtype) + (not cfg.tied) * array_bytes("VE", cfg, job.dtype))
     token, sequence = (kv_bytes(cfg, 1, S, job.cache) for S in (1, job.prompt))
-    most, roomy = (max(0, int((share * n * chip.memory - weights) // sequence))
-                   for share in (1, 1 - RESERVE))
-    rows = -(-batch // copies) if batch else max(1, roomy)  # of each
-    batch = batch or rows * copies
 
-    def fits(chips):
+    def most(chips, share=1):
         n = shard.degree(cfg, chips)
-        return weights + -(-batch // (chips // n)) * sequence <= n * chip.memory
+        return chips // n * max(0, int((share * n * chip.memory - weights) // sequence))
+
+    room = most(chips, 1 - RESERVE)
+    batch = batch or max(copies, room)
+    rows = -(-batch // copies)  # of each copy
 
     def one_copy(phase, rows):
         return tensor_parallel(replace(job, phase=phase, batch=rows), n)
@@ -952,10 +932,10 @@ def napkin(job, parameters=None, batch=None):
         "parameters": parameters or param_count(cfg),
         "multiplied_parameters": parameters or multiplied(cfg), "weight_bytes": weights,
         "cache_bytes_per_token": token, "cache_bytes_per_sequence": sequence,
-        "chips_per_replica": n, "replicas": copies, "max_batch": most * copies,
-        "batch_with_room": roomy * copies, "critical_batch": critical_batch(job, sheet(chip)),
-        "batch": batch, "cache_bytes": copies * rows * sequence, "fits": fits(chips),
-        "chips_needed": next((2 ** i for i in range(15) if fits(2 ** i)), None)}
+        "chips_per_replica": n, "replicas": copies, "max_batch": most(chips),
+        "batch_with_room": room, "critical_batch": critical_batch(job, sheet(chip)),
+        "batch": batch, "cache_bytes": copies * rows * sequence, "fits": batch <= most(chips),
+        "chips_needed": next((2 ** i for i in range(15) if batch <= most(2 ** i)), None)}
     for phase in ("prefill", "generate"):
         facts |= phase_facts(one_copy(phase, rows), parameters, copies)
     return facts | {
@@ -968,76 +948,69 @@ def napkin(job, parameters=None, batch=None):
         "weights_over_links_seconds": weights * (chips - 1) / chips / chip.link}
 
 
-REMEDIES = {  # against a large cache: what becomes smaller
-    "as it is": {}, "grouped queries, K=1": {"kv_heads": 1}, "int8": {"cache": "int8"},
-    "both": {"kv_heads": 1, "cache": "int8"}}
-
-
-def million(job, chip, chips, weights, context=1_000_000):
-    """Job, Chip, int, bytes -> list of dict: what the cache of a very long sequence takes, and what
-    makes it smaller."""
-    rows = {}
-    for name, change in REMEDIES.items():
-        smaller = replace(job, **change)
-        size = kv_bytes(smaller.cfg, 1, context, smaller.cache)
+def million(job, weights):
+    """Job, bytes -> list of dict: what the cache of a million tokens takes, and what makes it
+    smaller."""
+    cfg, chip, rows = job.cfg, chip_of(job.chip), {}
+    for name, K, cache in (("as it is", cfg.K, job.cache), ("grouped queries, K=1", 1, job.cache),
+                           ("int8", cfg.K, "int8"), ("both", 1, "int8")):
+        size = kv_bytes(replace(cfg, K=K), 1, 1_000_000, cache)
         rows.setdefault(size, {
-            "cache": name, "cache_bytes": size, "bytes_per_chip": size / chips,
+            "cache": name, "cache_bytes": size, "bytes_per_chip": size / job.chips,
             "chips_needed": math.ceil((size + weights) / chip.memory),
-            "generate_seconds": (size + weights) / chips / chip.read})
+            "generate_seconds": (size + weights) / job.chips / chip.read})
     return [*rows.values()]
 
 
 def training(job, tokens, mfu):
     """Job, float, float -> dict: a step of AdamW and a whole training, with weights sharded over
     all chips (FSDP)."""
-    cfg, B, T, chips = job.cfg, job.batch, job.prompt, job.chips
+    B, chips, chip, count = job.batch, job.chips, chip_of(job.chip), param_count(job.cfg)
     require(B % chips == 0, f"a training batch of {B} sequences cannot be split over {chips} chips:"
             f" --batch {-(-B // chips) * chips}")
-    chip, count, flops = chip_of(job.chip), param_count(cfg), train_flops(cfg, B, T)
-    attention, total = flops["scores"] + flops["values"], sum(flops.values())
-    size, peak = jnp.dtype(cfg.dtype).itemsize, chips * getattr(chip, job.dtype)
-    sent = 3 * size * count * (chips - 1) / chips  # gathered twice, gradients scattered once
-    compute, links = total / peak, sent / chip.link
-    return {"batch": B, "tokens_per_step": B * T, "step_flops": total,
-            "weight_flops": total - attention, "attention_flops": attention,
-            "compute_seconds": compute, "expected_seconds": on_chips(replace(
-                job, phase="train", mesh=f"data={chips}"))["expected_seconds"],
+    row = on_chips(replace(job, phase="train", mesh=f"data={chips}"))
+    compute = row["flops"] / (chips * getattr(chip, job.dtype))
+    sent = row["weight_bytes"] // chips * (chips - 1) / chips  # by each: gathers, and a scatter
+    links = sent / chip.link
+    return {"batch": B, "tokens_per_step": row["tokens"], "step_flops": row["flops"],
+            "weight_flops": row["parts"][0]["flops"], "attention_flops": row["parts"][1]["flops"],
+            "compute_seconds": compute, "expected_seconds": row["expected_seconds"],
             "assumed_mfu": mfu, "step_seconds": compute / mfu, "tokens": tokens,
-            "days": tokens / (B * T) * compute / mfu / 86400,
-            "optimizer_bytes": 12 * count, "gradient_bytes": 4 * count,
-            "bytes_per_chip": 16 * count / chips, "fits": 16 * count <= chips * chip.memory,
-            "fsdp_bytes_per_chip": sent, "fsdp_seconds": links,
-            "communication_bound": links > compute}
+            "days": tokens / row["tokens"] * compute / mfu / 86400, "optimizer_bytes": 12 * count,
+            "gradient_bytes": 4 * count, "bytes_per_chip": 16 * count / chips,
+            "fits": 16 * count <= chips * chip.memory, "fsdp_bytes_per_chip": sent,
+            "fsdp_seconds": links, "communication_bound": links > compute}
 
 
 def print_facts(columns):
     """dict of heading -> dict -> None: a line for each key whose value is no list."""
-    keys = [key for key, value in [*columns.values()][0].items() if not isinstance(value, list)]
+    first, *_ = columns.values()
     print_rows([{"figure": key.replace("_", " "), **{
-        heading: cell(key, facts[key]) for heading, facts in columns.items()}} for key in keys])
+        heading: cell(key, facts[key]) for heading, facts in columns.items()}}
+        for key, value in first.items() if not isinstance(value, list)])
 
 
 def plan(args):
     """args -> dict: prints the napkin of a model on chips that need not be here."""
-    job = replace(one_job(args), new=0)
+    job = one_job(args)
     chip, chips, B = chip_of(job.chip), job.chips, job.batch
-    job = replace(job, batch=B or 1, int8=job.int8 or "Q8" * (job.dtype == "int8"))
+    job = replace(job, new=0, batch=B or 1, int8=job.int8 or "Q8" * (job.dtype == "int8"))
     check(job)
     trained = args.train and training(replace(  # refused before anything is printed
         job, batch=B or 4 * chips, dtype=job.cfg.dtype, int8=""), args.tokens, args.mfu)
-    exact = napkin(job, None, B)
-    rounded = napkin(job, args.parameters, B) if args.parameters else exact
+    columns = {f"{args.parameters:g} parameters": napkin(job, args.parameters, B)} \
+        if args.parameters else {}
+    columns["exact"] = exact = napkin(job, None, B)
+    rounded, *_ = columns.values()
     n, rows = exact["chips_per_replica"], -(-rounded["batch"] // exact["replicas"])
-    steps = layer_steps(tensor_parallel(replace(job, phase="generate", batch=rows), n))
-    remedies = million(job, chip, chips, rounded["weight_bytes"])
-    print(f"{job.model} on {chips} x {job.chip}: {si(getattr(chip, job.matmul_dtype), 'FLOP/s')} "
-          f"in {job.matmul_dtype}, {si(chip.read, 'B/s')}, {si(chip.memory, 'B')}, links "
+    steps = layer_steps(tensor_parallel(replace(job, batch=rows), n))
+    remedies = million(job, rounded["weight_bytes"])
+    print(f"{job.model} on {chips} x {job.chip}: {si(getattr(chip, job.matmul_dtype), 'FLOP/s')} in "
+          f"{job.matmul_dtype}, {si(chip.read, 'B/s')}, {si(chip.memory, 'B')}, links "
           f"{si(chip.link, 'B/s')} an axis ({chip.axes})\n({chip.source})\n"
           f"weights {job.dtype}, cache {job.cache}, context {job.prompt}. Times are limits, which "
           "no program beats; expected: what good programs reach;\nhidden: the limit if matmuls hid "
           f"the links. Batch with room: {RESERVE:.0%} of the memory is left free")
-    columns = ({f"{args.parameters:g} parameters": rounded} if args.parameters else {}) | {
-        "exact": exact}
     for name, facts in columns.items():
         if not facts["fits"]:
             print(f"DOES NOT FIT ({name}): batch {facts['batch']} takes more memory: "
@@ -1201,32 +1174,32 @@ def published_row(row):
     if made := row.get("made"):
         read = on_chips(replace(job, phase="prefill", prompt=row["read"]))
         result["limit_seconds"] += read["limit_seconds"] / made
-        result["terms"] = {name: term + read["terms"][name] / made
-                           for name, term in result["terms"].items()}
+        for name, term in read["terms"].items():
+            result["terms"][name] += term / made
     return result
 
 
 def published(args):
     """args -> dict: prints what others measured beside its limit and what was expected."""
-    rows = []
+    rows, table = [], []
     for row in PUBLISHED:
-        result = published_row(row)
-        good = expected(result["terms"])
+        result, took = published_row(row), row["seconds"]
+        limit, good = result["limit_seconds"], expected(result["terms"])
         rows.append({
             "phase": row["phase"], "model": row["model"].split(",")[0],
-            "dtype": "fp8" if row.get("fp8") else row["dtype"], "B": row["batch"],
-            "chips": f"{row['chips']} x {row['chip']}", "limit_seconds": result["limit_seconds"],
-            "expected_seconds": good, "published_seconds": row["seconds"],
-            "published/limit": row["seconds"] / result["limit_seconds"],
-            "expected/published": good / row["seconds"], "system": row["system"]})
+            "dtype": "fp8" if "fp8" in row else row["dtype"], "B": row["batch"],
+            "chips": f"{row['chips']} x {row['chip']}", "limit_seconds": limit,
+            "expected_seconds": good, "published_seconds": took, "published/limit": took / limit,
+            "expected/published": good / took, "system": row["system"]})
     print_rows(rows)
-    phases = {phase: [row for row in rows if row["phase"] == phase]
-              for phase in dict.fromkeys(row["phase"] for row in rows)}
-    table = [{"phase": phase, "rows": len(some), "published/limit": statistics.median(
-        row["published/limit"] for row in some), **{
-            f"{name} error": f"{choose(abs(row['expected/published'] - 1) for row in some):.0%}"
-            for name, choose in (("median", statistics.median), ("worst", max))}}
-        for phase, some in [*phases.items(), ("all", rows)]]
+    for phase in (*dict.fromkeys(row["phase"] for row in rows), "all"):
+        some = [row for row in rows if phase in (row["phase"], "all")]
+        errors = [abs(row["expected/published"] - 1) for row in some]
+        table.append({
+            "phase": phase, "rows": len(some),
+            "published/limit": statistics.median(row["published/limit"] for row in some),
+            "median error": f"{statistics.median(errors):.0%}",
+            "worst error": f"{max(errors):.0%}"})
     print()
     print_rows(table)
     return {"rows": rows, "phases": table, "expected": EXPECTED}
