@@ -1487,8 +1487,8 @@ def shares(row, seconds, ceilings, name):
 
 REGIONS = ("embed", "qkv", "attention", "out", "mlp", "unembed", "sample", "loss", "cast",
            "optimizer")  # that the model's functions name: jax.named_scope
-SCHEDULED = {"while": "body", "call": "to_apply", "conditional":
-             "true_computation|branch_computations"}  # what runs another computation, and which
+SCHEDULED = {"while", "call", "conditional"}  # what runs another computation
+CALLED = r"(?:body|calls|to_apply|true_computation|branch_computations)=\{?%?([\w.\-]+)"
 WRAPPERS = {"tuple", "get-tuple-element", "parameter", "constant", *SCHEDULED}
 UNSEEN = {"bitcast", "after-all", "partition-id", "copy-done", "slice-done", "opt-barrier",
           *WRAPPERS}  # take no time
@@ -1518,12 +1518,10 @@ def parse_program(text):
     `contents` is itself, or what a fusion holds; `users` are what takes its result."""
     ops, computations, computation = {}, {}, []
     for line in text.splitlines():
-        match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)", line)
-        if match:
+        if match := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)", line):
             name, shape, opcode, rest = match.groups()
-            called = SCHEDULED.get(opcode.removesuffix("-start"), "calls")
-            calls, condition = (first_group(rf"(?:{word})=\{{?%?([\w.\-]+)", line)
-                                for word in (called, "condition"))
+            calls, condition = (first_group(pattern, line) for pattern in (
+                CALLED, r"condition=%?([\w.\-]+)"))
             limits = re.findall(r'known_trip_count":\{"n":"(\d+)"', line) or [
                 limit for other in computations.get(condition, ())
                 for limit in re.findall(r"s32\[\]\S* constant\((\d+)\)", other.line)]
@@ -1543,8 +1541,8 @@ def parse_program(text):
             computation.append(op)
             for operand in operands:
                 operand.users.append(op)
-        elif line.endswith("{") and not line.startswith(("HloModule", " ")):
-            computation = computations[first_group(r"^(?:ENTRY )?%?([\w.\-]+)", line)] = []
+        elif header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            computation = computations[header[1]] = []
     return computations
 
 
@@ -1575,31 +1573,33 @@ def group_size(line, devices):
     """str, int -> int: devices that a collective is among, of so many."""
     if sizes := first_group(r"groups=\[\d+,(\d+)\]", line):
         return int(sizes)
-    if mesh := re.search(r"groups=@?mesh\[(.*?)\] ?\{(.*?)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    if axes := first_group(r"groups=@?mesh\[.*?\] ?\{(.*?)\}", line):
+        return math.prod(int(first_group(rf"{axis}=(\d+)", line)) for axis in axes.split(","))
     group = re.search(r"(?:groups|pairs)=\{\{?([\d,]*)\}", line)
     require(group, f"a collective among unknown devices: {line.strip()[:200]}")
     return len(re.findall(r"\d+", group[1])) or devices
 
 
 def transfer(op, devices):
-    """operation, int -> namespace or None: what it has to do with a collective. On a TPU one may
-    hide in a fusion: a scatter as an all-reduce of which a part is kept; a gather in what starts
-    it, in each matmul beside it, and in what ends it."""
+    """operation, int -> str, key, dict: what it has to do with a collective: its stage, start,
+    update or done, if it is asynchronous; what its stages have in common; and what `operations`
+    says of it. On a TPU a collective may hide in a fusion: a scatter as an all-reduce of which a
+    part is kept; a gather in what starts it, in each matmul beside it, and in what ends it."""
     first = op.operands[0] if op.opcode.endswith("-done") else op
     inner = next((inner for inner in first.contents if inner.kind in shard.SENT), None)
     named = first_group("-(start|update|done)$", op.opcode)
     stage = named or first_group("AsyncCollective(Start|Done)", " ".join(
         inner.line for inner in first.contents if inner.opcode == "custom-call")).lower()
     if inner is None or not stage and "async_collective" in op.calls:
-        return None
-    given = [arrays(each.shape) for each in op.operands if each.opcode != "call-start"]
+        cycles = first_group(r'"estimated_cycles":"(\d{1,12})"', op.line)  # longer where unknown
+        return "", None, dict(kind=kind_of(op), cycles=int(cycles or 0), number=0, sent=0, n=0)
+    given = [sum(size for size, _ in arrays(each.shape)) for each in op.operands
+             if each.opcode != "call-start"]
     kind = "reduce_scatter" if "all-reduce-scatter" in op.calls else inner.kind
-    n, size = group_size(inner.line, devices), sum(size for part in given for size, _ in part)
-    return SimpleNamespace(
-        kind=kind, number=sum(map(bool, given)), n=n, sent=shard.SENT[kind](size, n), stage=stage,
-        key=first.name if named else tuple(re.findall(r"channel_id=\d+", inner.line)))
+    n = group_size(inner.line, devices)
+    key = first.name if named else tuple(re.findall(r"channel_id=\d+", inner.line))
+    return stage, key, dict(kind=kind, cycles=0, number=sum(map(bool, given)),
+                            sent=shard.SENT[kind](sum(given), n), n=n)
 
 
 def operations(text, job=None):
@@ -1608,38 +1608,33 @@ def operations(text, job=None):
     collective is asynchronous where anything else stands between its `start`, a place in this list,
     and `done`."""
     *_, entry = parse_program(text).values()
-    devices = int(first_group(r"num_partitions=(\d+)", text.split("\n", 1)[0]) or 1)
-    steps, ops = None, []
-    if job and job.phase in ("generate", "speculate"):
-        steps = max((op for op in entry if op.opcode == "while"), key=lambda op: len(op.body),
-                    default=None)
+    devices, ops = int(first_group(r"num_partitions=(\d+)", text) or 1), []
+    loops = [op for op in entry if op.opcode == "while" and job and job.phase in (
+        "generate", "speculate")]
+    steps = max(loops, key=lambda op: len(op.body), default=None)
 
     def walk(computation, times):
         started = {}
         for op in computation:
-            if op.opcode in SCHEDULED and op.body:
+            if op.opcode in SCHEDULED:
                 walk(op.body, 1 if op is steps else times * op.trips)
             if op.opcode in UNSEEN or (  # a call may wait for call-update, with its data
                     op.opcode == "call-start" and op.shape.startswith("((), ")):
                 continue
-            link = transfer(op, devices)
-            if link and link.stage == "done":
-                if start := started.get(link.key):
+            stage, key, facts = transfer(op, devices)
+            if stage == "done":
+                if start := started.get(key):
                     start.done, start.asynchronous = len(ops), any(
                         not other.number for other in ops[start.start + 1:])
                 continue
             region, source = origin(op)
-            cycles = int(first_group(r'"estimated_cycles":"(\d+)"', op.line) or 0)
             ops.append(SimpleNamespace(
                 name=op.name, shape=op.shape, region=region, source=source, times=times,
-                kind=link.kind if link else kind_of(op), loop=id(computation),
-                cycles=0 if link else cycles if cycles < 1e12 else 0,  # more where there is none
-                reads=max((size for each in op.operands for size, hbm in arrays(each.shape) if hbm),
-                          default=0),
-                number=link.number if link else 0, sent=link.sent if link else 0,
-                n=link.n if link else 0, asynchronous=False, start=len(ops), done=len(ops) + 1))
-            if link and link.stage:
-                started[link.key] = ops[-1]
+                loop=id(computation), reads=max((
+                    size for each in op.operands for size, hbm in arrays(each.shape) if hbm),
+                    default=0), **facts, asynchronous=False, start=len(ops), done=len(ops) + 1))
+            if stage:
+                started[key] = ops[-1]
 
     walk(entry, 0 if steps else 1)
     return ops
@@ -1650,10 +1645,9 @@ def collectives(ops):
     asynchronous."""
     sums = {}
     for op in ops:
-        if op.number and op.times:
-            kind = sums.setdefault(op.kind, Counter(number=0, bytes=0, asynchronous=0))
-            kind.update(number=op.number * op.times, bytes=op.sent * op.times,
-                        asynchronous=op.number * op.times * op.asynchronous)
+        if number := op.number * op.times:
+            sums.setdefault(op.kind, Counter()).update(
+                number=number, bytes=op.sent * op.times, asynchronous=number * op.asynchronous)
     return sums
 
 
@@ -1739,12 +1733,11 @@ def trace(call, folder):
         wall = time.perf_counter() - start
     file = max(Path(folder).glob("**/*.xplane.pb"), key=os.path.getmtime)
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-        for row, event in ((row, event) for row in plane.lines for event in row.events):
-            name = dict(event.stats).get("hlo_op")
-            if name is None and row.name == "XLA Ops":  # a TPU's
-                name = event.name.split(" = ")[0].lstrip("%")
-            if name is not None:
-                spans.append((event.start_ns / 1e9, event.end_ns / 1e9, name))
+        for row in plane.lines:
+            for event in row.events:
+                named = event.name.split(" = ")[0].lstrip("%") if row.name == "XLA Ops" else ""
+                spans.append((event.start_ns / 1e9, event.end_ns / 1e9,
+                              dict(event.stats).get("hlo_op", named)))  # a TPU's is not there
     return wall, spans
 
 
@@ -1754,17 +1747,18 @@ def profile(prepared, folder=None):
     with tempfile.TemporaryDirectory() as temporary:
         wall, spans = trace(prepared.call, folder or temporary)
     places = {op.name: (op.region or "?", op.kind, op.source) for op in prepared.ops}
-    groups, busy, until, regions = {}, 0, 0, Counter()
+    took, times, regions, busy, until = Counter(), Counter(), Counter(), 0, 0
     for start, end, name in sorted(span for span in spans if span[2] in places):
-        groups.setdefault(places[name], []).append(end - start)
-        regions[places[name][0]] += end - start
+        region, *_ = place = places[name]
+        took[place] += end - start
+        times[place] += 1
+        regions[region] += end - start
         busy += max(0, end - max(start, until))
         until = max(until, end)
-    total = sum(regions.values()) or 1
-    longest = sorted(groups.items(), key=lambda group: -sum(group[1]))
+    total = took.total() or 1
     return {"operations": [
-        dict(share=sum(seconds) / total, times=len(seconds), region=region, kind=kind,
-             source=source) for (region, kind, source), seconds in longest],
+        dict(share=seconds / total, times=times[place], **dict(zip((
+            "region", "kind", "source"), place))) for place, seconds in took.most_common()],
         "regions": {region: seconds / total for region, seconds in regions.most_common()},
         "idle": max(0, 1 - busy / wall)}
 
