@@ -1268,16 +1268,16 @@ generate_jit = jax.jit(generate, static_argnames=("n", "cfg", "sampling", "end")
                        donate_argnames=("cache", "logits"))
 
 
-KERNELS = {"plain": (causal_attention, cached_attention), "splash": (splash, cached_attention),
-           "cudnn": (cudnn, cudnn)}  # Job.attention: of a prompt, and to a cache
+KERNELS = {"plain": {}, "splash": {"causal": splash},
+           "cudnn": {"causal": cudnn, "cached": cudnn}}  # Job.attention: of a prompt, and to a cache
 
 
 def where_of(job, mesh):
     """Job, Mesh or None -> where its functions run: here, or split as the job says."""
-    causal, cached = KERNELS[job.attention]
+    kernels = KERNELS[job.attention]
     if mesh and job.layout:
-        return shard.Where(mesh, job.layout, job.ring, job.sums, causal, cached)
-    return HERE._replace(causal=causal, cached=cached)
+        return shard.Where(mesh, job.layout, job.ring, job.sums, **kernels)
+    return HERE._replace(**kernels)
 
 
 def bound(fn, job, mesh, **how):
@@ -1290,10 +1290,10 @@ def random_tokens(job, T, key):
     return jax.random.randint(key, (job.batch, T), 0, job.cfg.V)
 
 
-def empty_cache(job, mesh, S):
-    """Job, Mesh or None, int -> Cache: of S slots a row, or as many more as their split needs."""
-    cache = init_cache(job.cfg, job.batch, slots(job, S), job.cache)
-    return where_of(job, mesh).move(cache) if mesh else cache
+def empty(job, mesh, S):
+    """Job, Mesh or None, int -> Cache, BV: S slots a row, or as many more as their split needs, and
+    zero logits."""
+    return where_of(job, mesh).empty(job.cfg, job.batch, slots(job, S), job.cache)
 
 
 def at_length(cache, length):
@@ -1308,7 +1308,7 @@ def train_program(job, mesh):
         params = shard.stack(params) if mesh and job.by == "hand" else params
         return None, (params, adam_init(params)), random_tokens(job, job.prompt + 1, key)
 
-    causal, _ = KERNELS[job.attention]
+    causal = where_of(job, mesh).causal
     own_loss = {
         "here": partial(loss, causal=causal), "compiler": partial(shard.fsdp_loss, mesh=mesh),
         "hand": partial(shard.sharded_loss, mesh=mesh, ring=job.ring, keep=job.kept, sums=job.sums,
@@ -1329,22 +1329,18 @@ def prefill_program(job, mesh):
         logits, cache = read(params, cache, tokens, jnp.full(job.batch, job.prompt))
         return cache, logits
 
-    return step, lambda params, key: (params, empty_cache(job, mesh, job.prompt),
+    return step, lambda params, key: (params, empty(job, mesh, job.prompt)[0],
                                       random_tokens(job, job.prompt, key))
 
 
 def generate_program(job, mesh):
-    """Job, Mesh -> step, make: all new tokens in one scan, greedily, from random logits."""
+    """Job, Mesh -> step, make: all new tokens in one scan, greedily, from zero logits."""
     def step(params, state, _):
         tokens, logits, cache = bound(generate, job, mesh)(
             params, at_length(state[0], job.prompt), state[1], jax.random.key(0), job.new)
         return (cache, logits), tokens
 
-    def make(params, key):
-        logits = jax.random.normal(key, (job.batch, job.cfg.V), "float32")
-        return params, (empty_cache(job, mesh, job.prompt + job.new), logits), None
-
-    return step, make
+    return step, lambda params, _: (params, empty(job, mesh, job.prompt + job.new), None)
 
 
 def verify_program(job, mesh):
@@ -1353,7 +1349,7 @@ def verify_program(job, mesh):
         x, cache = bound(extend, job, mesh)(params, at_length(cache, job.prompt), tokens)
         return cache, where_of(job, mesh).unembed(params, x, job.cfg)
 
-    return step, lambda params, key: (params, empty_cache(job, mesh, job.most_slots),
+    return step, lambda params, key: (params, empty(job, mesh, job.most_slots)[0],
                                       random_tokens(job, job.n_draft + 1, key))
 
 
@@ -1369,7 +1365,7 @@ def speculate_program(job, mesh):
 
     def make(params, key):
         prompt = jnp.tile(np.resize(byte_tokens(SENTENCE), T) % job.cfg.V, (job.batch, 1))
-        _, cache = prefill_jit(params, empty_cache(job, None, job.most_slots), prompt,
+        _, cache = prefill_jit(params, empty(job, None, job.most_slots)[0], prompt,
                                jnp.full(job.batch, T), job.cfg)
         return params, where_of(job, mesh).move(cache) if mesh else cache, jnp.pad(
             prompt, ((0, 0), (0, job.most_slots - T)))
@@ -1379,10 +1375,9 @@ def speculate_program(job, mesh):
 
 def serve_program(job, mesh):
     """Job, Mesh -> step, make: REQUESTS for each of B rows."""
-    many, S, stride = replace(job, batch=REQUESTS * job.batch), job.prompt + job.new, min(
-        STRIDE, job.new)
-    run = bound(serve, job, mesh, B=job.batch, S=S, n=job.new, key=jax.random.key(0),
-                stride=stride, cache_dtype=job.cache)
+    many = replace(job, batch=REQUESTS * job.batch)
+    run = bound(serve, job, mesh, B=job.batch, S=job.prompt + job.new, n=job.new,
+                key=jax.random.key(0), stride=min(STRIDE, job.new), cache_dtype=job.cache)
     return lambda params, _, prompts: (None, dict(run(params, np.asarray(prompts)))), \
         lambda params, key: (params, None, random_tokens(many, job.prompt, key))
 
@@ -1425,18 +1420,19 @@ def mesh_of(job, devices=None):
 def prepare(job, params=None, seed=0):
     """Job, Params or None, int -> namespace: its step and arguments: parameters, what it updates,
     and what it reads; made here, where they stay, or shapes of them for chips that are not here."""
-    devices, facts = chip_devices(job.chip, job.chips) if job.chip else (jax.devices(), {})
+    devices, facts = chip_devices(job.chip, job.chips) if job.chip else (None, {})
     mesh, key = mesh_of(job, devices), jax.random.key(seed)
     step, make = PROGRAMS[job.phase](job, mesh)
 
     def make_all(key):
         return make(draw(job, key), key)
 
-    if not job.chip and mesh is None or job.phase == "serve":
-        args = make(draw(job, key) if params is None else params, key)
+    if not (job.chip or mesh) or job.phase == "serve":
+        args = make(params or draw(job, key), key)
     else:
-        where, rules = where_of(job, mesh), {**shard.TENSOR, **shard.FSDP}
-        rules = where.rules if job.layout else rules if job.by == "hand" else shard.FSDP
+        where = where_of(job, mesh)
+        rules = where.rules if job.layout else {
+            "hand": shard.TENSOR | shard.FSDP, "compiler": shard.FSDP}[job.by]
         shardings = shard.argument_shardings(jax.eval_shape(make_all, key), job.cfg, mesh, rules,
                                              where) \
             if mesh else jax.sharding.SingleDeviceSharding(devices[0])
@@ -1467,9 +1463,10 @@ def measure(prepared, step):
 
     prepared.call = call
     facts = {"steps": 1} | outcome(prepared.job, call())
-    times = [seconds / facts["steps"] for seconds in seconds_of(
-        call, seconds=0.3 if jax.process_count() == 1 else 0)]  # as many runs in every process
-    return facts | {"measured_seconds": statistics.median(times), "runs": len(times)}
+    times = seconds_of(  # as many runs in every process
+        call, seconds=0.3 if jax.process_count() == 1 else 0)
+    return facts | {"measured_seconds": statistics.median(times) / facts["steps"],
+                    "runs": len(times)}
 
 
 def shares(row, seconds, ceilings, name):
@@ -1488,6 +1485,8 @@ def shares(row, seconds, ceilings, name):
 REGIONS = ("embed", "qkv", "attention", "out", "mlp", "unembed", "sample", "loss", "cast",
            "optimizer")  # that the model's functions name: jax.named_scope
 SCHEDULED = {"while", "call", "conditional"}  # what runs another computation
+OPERATION = (r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.*?)\s(?P<opcode>[a-z][\w\-]*)"
+             r"\((?P<rest>.*)")
 CALLED = r"(?:body|calls|to_apply|true_computation|branch_computations)=\{?%?([\w.\-]+)"
 WRAPPERS = {"tuple", "get-tuple-element", "parameter", "constant", *SCHEDULED}
 UNSEEN = {"bitcast", "after-all", "partition-id", "copy-done", "slice-done", "opt-barrier",
@@ -1513,37 +1512,35 @@ def first_group(pattern, line):
 
 @lru_cache(maxsize=1)
 def parse_program(text):
-    """str -> dict: computations, each a list of operations in the order of its schedule; what runs
-    first is the last one. An operation runs the computation `body`, a list, `trips` times;
-    `contents` is itself, or what a fusion holds; `users` are what takes its result."""
+    """str -> list: the operations of what runs first, in the order of its schedule. An operation
+    runs the operations of its `body` `trips` times; `contents` is itself, or what a fusion holds;
+    `users` are what takes its result."""
     ops, computations, computation = {}, {}, []
     for line in text.splitlines():
-        if match := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)", line):
-            name, shape, opcode, rest = match.groups()
-            calls, condition = (first_group(pattern, line) for pattern in (
+        if match := re.match(OPERATION, line):
+            op = SimpleNamespace(**match.groupdict(), line=line, users=[])
+            op.operands = [ops[word] for word in re.findall(
+                r"%([\w.\-]+)", op.rest.split("), ")[0]) if word in ops]
+            op.calls, condition = (first_group(pattern, line) for pattern in (
                 CALLED, r"condition=%?([\w.\-]+)"))
+            op.body = computations.get(op.calls, [])
             limits = re.findall(r'known_trip_count":\{"n":"(\d+)"', line) or [
                 limit for other in computations.get(condition, ())
                 for limit in re.findall(r"s32\[\]\S* constant\((\d+)\)", other.line)]
-            operands = [ops[word] for word in re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
-                        if word in ops]
-            path = re.split(r"[/()]+", first_group(r'op_name="([^"]*)"', line))
-            body = computations.get(calls, [])
-            op = ops[name] = SimpleNamespace(
-                name=name, opcode=opcode, shape=shape, line=line, operands=operands, users=[],
-                calls=calls, body=body, trips=int(limits[0]) if len(limits) == 1 else 1,
-                kind=re.sub("collective-|-(start|done)$", "", opcode).replace("-", "_"),
-                region=next((word for word in reversed(path) if word in REGIONS), None),
-                source=path[-1])
-            op.contents = operands[0].contents if opcode == "call-update" else [
-                each for inner in body for each in inner.contents] if opcode in (
+            op.trips = int(limits[0]) if len(limits) == 1 else 1
+            op.kind = re.sub("collective-|-(start|done)$", "", op.opcode).replace("-", "_")
+            *_, op.source = path = re.split(r"[/()]+", first_group(r'op_name="([^"]*)"', line))
+            op.region = next((word for word in reversed(path) if word in REGIONS), None)
+            op.contents = op.operands[0].contents if op.opcode == "call-update" else [
+                each for inner in op.body for each in inner.contents] if op.opcode in (
                     "fusion", "async-start", "call-start") else [op]
+            ops[op.name] = op
             computation.append(op)
-            for operand in operands:
+            for operand in op.operands:
                 operand.users.append(op)
         elif header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             computation = computations[header[1]] = []
-    return computations
+    return computation
 
 
 def origin(op):
@@ -1589,7 +1586,7 @@ def transfer(op, devices):
     inner = next((inner for inner in first.contents if inner.kind in shard.SENT), None)
     named = first_group("-(start|update|done)$", op.opcode)
     stage = named or first_group("AsyncCollective(Start|Done)", " ".join(
-        inner.line for inner in first.contents if inner.opcode == "custom-call")).lower()
+        each.line for each in first.contents)).lower()
     if inner is None or not stage and "async_collective" in op.calls:
         cycles = first_group(r'"estimated_cycles":"(\d{1,12})"', op.line)  # longer where unknown
         return "", None, dict(kind=kind_of(op), cycles=int(cycles or 0), number=0, sent=0, n=0)
@@ -1607,8 +1604,8 @@ def operations(text, job=None):
     schedule; `times` is how often a step runs one, 0 where it stands around the loop of steps. A
     collective is asynchronous where anything else stands between its `start`, a place in this list,
     and `done`."""
-    *_, entry = parse_program(text).values()
-    devices, ops = int(first_group(r"num_partitions=(\d+)", text) or 1), []
+    entry, ops = parse_program(text), []
+    devices = int(first_group(r"num_partitions=(\d+)", text) or 1)
     loops = [op for op in entry if op.opcode == "while" and job and job.phase in (
         "generate", "speculate")]
     steps = max(loops, key=lambda op: len(op.body), default=None)
@@ -1654,9 +1651,8 @@ def collectives(ops):
 def copied_bytes(ops, text):
     """list of operations, str -> int: bytes that a step copies, from memory to memory, of arrays as
     large as one of the program's arguments of two dimensions or more: a weight or a cache."""
-    *_, entry = parse_program(text).values()
-    sizes = {arrays(op.shape)[0] for op in entry if op.opcode == "parameter"
-             and re.search(r"\d,\d", op.shape)}
+    sizes = {arrays(op.shape)[0] for op in parse_program(text)
+             if op.opcode == "parameter" and re.search(r"\d,\d", op.shape)}
     return sum(copied[0] * op.times for op in ops if op.kind == "copy"
                for copied in arrays(op.shape)[:1] if copied in sizes and op.reads >= copied[0])
 
@@ -1687,25 +1683,25 @@ def inspect(prepared, traced=False):
     When it is traced, turn off GPU command buffers: a trace cannot tell apart kernels launched
     together."""
     job, step, args = prepared.job, prepared.step, prepared.args
-    by_hand = prepared.mesh is not None and job.by == "hand"
+    on_tpu, by_hand = job.chip.startswith("tpu"), prepared.mesh and job.by == "hand"
     options = {"xla_gpu_enable_command_buffer": ""} \
-        if traced and not job.chip and jax.default_backend() == "gpu" else {}
+        if traced and jax.default_backend() == "gpu" else {}
     if job.flags == "on":  # libtpu fuses gathers with matmuls on v5e alone: others' were wrong
         options = {flag: "true" for flag in FLAGS
                    if job.chip == "tpu-v5e" or "fuse_all_gather" not in flag}
     compiled, refusal = compiled_with(jax.jit(step, donate_argnums=1).lower(*args), options)
     sizes = shard.device_bytes(args)
-    facts = {"formula": sizes, "formula_bytes": sum(sizes.values()), "fits": False}
-    facts |= prepared.facts | refusal
+    facts = {"formula": sizes, "formula_bytes": sum(sizes.values()), "fits": False,
+             **prepared.facts, **refusal}
     if compiled is None:
         return None, facts
     memory, text = compiled.memory_analysis(), compiled.as_text()
     facts |= {f"{name}_bytes": getattr(memory, f"{name}_size_in_bytes")
               for name in ("argument", "output", "alias", "temp")}
-    peak = facts["argument_bytes"] + facts["output_bytes"] + facts["temp_bytes"]
-    facts["peak_bytes"] = peak - facts["alias_bytes"]
+    facts["peak_bytes"] = (memory.argument_size_in_bytes + memory.output_size_in_bytes
+                           + memory.temp_size_in_bytes - memory.alias_size_in_bytes)
     most = facts.get("memory_bytes") or free_memory()
-    facts["fits"] = job.chip.startswith("tpu") or most is None or facts["peak_bytes"] <= most
+    facts["fits"] = on_tpu or most is None or facts["peak_bytes"] <= most
     steps = job.new if job.phase == "generate" else 1
     with suppress(ValueError):  # a loop of unknown length
         facts["program_flops"] = traced_flops(step, *args) // steps * (
@@ -1716,7 +1712,7 @@ def inspect(prepared, traced=False):
                             shard.traced_comm(step, *args).items()}
     ops = prepared.ops = operations(text, job)
     facts |= {"collectives": collectives(ops), "copies": copied_bytes(ops, text)}
-    return compiled, facts | (by_cycles(ops, job) if job.chip.startswith("tpu") else {})
+    return compiled, facts | (by_cycles(ops, job) if on_tpu else {})
 
 
 # ------------------------------------------------------------------------------------------ profile
@@ -1765,9 +1761,9 @@ def profile(prepared, folder=None):
 
 def name_of(row):
     """row -> str: what tells it apart."""
-    kind = [row["int8"] or row["dtype"]] + ["int8 cache"] * (row["cache"] == "int8")
-    return " ".join([row["phase"], *kind]) + f" B={row['batch']}" + "".join(
-        f" {key}={row[key]}" for key in ("kv_heads", "ring") if row[key])
+    return (f"{row['phase']} {row['int8'] or row['dtype']}"
+            + " int8 cache" * (row["cache"] == "int8") + f" B={row['batch']}"
+            + "".join(f" {key}={row[key]}" for key in ("kv_heads", "ring") if row[key]))
 
 
 def explain(rows):
@@ -1785,7 +1781,8 @@ def explain(rows):
             if title == "took/library":
                 error = statistics.median(abs(ratio - 1) for ratio, _ in ratios)
                 print(f"{'':16}median of |took/library - 1| {error:.0%}")
-    for name, row in zip(map(name_of, rows), rows):
+    for row in rows:
+        name = name_of(row)
         if None in (row["mfu"], row["mbu"]):
             print(f"error: {name}: faster than a ceiling: it was measured too low (was another "
                   "program running?), or what is read stays in a cache (choose a larger model)")
