@@ -1274,10 +1274,9 @@ KERNELS = {"plain": {}, "splash": {"causal": splash},
 
 def where_of(job, mesh):
     """Job, Mesh or None -> where its functions run: here, or split as the job says."""
-    kernels = KERNELS[job.attention]
     if mesh and job.layout:
-        return shard.Where(mesh, job.layout, job.ring, job.sums, **kernels)
-    return HERE._replace(**kernels)
+        return shard.Where(mesh, job.layout, job.ring, job.sums, **KERNELS[job.attention])
+    return HERE._replace(**KERNELS[job.attention])
 
 
 def bound(fn, job, mesh, **how):
@@ -1389,8 +1388,8 @@ PROGRAMS = {"train": train_program, "prefill": prefill_program, "generate": gene
 def outcome(job, result):
     """Job, result -> dict: how many steps a run was, and what else its row holds. A step of
     speculation is a round of all rows: the rows that are done wait for the others."""
-    if job.phase == "train":
-        return {} if jax.process_index() else {"loss": float(result)}  # it may live on one device
+    if job.phase == "train" and jax.process_index() == 0:  # on one device it may live there
+        return {"steps": 1, "loss": float(result)}
     if job.phase != "speculate":
         return {"steps": job.new if job.phase == "generate" else 1}
     counts = np.asarray(result)  # of rounds in which 0, 1, .. n_draft were accepted
@@ -1424,11 +1423,11 @@ def prepare(job, params=None, seed=0):
     mesh, key = mesh_of(job, devices), jax.random.key(seed)
     step, make = PROGRAMS[job.phase](job, mesh)
 
-    def make_all(key):
-        return make(draw(job, key), key)
+    def make_all(key, params=None):
+        return make(params or draw(job, key), key)
 
     if not (job.chip or mesh) or job.phase == "serve":
-        args = make(params or draw(job, key), key)
+        args = make_all(key, params)
     else:
         where = where_of(job, mesh)
         rules = where.rules if job.layout else {
@@ -1462,9 +1461,9 @@ def measure(prepared, step):
         return result
 
     prepared.call = call
-    facts = {"steps": 1} | outcome(prepared.job, call())
-    times = seconds_of(  # as many runs in every process
-        call, seconds=0.3 if jax.process_count() == 1 else 0)
+    facts = outcome(prepared.job, call())
+    # several processes must make as many runs each: one
+    times = seconds_of(call, seconds=0.3 if jax.process_count() == 1 else 0)
     return facts | {"measured_seconds": statistics.median(times) / facts["steps"],
                     "runs": len(times)}
 
@@ -1485,9 +1484,8 @@ def shares(row, seconds, ceilings, name):
 REGIONS = ("embed", "qkv", "attention", "out", "mlp", "unembed", "sample", "loss", "cast",
            "optimizer")  # that the model's functions name: jax.named_scope
 SCHEDULED = {"while", "call", "conditional"}  # what runs another computation
-OPERATION = (r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.*?)\s(?P<opcode>[a-z][\w\-]*)"
-             r"\((?P<rest>.*)")
-CALLED = r"(?:body|calls|to_apply|true_computation|branch_computations)=\{?%?([\w.\-]+)"
+OPERATION = r" +(?:ROOT )?%(?P<name>[\w.-]+) = (?P<shape>.*?) (?P<opcode>[a-z][\w-]*)\((?P<rest>.*)"
+CALLED = r"(?:body|calls|to_apply|true_computation|branch_computations)=\{?%([\w.-]+)"
 WRAPPERS = {"tuple", "get-tuple-element", "parameter", "constant", *SCHEDULED}
 UNSEEN = {"bitcast", "after-all", "partition-id", "copy-done", "slice-done", "opt-barrier",
           *WRAPPERS}  # take no time
@@ -1506,8 +1504,7 @@ def arrays(shape):
 
 def first_group(pattern, line):
     """str, str -> str: what the pattern's group matches, or nothing."""
-    match = re.search(pattern, line)
-    return match[1] if match else ""
+    return next(iter(re.findall(pattern, line)), "")
 
 
 @lru_cache(maxsize=1)
@@ -1520,12 +1517,11 @@ def parse_program(text):
         if match := re.match(OPERATION, line):
             op = SimpleNamespace(**match.groupdict(), line=line, users=[])
             op.operands = [ops[word] for word in re.findall(
-                r"%([\w.\-]+)", op.rest.split("), ")[0]) if word in ops]
-            op.calls, condition = (first_group(pattern, line) for pattern in (
-                CALLED, r"condition=%?([\w.\-]+)"))
+                r"%([\w.-]+)", op.rest.split("), ")[0]) if word in ops]
+            op.calls = first_group(CALLED, line)
             op.body = computations.get(op.calls, [])
             limits = re.findall(r'known_trip_count":\{"n":"(\d+)"', line) or [
-                limit for other in computations.get(condition, ())
+                limit for other in computations.get(first_group(r"condition=%([\w.-]+)", line), ())
                 for limit in re.findall(r"s32\[\]\S* constant\((\d+)\)", other.line)]
             op.trips = int(limits[0]) if len(limits) == 1 else 1
             op.kind = re.sub("collective-|-(start|done)$", "", op.opcode).replace("-", "_")
@@ -1538,7 +1534,7 @@ def parse_program(text):
             computation.append(op)
             for operand in op.operands:
                 operand.users.append(op)
-        elif header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+        elif header := re.match(r"(?:ENTRY )?%([\w.-]+) \(.*\{$", line):
             computation = computations[header[1]] = []
     return computation
 
@@ -1546,15 +1542,14 @@ def parse_program(text):
 def origin(op):
     """operation -> region, source: its own; or of what is nearest, first of what uses it: compilers
     drop the names of some operations that they make."""
-    seen, ahead = set(), [op]
-    while ahead and len(seen) < 200:
-        near = ahead.pop(0)
+    ahead = [op]
+    for near in itertools.islice(ahead, 200):  # it grows
         for each in (near, *near.contents):
             if each.region:
                 return each.region, each.source
-        if near.name not in seen:
-            seen.add(near.name)
-            ahead += [each for each in near.users + near.operands if each.opcode not in WRAPPERS]
+        names = {each.name for each in ahead}
+        ahead += [each for each in near.users + near.operands
+                  if each.opcode not in WRAPPERS and each.name not in names]
     return None, ""
 
 
@@ -1718,43 +1713,37 @@ def inspect(prepared, traced=False):
 # ------------------------------------------------------------------------------------------ profile
 
 
-def trace(call, folder):
-    """call, path -> wall seconds, list of (start, end, operation). Leaves a trace in the folder
-    that Perfetto and XProf show."""
-    options, spans = jax.profiler.ProfileOptions(), []
-    options.python_tracer_level = 0
-    with jax.profiler.trace(str(folder), create_perfetto_trace=True, profiler_options=options):
-        start = time.perf_counter()
-        call()
-        wall = time.perf_counter() - start
-    file = max(Path(folder).glob("**/*.xplane.pb"), key=os.path.getmtime)
-    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-        for row in plane.lines:
-            for event in row.events:
-                named = event.name.split(" = ")[0].lstrip("%") if row.name == "XLA Ops" else ""
-                spans.append((event.start_ns / 1e9, event.end_ns / 1e9,
-                              dict(event.stats).get("hlo_op", named)))  # a TPU's is not there
-    return wall, spans
-
-
 def profile(prepared, folder=None):
     """namespace, path -> dict: operations by time, and shares of regions, of the time that all
-    took, which on a CPU overlap; "idle" is the share of the wall time when none ran."""
+    took, which on a CPU overlap; "idle" is the share of the wall time when none ran. Leaves a trace
+    in the folder that Perfetto and XProf show."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as temporary:
-        wall, spans = trace(prepared.call, folder or temporary)
-    places = {op.name: (op.region or "?", op.kind, op.source) for op in prepared.ops}
+        folder = str(folder or temporary)
+        with jax.profiler.trace(folder, create_perfetto_trace=True, profiler_options=options):
+            wall, = seconds_of(prepared.call, at_most=1)
+        file = max(Path(folder).glob("**/*.xplane.pb"), key=os.path.getmtime)
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    spans, places = [], {op.name: (op.region or "?", op.kind, op.source) for op in prepared.ops}
+    for row in itertools.chain.from_iterable(plane.lines for plane in planes):
+        for event in row.events:
+            name = dict(event.stats).get("hlo_op")
+            if row.name == "XLA Ops":  # a TPU's
+                name = name or event.name.split(" = ")[0].lstrip("%")
+            if name in places:
+                spans.append((event.start_ns / 1e9, event.end_ns / 1e9, places[name]))
     took, times, regions, busy, until = Counter(), Counter(), Counter(), 0, 0
-    for start, end, name in sorted(span for span in spans if span[2] in places):
-        region, *_ = place = places[name]
+    for start, end, place in sorted(spans):
         took[place] += end - start
         times[place] += 1
-        regions[region] += end - start
+        regions[place[0]] += end - start
         busy += max(0, end - max(start, until))
         until = max(until, end)
     total = took.total() or 1
     return {"operations": [
-        dict(share=seconds / total, times=times[place], **dict(zip((
-            "region", "kind", "source"), place))) for place, seconds in took.most_common()],
+        dict(zip(("region", "kind", "source"), place), share=seconds / total, times=times[place])
+        for place, seconds in took.most_common()],
         "regions": {region: seconds / total for region, seconds in regions.most_common()},
         "idle": max(0, 1 - busy / wall)}
 
