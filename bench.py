@@ -1284,15 +1284,22 @@ def bound(fn, job, mesh, **how):
     return partial(fn, cfg=job.cfg, where=where_of(job, mesh), **how)
 
 
-def random_tokens(job, T, key):
-    """Job, int, key -> BT."""
-    return jax.random.randint(key, (job.batch, T), 0, job.cfg.V)
+def train_program(job, mesh, _, state, tokens):
+    """Job, Mesh, None, state, B(T+1) -> state, loss: a whole step of AdamW."""
+    causal = where_of(job, mesh).causal
+    own_loss = {
+        "here": partial(loss, causal=causal), "compiler": partial(shard.fsdp_loss, mesh=mesh),
+        "hand": partial(shard.sharded_loss, mesh=mesh, ring=job.ring, keep=job.kept, sums=job.sums,
+                        causal=causal)}[job.by if mesh else "here"]
+    *state, value = train_step(*state, tokens, job.cfg, 1e-4, own_loss)
+    return tuple(state), value
 
 
-def empty(job, mesh, S):
-    """Job, Mesh or None, int -> Cache, BV: S slots a row, or as many more as their split needs, and
-    zero logits."""
-    return where_of(job, mesh).empty(job.cfg, job.batch, slots(job, S), job.cache)
+def prefill_program(job, mesh, params, cache, tokens):
+    """Job, Mesh, Params, Cache, BT -> Cache, logits: into a cache that is full then."""
+    read = bound(prefill, job, mesh, rows=None if mesh else rows_at_a_time(job))
+    logits, cache = read(params, cache, tokens, jnp.full(job.batch, job.prompt))
+    return cache, logits
 
 
 def at_length(cache, length):
@@ -1300,89 +1307,67 @@ def at_length(cache, length):
     return cache._replace(length=jnp.full_like(cache.length, length))
 
 
-def train_program(job, mesh):
-    """Job, Mesh -> step, make: a whole step of AdamW, from float32 masters of its own."""
-    def make(params, key):
-        params = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params)  # a copy
-        params = shard.stack(params) if mesh and job.by == "hand" else params
-        return None, (params, adam_init(params)), random_tokens(job, job.prompt + 1, key)
-
-    causal = where_of(job, mesh).causal
-    own_loss = {
-        "here": partial(loss, causal=causal), "compiler": partial(shard.fsdp_loss, mesh=mesh),
-        "hand": partial(shard.sharded_loss, mesh=mesh, ring=job.ring, keep=job.kept, sums=job.sums,
-                        causal=causal)}[job.by if mesh else "here"]
-
-    def step(_, state, tokens):
-        *state, value = train_step(*state, tokens, job.cfg, 1e-4, own_loss)
-        return tuple(state), value
-
-    return step, make
+def generate_program(job, mesh, params, state, _):
+    """Job, Mesh, Params, state, None -> state, tokens: all new tokens in one scan, greedily."""
+    cache, logits = state
+    tokens, logits, cache = bound(generate, job, mesh)(
+        params, at_length(cache, job.prompt), logits, jax.random.key(0), job.new)
+    return (cache, logits), tokens
 
 
-def prefill_program(job, mesh):
-    """Job, Mesh -> step, make: into a cache that is full then."""
-    read = bound(prefill, job, mesh, rows=None if mesh else rows_at_a_time(job))
-
-    def step(params, cache, tokens):
-        logits, cache = read(params, cache, tokens, jnp.full(job.batch, job.prompt))
-        return cache, logits
-
-    return step, lambda params, key: (params, empty(job, mesh, job.prompt)[0],
-                                      random_tokens(job, job.prompt, key))
+def verify_program(job, mesh, params, cache, tokens):
+    """Job, Mesh, Params, Cache, BT -> Cache, logits: the last token and n_draft more, all of which
+    make logits."""
+    x, cache = bound(extend, job, mesh)(params, at_length(cache, job.prompt), tokens)
+    return cache, where_of(job, mesh).unembed(params, x, job.cfg)
 
 
-def generate_program(job, mesh):
-    """Job, Mesh -> step, make: all new tokens in one scan, greedily, from zero logits."""
-    def step(params, state, _):
-        tokens, logits, cache = bound(generate, job, mesh)(
-            params, at_length(state[0], job.prompt), state[1], jax.random.key(0), job.new)
-        return (cache, logits), tokens
-
-    return step, lambda params, _: (params, empty(job, mesh, job.prompt + job.new), None)
-
-
-def verify_program(job, mesh):
-    """Job, Mesh -> step, make: the last token and n_draft more, all of which make logits."""
-    def step(params, cache, tokens):
-        x, cache = bound(extend, job, mesh)(params, at_length(cache, job.prompt), tokens)
-        return cache, where_of(job, mesh).unembed(params, x, job.cfg)
-
-    return step, lambda params, key: (params, empty(job, mesh, job.most_slots)[0],
-                                      random_tokens(job, job.n_draft + 1, key))
+def speculate_program(job, mesh, params, cache, text):
+    """Job, Mesh, Params, Cache, BS -> Cache, counts: rounds of n-grams and their verification. The
+    last token of the prompt is read with the draft."""
+    run = bound(speculate, job, mesh, draft=ngram_draft, state=None, n_draft=job.n_draft)
+    _, cache, _, counts = run(params, at_length(cache, job.prompt - 1), text, jax.random.key(0),
+                              job.new)
+    return cache, counts
 
 
-def speculate_program(job, mesh):
-    """Job, Mesh -> step, make: rounds of n-grams and their verification, after a prompt of
-    SENTENCE. The last token of the prompt is read with the draft."""
-    T, run = job.prompt, bound(speculate, job, mesh, draft=ngram_draft, state=None)
-
-    def step(params, cache, text):
-        _, cache, _, counts = run(params, at_length(cache, T - 1), text, jax.random.key(0), job.new,
-                                  n_draft=job.n_draft)
-        return cache, counts
-
-    def make(params, key):
-        prompt = jnp.tile(np.resize(byte_tokens(SENTENCE), T) % job.cfg.V, (job.batch, 1))
-        _, cache = prefill_jit(params, empty(job, None, job.most_slots)[0], prompt,
-                               jnp.full(job.batch, T), job.cfg)
-        return params, where_of(job, mesh).move(cache) if mesh else cache, jnp.pad(
-            prompt, ((0, 0), (0, job.most_slots - T)))
-
-    return step, make
-
-
-def serve_program(job, mesh):
-    """Job, Mesh -> step, make: REQUESTS for each of B rows."""
-    many = replace(job, batch=REQUESTS * job.batch)
+def serve_program(job, mesh, params, _, prompts):
+    """Job, Mesh, Params, None, prompts -> None, dict: REQUESTS for each of B rows."""
     run = bound(serve, job, mesh, B=job.batch, S=job.prompt + job.new, n=job.new,
                 key=jax.random.key(0), stride=min(STRIDE, job.new), cache_dtype=job.cache)
-    return lambda params, _, prompts: (None, dict(run(params, np.asarray(prompts)))), \
-        lambda params, key: (params, None, random_tokens(many, job.prompt, key))
+    return None, dict(run(params, np.asarray(prompts)))
 
 
 PROGRAMS = {"train": train_program, "prefill": prefill_program, "generate": generate_program,
             "verify": verify_program, "speculate": speculate_program, "serve": serve_program}
+
+
+def arguments(job, mesh, params, key):
+    """Job, Mesh or None, Params, key -> what a step takes: parameters, what it updates, and what it
+    reads. AdamW has float32 masters of its own. All others have a cache of as many slots as a step
+    attends to, and read random tokens; generation starts from zero logits, speculation after a
+    prompt of SENTENCE."""
+    cfg, B, cost, where = job.cfg, job.batch, COSTS[job.phase](job), where_of(job, mesh)
+
+    def random_tokens(B, T):
+        return jax.random.randint(key, (B, T), 0, cfg.V)
+
+    if job.phase == "train":
+        params = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params)  # a copy
+        params = shard.stack(params) if mesh and job.by == "hand" else params
+        return None, (params, adam_init(params)), random_tokens(B, cost.T + 1)
+    if job.phase == "serve":
+        return params, None, random_tokens(REQUESTS * B, job.prompt)
+    if job.phase == "speculate":
+        prompt = jnp.tile(np.resize(byte_tokens(SENTENCE), job.prompt) % cfg.V, (B, 1))
+        _, cache = prefill_jit(params, init_cache(cfg, B, cost.S, job.cache), prompt,
+                               jnp.full(B, job.prompt), cfg)
+        text = jnp.pad(prompt, ((0, 0), (0, job.most_slots - job.prompt)))
+        return params, where.move(cache) if mesh else cache, text
+    cache, logits = where.empty(cfg, B, cost.S, job.cache)
+    if job.phase == "generate":
+        return params, (cache, logits), None
+    return params, cache, random_tokens(B, cost.T)
 
 
 def outcome(job, result):
@@ -1421,23 +1406,23 @@ def prepare(job, params=None, seed=0):
     and what it reads; made here, where they stay, or shapes of them for chips that are not here."""
     devices, facts = chip_devices(job.chip, job.chips) if job.chip else (None, {})
     mesh, key = mesh_of(job, devices), jax.random.key(seed)
-    step, make = PROGRAMS[job.phase](job, mesh)
 
-    def make_all(key, params=None):
-        return make(params or draw(job, key), key)
+    def make(key, params=None):
+        return arguments(job, mesh, params or draw(job, key), key)
 
     if not (job.chip or mesh) or job.phase == "serve":
-        args = make_all(key, params)
+        args = make(key, params)
     else:
         where = where_of(job, mesh)
         rules = where.rules if job.layout else {
             "hand": shard.TENSOR | shard.FSDP, "compiler": shard.FSDP}[job.by]
-        shardings = shard.argument_shardings(jax.eval_shape(make_all, key), job.cfg, mesh, rules,
+        shardings = shard.argument_shardings(jax.eval_shape(make, key), job.cfg, mesh, rules,
                                              where) \
             if mesh else jax.sharding.SingleDeviceSharding(devices[0])
-        placed = jax.jit(make_all, out_shardings=shardings)
+        placed = jax.jit(make, out_shardings=shardings)
         args = placed.eval_shape(key) if job.chip else placed(key)
-    return SimpleNamespace(job=job, mesh=mesh, step=step, args=args, facts=facts, ops=None)
+    return SimpleNamespace(job=job, mesh=mesh, step=partial(PROGRAMS[job.phase], job, mesh),
+                           args=args, facts=facts, ops=None)
 
 
 def sent(job):
@@ -1610,8 +1595,8 @@ def operations(text, job=None):
         for op in computation:
             if op.opcode in SCHEDULED:
                 walk(op.body, 1 if op is steps else times * op.trips)
-            if op.opcode in UNSEEN or (  # a call may wait for call-update, with its data
-                    op.opcode == "call-start" and op.shape.startswith("((), ")):
+            # a call may wait for call-update, with its data
+            if op.opcode in UNSEEN or op.opcode == "call-start" and op.shape.startswith("((), "):
                 continue
             stage, key, facts = transfer(op, devices)
             if stage == "done":
@@ -1658,11 +1643,11 @@ def by_cycles(ops, job):
     asynchronous; and the operations. They are estimates, and no sum of them is a time."""
     target, regions, waits = TARGETS[job.chip], Counter(), Counter()
     link, shape = links_of(job)
-    links = link / target.devices, (*shape, target.devices)
     for op in ops:
         op.seconds = op.cycles / target.clock
         if op.number:
-            op.seconds = shard.link_seconds(op.kind, op.sent, op.n, *links)
+            op.seconds = shard.link_seconds(op.kind, op.sent, op.n, link / target.devices,
+                                            (*shape, target.devices))
             waits[op.asynchronous] += op.times * op.seconds
         elif op.cycles * op.times:
             regions[op.region or "?"] += op.times * op.seconds
@@ -1679,11 +1664,11 @@ def inspect(prepared, traced=False):
     together."""
     job, step, args = prepared.job, prepared.step, prepared.args
     on_tpu, by_hand = job.chip.startswith("tpu"), prepared.mesh and job.by == "hand"
-    options = {"xla_gpu_enable_command_buffer": ""} \
-        if traced and jax.default_backend() == "gpu" else {}
-    if job.flags == "on":  # libtpu fuses gathers with matmuls on v5e alone: others' were wrong
-        options = {flag: "true" for flag in FLAGS
-                   if job.chip == "tpu-v5e" or "fuse_all_gather" not in flag}
+    # libtpu fuses gathers with matmuls on v5e alone: others' were wrong
+    flags = [flag for flag in FLAGS if job.chip == "tpu-v5e" or "fuse_all_gather" not in flag]
+    options = dict.fromkeys(flags, "true") if job.flags == "on" else {}
+    if traced and jax.default_backend() == "gpu":
+        options = {"xla_gpu_enable_command_buffer": ""}
     compiled, refusal = compiled_with(jax.jit(step, donate_argnums=1).lower(*args), options)
     sizes = shard.device_bytes(args)
     facts = {"formula": sizes, "formula_bytes": sum(sizes.values()), "fits": False,
@@ -1759,9 +1744,8 @@ def explain(rows):
     """list of rows -> None: prints how far limit, library and measurement differ, why where it is
     most, and what cannot be."""
     print(f"\nof {len(rows)} rows:" if len(rows) > 1 else "")
-    for title, above, below in (("took/library", "measured_seconds", "library_seconds"),
-                                ("library/limit", "library_seconds", "limit_seconds"),
-                                ("took/limit", "measured_seconds", "limit_seconds")):
+    for title in ("took/library", "library/limit", "took/limit"):
+        above, below = (f"{word}_seconds".replace("took", "measured") for word in title.split("/"))
         ratios = sorted((row[above] / row[below], name_of(row)) for row in rows
                         if row[above] and row[below])
         if len(ratios) > 1:
@@ -1791,8 +1775,7 @@ def explain(rows):
                   f"{cell('share', profile['regions'])}; no operation runs for "
                   f"{profile['idle']:.0%}")
             for op in profile["operations"][:3]:
-                print(f"  {op['share']:6.1%} x{op['times']:<5} {op['region']:10} {op['kind']:12} "
-                      f"{op['source']}")
+                print("  {share:6.1%} x{times:<5} {region:10} {kind:12} {source}".format(**op))
 
 
 # ---------------------------------------------------------------------------------------- real text
