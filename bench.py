@@ -1268,8 +1268,8 @@ generate_jit = jax.jit(generate, static_argnames=("n", "cfg", "sampling", "end")
                        donate_argnames=("cache", "logits"))
 
 
-KERNELS = {"plain": {}, "splash": {"causal": splash},
-           "cudnn": {"causal": cudnn, "cached": cudnn}}  # Job.attention: of a prompt, and to a cache
+# Job.attention, where it is not plain: of a prompt, and to a cache
+KERNELS = {"plain": {}, "splash": {"causal": splash}, "cudnn": {"causal": cudnn, "cached": cudnn}}
 
 
 def where_of(job, mesh):
@@ -1379,9 +1379,9 @@ def outcome(job, result):
         return {"steps": job.new if job.phase == "generate" else 1}
     counts = np.asarray(result)  # of rounds in which 0, 1, .. n_draft were accepted
     rounds, accepted = counts.sum(1), counts @ np.arange(job.n_draft + 1)
+    mean = accepted.sum() / rounds.sum()
     return {"steps": int(rounds.max()), "tokens": float((rounds + accepted).sum() / rounds.max()),
-            "acceptance": float(accepted.sum() / rounds.sum() / job.n_draft),
-            "tokens_per_round": float(1 + accepted.sum() / rounds.sum())}
+            "acceptance": float(mean / job.n_draft), "tokens_per_round": float(1 + mean)}
 
 
 def in_dtype(job, params):
@@ -1413,12 +1413,11 @@ def prepare(job, params=None, seed=0):
     if not (job.chip or mesh) or job.phase == "serve":
         args = make(key, params)
     else:
-        where = where_of(job, mesh)
+        where, shapes = where_of(job, mesh), jax.eval_shape(make, key)
         rules = where.rules if job.layout else {
             "hand": shard.TENSOR | shard.FSDP, "compiler": shard.FSDP}[job.by]
-        shardings = shard.argument_shardings(jax.eval_shape(make, key), job.cfg, mesh, rules,
-                                             where) \
-            if mesh else jax.sharding.SingleDeviceSharding(devices[0])
+        shardings = shard.argument_shardings(shapes, job.cfg, mesh, rules, where) if mesh \
+            else jax.sharding.SingleDeviceSharding(devices[0])
         placed = jax.jit(make, out_shardings=shardings)
         args = placed.eval_shape(key) if job.chip else placed(key)
     return SimpleNamespace(job=job, mesh=mesh, step=partial(PROGRAMS[job.phase], job, mesh),
@@ -1428,12 +1427,11 @@ def prepare(job, params=None, seed=0):
 def sent(job):
     """Job -> dict or None: what a step sends, by the closed forms: of FSDP's weights, or of tensor
     parallelism; None where there is no closed form."""
-    events = Counter()
-    if job.phase != "train":
-        for times, step in step_events(job).values():
-            events += shard.repeat(times, step)
-    elif math.prod(job.tensor) == job.axes.get("context", 1) == 1:
-        events = shard.fsdp_comm(job.cfg, shard.as_axes(job.axes["data"]))
+    if job.phase == "train":
+        alone = math.prod(job.tensor) == job.axes.get("context", 1) == 1
+        events = shard.fsdp_comm(job.cfg, shard.as_axes(job.axes["data"])) if alone else Counter()
+    else:
+        events = sum((shard.repeat(*step) for step in step_events(job).values()), Counter())
     return shard.tally(events) or None
 
 
@@ -1468,10 +1466,9 @@ def shares(row, seconds, ceilings, name):
 
 REGIONS = ("embed", "qkv", "attention", "out", "mlp", "unembed", "sample", "loss", "cast",
            "optimizer")  # that the model's functions name: jax.named_scope
-SCHEDULED = {"while", "call", "conditional"}  # what runs another computation
 OPERATION = r" +(?:ROOT )?%(?P<name>[\w.-]+) = (?P<shape>.*?) (?P<opcode>[a-z][\w-]*)\((?P<rest>.*)"
 CALLED = r"(?:body|calls|to_apply|true_computation|branch_computations)=\{?%([\w.-]+)"
-WRAPPERS = {"tuple", "get-tuple-element", "parameter", "constant", *SCHEDULED}
+WRAPPERS = {"tuple", "get-tuple-element", "parameter", "constant", "while", "call", "conditional"}
 UNSEEN = {"bitcast", "after-all", "partition-id", "copy-done", "slice-done", "opt-barrier",
           *WRAPPERS}  # take no time
 MOVES = {"copy", "transpose", "bitcast", "slice", "concatenate", "reshape", "broadcast", "pad",
@@ -1525,17 +1522,17 @@ def parse_program(text):
 
 
 def origin(op):
-    """operation -> region, source: its own; or of what is nearest, first of what uses it: compilers
-    drop the names of some operations that they make."""
+    """operation -> dict: region and source, its own; or of what is nearest, first of what uses it:
+    compilers drop the names of some operations that they make."""
     ahead = [op]
     for near in itertools.islice(ahead, 200):  # it grows
         for each in (near, *near.contents):
             if each.region:
-                return each.region, each.source
+                return dict(region=each.region, source=each.source)
         names = {each.name for each in ahead}
         ahead += [each for each in near.users + near.operands
                   if each.opcode not in WRAPPERS and each.name not in names]
-    return None, ""
+    return dict(region=None, source="")
 
 
 def kind_of(op):
@@ -1593,7 +1590,7 @@ def operations(text, job=None):
     def walk(computation, times):
         started = {}
         for op in computation:
-            if op.opcode in SCHEDULED:
+            if op.opcode in WRAPPERS:  # a loop, a call, a branch: others have no body
                 walk(op.body, 1 if op is steps else times * op.trips)
             # a call may wait for call-update, with its data
             if op.opcode in UNSEEN or op.opcode == "call-start" and op.shape.startswith("((), "):
@@ -1604,12 +1601,11 @@ def operations(text, job=None):
                     start.done, start.asynchronous = len(ops), any(
                         not other.number for other in ops[start.start + 1:])
                 continue
-            region, source = origin(op)
+            reads = [size for each in op.operands for size, hbm in arrays(each.shape) if hbm]
             ops.append(SimpleNamespace(
-                name=op.name, shape=op.shape, region=region, source=source, times=times,
-                loop=id(computation), reads=max((
-                    size for each in op.operands for size, hbm in arrays(each.shape) if hbm),
-                    default=0), **facts, asynchronous=False, start=len(ops), done=len(ops) + 1))
+                name=op.name, shape=op.shape, **origin(op), times=times, loop=id(computation),
+                reads=max(reads, default=0), **facts, asynchronous=False, start=len(ops),
+                done=len(ops) + 1))
             if stage:
                 started[key] = ops[-1]
 
@@ -1713,9 +1709,8 @@ def profile(prepared, folder=None):
     spans, places = [], {op.name: (op.region or "?", op.kind, op.source) for op in prepared.ops}
     for row in itertools.chain.from_iterable(plane.lines for plane in planes):
         for event in row.events:
-            name = dict(event.stats).get("hlo_op")
-            if row.name == "XLA Ops":  # a TPU's
-                name = name or event.name.split(" = ")[0].lstrip("%")
+            on_tpu = event.name.split(" = ")[0].lstrip("%") if row.name == "XLA Ops" else ""
+            name = dict(event.stats).get("hlo_op", on_tpu)
             if name in places:
                 spans.append((event.start_ns / 1e9, event.end_ns / 1e9, places[name]))
     took, times, regions, busy, until = Counter(), Counter(), Counter(), 0, 0
@@ -1744,10 +1739,10 @@ def explain(rows):
     """list of rows -> None: prints how far limit, library and measurement differ, why where it is
     most, and what cannot be."""
     print(f"\nof {len(rows)} rows:" if len(rows) > 1 else "")
-    for title in ("took/library", "library/limit", "took/limit"):
-        above, below = (f"{word}_seconds".replace("took", "measured") for word in title.split("/"))
-        ratios = sorted((row[above] / row[below], name_of(row)) for row in rows
-                        if row[above] and row[below])
+    for above, below in (("measured", "library"), ("library", "limit"), ("measured", "limit")):
+        title = f"{above}/{below}".replace("measured", "took")
+        ratios = sorted((row[f"{above}_seconds"] / row[f"{below}_seconds"], name_of(row))
+                        for row in rows if row[f"{above}_seconds"] and row[f"{below}_seconds"])
         if len(ratios) > 1:
             print(f"  {title:13} median {statistics.median(ratio for ratio, _ in ratios):.2f}, "
                   + " to ".join(f"{ratio:.2f} ({name})" for ratio, name in (ratios[0], ratios[-1])))
