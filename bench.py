@@ -1344,9 +1344,9 @@ PROGRAMS = {"train": train_program, "prefill": prefill_program, "generate": gene
 
 def arguments(job, mesh, params, key):
     """Job, Mesh or None, Params, key -> what a step takes: parameters, what it updates, and what it
-    reads. AdamW has float32 masters of its own. All others have a cache of as many slots as a step
-    attends to, and read random tokens; generation starts from zero logits, speculation after a
-    prompt of SENTENCE."""
+    reads. AdamW has float32 masters of its own; serving makes its own cache. All others have a cache
+    of as many slots as a step attends to. All read random tokens, but generation starts from zero
+    logits, and speculation after a prompt of SENTENCE."""
     cfg, B, cost, where = job.cfg, job.batch, COSTS[job.phase](job), where_of(job, mesh)
 
     def random_tokens(B, T):
@@ -1373,7 +1373,7 @@ def arguments(job, mesh, params, key):
 def outcome(job, result):
     """Job, result -> dict: how many steps a run was, and what else its row holds. A step of
     speculation is a round of all rows: the rows that are done wait for the others."""
-    if job.phase == "train" and jax.process_index() == 0:  # on one device it may live there
+    if job.phase == "train" and jax.process_index() == 0:  # the loss may live on one device
         return {"steps": 1, "loss": float(result)}
     if job.phase != "speculate":
         return {"steps": job.new if job.phase == "generate" else 1}
