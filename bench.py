@@ -1344,8 +1344,8 @@ PROGRAMS = {"train": train_program, "prefill": prefill_program, "generate": gene
 
 def arguments(job, mesh, params, key):
     """Job, Mesh or None, Params, key -> what a step takes: parameters, what it updates, and what it
-    reads. AdamW has float32 masters of its own; serving makes its own cache. All others have a cache
-    of as many slots as a step attends to. All read random tokens, but generation starts from zero
+    reads. AdamW has float32 masters of its own; serving makes its own cache. All others have one of
+    as many slots as a step attends to. All read random tokens, but generation starts from zero
     logits, and speculation after a prompt of SENTENCE."""
     cfg, B, cost, where = job.cfg, job.batch, COSTS[job.phase](job), where_of(job, mesh)
 
