@@ -1213,16 +1213,15 @@ generate_jit = jax.jit(generate, static_argnames=("n", "cfg", "sampling", "end")
                        donate_argnames=("cache", "logits"))
 
 
-KERNELS = {"plain": (causal_attention, cached_attention), "splash": (splash, cached_attention),
-           "cudnn": (cudnn, cudnn)}  # Job.attention: of a prompt, and to a cache
+# Job.attention, where it is not plain: of a prompt, and to a cache
+KERNELS = {"plain": {}, "splash": {"causal": splash}, "cudnn": {"causal": cudnn, "cached": cudnn}}
 
 
 def where_of(job, mesh):
     """Job, Mesh or None -> where its functions run: here, or split as the job says."""
-    causal, cached = KERNELS[job.attention]
     if mesh and job.layout:
-        return shard.Where(mesh, job.layout, job.ring, job.sums, causal, cached)
-    return HERE._replace(causal=causal, cached=cached)
+        return shard.Where(mesh, job.layout, job.ring, job.sums, **KERNELS[job.attention])
+    return HERE._replace(**KERNELS[job.attention])
 
 
 def bound(fn, job, mesh, **how):
@@ -1230,15 +1229,22 @@ def bound(fn, job, mesh, **how):
     return partial(fn, cfg=job.cfg, where=where_of(job, mesh), **how)
 
 
-def random_tokens(job, T, key):
-    """Job, int, key -> BT."""
-    return jax.random.randint(key, (job.batch, T), 0, job.cfg.V)
+def train_program(job, mesh, _, state, tokens):
+    """Job, Mesh, None, state, B(T+1) -> state, loss: a whole step of AdamW."""
+    causal = where_of(job, mesh).causal
+    own_loss = {
+        "here": partial(loss, causal=causal), "compiler": partial(shard.fsdp_loss, mesh=mesh),
+        "hand": partial(shard.sharded_loss, mesh=mesh, ring=job.ring, keep=job.kept, sums=job.sums,
+                        causal=causal)}[job.by if mesh else "here"]
+    *state, value = train_step(*state, tokens, job.cfg, 1e-4, own_loss)
+    return tuple(state), value
 
 
-def empty_cache(job, mesh, S):
-    """Job, Mesh or None, int -> Cache: of S slots a row, or as many more as their split needs."""
-    cache = init_cache(job.cfg, job.batch, slots(job, S), job.cache)
-    return where_of(job, mesh).move(cache) if mesh else cache
+def prefill_program(job, mesh, params, cache, tokens):
+    """Job, Mesh, Params, Cache, BT -> Cache, logits: into a cache that is full then."""
+    read = bound(prefill, job, mesh, rows=None if mesh else rows_at_a_time(job))
+    logits, cache = read(params, cache, tokens, jnp.full(job.batch, job.prompt))
+    return cache, logits
 
 
 def at_length(cache, length):
@@ -1246,108 +1252,81 @@ def at_length(cache, length):
     return cache._replace(length=jnp.full_like(cache.length, length))
 
 
-def train_program(job, mesh):
-    """Job, Mesh -> step, make: a whole step of AdamW, from float32 masters of its own."""
-    def make(params, key):
-        params = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params)  # a copy
-        params = shard.stack(params) if mesh and job.by == "hand" else params
-        return None, (params, adam_init(params)), random_tokens(job, job.prompt + 1, key)
-
-    causal, _ = KERNELS[job.attention]
-    own_loss = {
-        "here": partial(loss, causal=causal), "compiler": partial(shard.fsdp_loss, mesh=mesh),
-        "hand": partial(shard.sharded_loss, mesh=mesh, ring=job.ring, keep=job.kept, sums=job.sums,
-                        causal=causal)}[job.by if mesh else "here"]
-
-    def step(_, state, tokens):
-        *state, value = train_step(*state, tokens, job.cfg, 1e-4, own_loss)
-        return tuple(state), value
-
-    return step, make
+def generate_program(job, mesh, params, state, _):
+    """Job, Mesh, Params, state, None -> state, tokens: all new tokens in one scan, greedily."""
+    cache, logits = state
+    tokens, logits, cache = bound(generate, job, mesh)(
+        params, at_length(cache, job.prompt), logits, jax.random.key(0), job.new)
+    return (cache, logits), tokens
 
 
-def prefill_program(job, mesh):
-    """Job, Mesh -> step, make: into a cache that is full then."""
-    read = bound(prefill, job, mesh, rows=None if mesh else rows_at_a_time(job))
-
-    def step(params, cache, tokens):
-        logits, cache = read(params, cache, tokens, jnp.full(job.batch, job.prompt))
-        return cache, logits
-
-    return step, lambda params, key: (params, empty_cache(job, mesh, job.prompt),
-                                      random_tokens(job, job.prompt, key))
+def verify_program(job, mesh, params, cache, tokens):
+    """Job, Mesh, Params, Cache, BT -> Cache, logits: the last token and n_draft more, all of which
+    make logits."""
+    x, cache = bound(extend, job, mesh)(params, at_length(cache, job.prompt), tokens)
+    return cache, where_of(job, mesh).unembed(params, x, job.cfg)
 
 
-def generate_program(job, mesh):
-    """Job, Mesh -> step, make: all new tokens in one scan, greedily, from random logits."""
-    def step(params, state, _):
-        tokens, logits, cache = bound(generate, job, mesh)(
-            params, at_length(state[0], job.prompt), state[1], jax.random.key(0), job.new)
-        return (cache, logits), tokens
-
-    def make(params, key):
-        logits = jax.random.normal(key, (job.batch, job.cfg.V), "float32")
-        return params, (empty_cache(job, mesh, job.prompt + job.new), logits), None
-
-    return step, make
+def speculate_program(job, mesh, params, cache, text):
+    """Job, Mesh, Params, Cache, BS -> Cache, counts: rounds of n-grams and their verification. The
+    last token of the prompt is read with the draft."""
+    run = bound(speculate, job, mesh, draft=ngram_draft, state=None, n_draft=job.n_draft)
+    _, cache, _, counts = run(params, at_length(cache, job.prompt - 1), text, jax.random.key(0),
+                              job.new)
+    return cache, counts
 
 
-def verify_program(job, mesh):
-    """Job, Mesh -> step, make: the last token and n_draft more, all of which make logits."""
-    def step(params, cache, tokens):
-        x, cache = bound(extend, job, mesh)(params, at_length(cache, job.prompt), tokens)
-        return cache, where_of(job, mesh).unembed(params, x, job.cfg)
-
-    return step, lambda params, key: (params, empty_cache(job, mesh, job.most_slots),
-                                      random_tokens(job, job.n_draft + 1, key))
-
-
-def speculate_program(job, mesh):
-    """Job, Mesh -> step, make: rounds of n-grams and their verification, after a prompt of
-    SENTENCE. The last token of the prompt is read with the draft."""
-    T, run = job.prompt, bound(speculate, job, mesh, draft=ngram_draft, state=None)
-
-    def step(params, cache, text):
-        _, cache, _, counts = run(params, at_length(cache, T - 1), text, jax.random.key(0), job.new,
-                                  n_draft=job.n_draft)
-        return cache, counts
-
-    def make(params, key):
-        prompt = jnp.tile(np.resize(byte_tokens(SENTENCE), T) % job.cfg.V, (job.batch, 1))
-        _, cache = prefill_jit(params, empty_cache(job, None, job.most_slots), prompt,
-                               jnp.full(job.batch, T), job.cfg)
-        return params, where_of(job, mesh).move(cache) if mesh else cache, jnp.pad(
-            prompt, ((0, 0), (0, job.most_slots - T)))
-
-    return step, make
-
-
-def serve_program(job, mesh):
-    """Job, Mesh -> step, make: REQUESTS for each of B rows."""
-    many, S, stride = replace(job, batch=REQUESTS * job.batch), job.prompt + job.new, min(
-        STRIDE, job.new)
-    run = bound(serve, job, mesh, B=job.batch, S=S, n=job.new, key=jax.random.key(0),
-                stride=stride, cache_dtype=job.cache)
-    return lambda params, _, prompts: (None, dict(run(params, np.asarray(prompts)))), \
-        lambda params, key: (params, None, random_tokens(many, job.prompt, key))
+def serve_program(job, mesh, params, _, prompts):
+    """Job, Mesh, Params, None, prompts -> None, dict: REQUESTS for each of B rows."""
+    run = bound(serve, job, mesh, B=job.batch, S=job.prompt + job.new, n=job.new,
+                key=jax.random.key(0), stride=min(STRIDE, job.new), cache_dtype=job.cache)
+    return None, dict(run(params, np.asarray(prompts)))
 
 
 PROGRAMS = {"train": train_program, "prefill": prefill_program, "generate": generate_program,
             "verify": verify_program, "speculate": speculate_program, "serve": serve_program}
 
 
+def arguments(job, mesh, params, key):
+    """Job, Mesh or None, Params, key -> what a step takes: parameters, what it updates, and what it
+    reads. AdamW has float32 masters of its own; serving makes its own cache. All others have one of
+    as many slots as a step attends to. All read random tokens, but generation starts from zero
+    logits, and speculation after a prompt of SENTENCE."""
+    cfg, B, cost, where = job.cfg, job.batch, COSTS[job.phase](job), where_of(job, mesh)
+
+    def random_tokens(B, T):
+        return jax.random.randint(key, (B, T), 0, cfg.V)
+
+    if job.phase == "train":
+        params = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params)  # a copy
+        params = shard.stack(params) if mesh and job.by == "hand" else params
+        return None, (params, adam_init(params)), random_tokens(B, cost.T + 1)
+    if job.phase == "serve":
+        return params, None, random_tokens(REQUESTS * B, job.prompt)
+    if job.phase == "speculate":
+        prompt = jnp.tile(np.resize(byte_tokens(SENTENCE), job.prompt) % cfg.V, (B, 1))
+        _, cache = prefill_jit(params, init_cache(cfg, B, cost.S, job.cache), prompt,
+                               jnp.full(B, job.prompt), cfg)
+        text = jnp.pad(prompt, ((0, 0), (0, job.most_slots - job.prompt)))
+        return params, where.move(cache) if mesh else cache, text
+    cache, logits = where.empty(cfg, B, cost.S, job.cache)
+    if job.phase == "generate":
+        return params, (cache, logits), None
+    return params, cache, random_tokens(B, cost.T)
+
+
 def outcome(job, result):
     """Job, result -> dict: how many steps a run was, and what else its row holds. A step of
     speculation is a round of all rows: the rows that are done wait for the others."""
-    if job.phase == "train":
-        return {} if jax.process_index() else {"loss": float(result)}  # it may live on one device
+    if job.phase == "train" and jax.process_index() == 0:  # the loss may live on one device
+        return {"steps": 1, "loss": float(result)}
     if job.phase != "speculate":
         return {"steps": job.new if job.phase == "generate" else 1}
     counts = np.asarray(result)  # of rounds in which 0, 1, .. n_draft were accepted
     rounds, accepted = counts.sum(1), counts @ np.arange(job.n_draft + 1)
+    mean = accepted.sum() / rounds.sum()
     return {"steps": int(rounds.max()), "tokens": float((rounds + accepted).sum() / rounds.max()),
-            "acceptance": float(accepted.sum() / rounds.sum() / job.n_draft),
-            "tokens_per_round": float(1 + accepted.sum() / rounds.sum())}
+            "acceptance": float(mean / job.n_draft), "tokens_per_round": float(1 + mean)}
 
 
 def in_dtype(job, params):
@@ -1370,35 +1349,34 @@ def mesh_of(job, devices=None):
 def prepare(job, params=None, seed=0):
     """Job, Params or None, int -> namespace: its step and arguments: parameters, what it updates,
     and what it reads; made here, where they stay, or shapes of them for chips that are not here."""
-    devices, facts = chip_devices(job.chip, job.chips) if job.chip else (jax.devices(), {})
+    devices, facts = chip_devices(job.chip, job.chips) if job.chip else (None, {})
     mesh, key = mesh_of(job, devices), jax.random.key(seed)
-    step, make = PROGRAMS[job.phase](job, mesh)
 
-    def make_all(key):
-        return make(draw(job, key), key)
+    def make(key, params=None):
+        return arguments(job, mesh, params or draw(job, key), key)
 
-    if not job.chip and mesh is None or job.phase == "serve":
-        args = make(draw(job, key) if params is None else params, key)
+    if not (job.chip or mesh) or job.phase == "serve":
+        args = make(key, params)
     else:
-        where, rules = where_of(job, mesh), {**shard.TENSOR, **shard.FSDP}
-        rules = where.rules if job.layout else rules if job.by == "hand" else shard.FSDP
-        shardings = shard.argument_shardings(jax.eval_shape(make_all, key), job.cfg, mesh, rules,
-                                             where) \
-            if mesh else jax.sharding.SingleDeviceSharding(devices[0])
-        placed = jax.jit(make_all, out_shardings=shardings)
+        where, shapes = where_of(job, mesh), jax.eval_shape(make, key)
+        rules = where.rules if job.layout else {
+            "hand": shard.TENSOR | shard.FSDP, "compiler": shard.FSDP}[job.by]
+        shardings = shard.argument_shardings(shapes, job.cfg, mesh, rules, where) if mesh \
+            else jax.sharding.SingleDeviceSharding(devices[0])
+        placed = jax.jit(make, out_shardings=shardings)
         args = placed.eval_shape(key) if job.chip else placed(key)
-    return SimpleNamespace(job=job, mesh=mesh, step=step, args=args, facts=facts, ops=None)
+    return SimpleNamespace(job=job, mesh=mesh, step=partial(PROGRAMS[job.phase], job, mesh),
+                           args=args, facts=facts, ops=None)
 
 
 def sent(job):
     """Job -> dict or None: what a step sends, by the closed forms: of FSDP's weights, or of tensor
     parallelism; None where there is no closed form."""
-    events = Counter()
-    if job.phase != "train":
-        for times, step in step_events(job).values():
-            events += shard.repeat(times, step)
-    elif math.prod(job.tensor) == job.axes.get("context", 1) == 1:
-        events = shard.fsdp_comm(job.cfg, shard.as_axes(job.axes["data"]))
+    if job.phase == "train":
+        alone = math.prod(job.tensor) == job.axes.get("context", 1) == 1
+        events = shard.fsdp_comm(job.cfg, shard.as_axes(job.axes["data"])) if alone else Counter()
+    else:
+        events = sum((shard.repeat(*step) for step in step_events(job).values()), Counter())
     return shard.tally(events) or None
 
 
@@ -1411,10 +1389,11 @@ def measure(prepared, step):
         return result
 
     prepared.call = call
-    facts = {"steps": 1} | outcome(prepared.job, call())
-    times = [seconds / facts["steps"] for seconds in seconds_of(
-        call, seconds=0.3 if jax.process_count() == 1 else 0)]  # as many runs in every process
-    return facts | {"measured_seconds": statistics.median(times), "runs": len(times)}
+    facts = outcome(prepared.job, call())
+    # several processes must make as many runs each: one
+    times = seconds_of(call, seconds=0.3 if jax.process_count() == 1 else 0)
+    return facts | {"measured_seconds": statistics.median(times) / facts["steps"],
+                    "runs": len(times)}
 
 
 def shares(row, seconds, ceilings, name):
@@ -1432,9 +1411,9 @@ def shares(row, seconds, ceilings, name):
 
 REGIONS = ("embed", "qkv", "attention", "out", "mlp", "unembed", "sample", "loss", "cast",
            "optimizer")  # that the model's functions name: jax.named_scope
-SCHEDULED = {"while": "body", "call": "to_apply", "conditional":
-             "true_computation|branch_computations"}  # what runs another computation, and which
-WRAPPERS = {"tuple", "get-tuple-element", "parameter", "constant", *SCHEDULED}
+OPERATION = r" +(?:ROOT )?%(?P<name>[\w.-]+) = (?P<shape>.*?) (?P<opcode>[a-z][\w-]*)\((?P<rest>.*)"
+CALLED = r"(?:body|calls|to_apply|true_computation|branch_computations)=\{?%([\w.-]+)"
+WRAPPERS = {"tuple", "get-tuple-element", "parameter", "constant", "while", "call", "conditional"}
 UNSEEN = {"bitcast", "after-all", "partition-id", "copy-done", "slice-done", "opt-barrier",
           *WRAPPERS}  # take no time
 MOVES = {"copy", "transpose", "bitcast", "slice", "concatenate", "reshape", "broadcast", "pad",
@@ -1452,60 +1431,53 @@ def arrays(shape):
 
 def first_group(pattern, line):
     """str, str -> str: what the pattern's group matches, or nothing."""
-    match = re.search(pattern, line)
-    return match[1] if match else ""
+    return next(iter(re.findall(pattern, line)), "")
 
 
 @lru_cache(maxsize=1)
 def parse_program(text):
-    """str -> dict: computations, each a list of operations in the order of its schedule; what runs
-    first is the last one. An operation runs the computation `body`, a list, `trips` times;
-    `contents` is itself, or what a fusion holds; `users` are what takes its result."""
+    """str -> list: the operations of what runs first, in the order of its schedule. An operation
+    runs the operations of its `body` `trips` times; `contents` is itself, or what a fusion holds;
+    `users` are what takes its result."""
     ops, computations, computation = {}, {}, []
     for line in text.splitlines():
-        match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)", line)
-        if match:
-            name, shape, opcode, rest = match.groups()
-            called = SCHEDULED.get(opcode.removesuffix("-start"), "calls")
-            calls, condition = (first_group(rf"(?:{word})=\{{?%?([\w.\-]+)", line)
-                                for word in (called, "condition"))
+        if match := re.match(OPERATION, line):
+            op = SimpleNamespace(**match.groupdict(), line=line, users=[])
+            op.operands = [ops[word] for word in re.findall(
+                r"%([\w.-]+)", op.rest.split("), ")[0]) if word in ops]
+            op.calls = first_group(CALLED, line)
+            op.body = computations.get(op.calls, [])
             limits = re.findall(r'known_trip_count":\{"n":"(\d+)"', line) or [
-                limit for other in computations.get(condition, ())
+                limit for other in computations.get(first_group(r"condition=%([\w.-]+)", line), ())
                 for limit in re.findall(r"s32\[\]\S* constant\((\d+)\)", other.line)]
-            operands = [ops[word] for word in re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
-                        if word in ops]
-            path = re.split(r"[/()]+", first_group(r'op_name="([^"]*)"', line))
-            body = computations.get(calls, [])
-            op = ops[name] = SimpleNamespace(
-                name=name, opcode=opcode, shape=shape, line=line, operands=operands, users=[],
-                calls=calls, body=body, trips=int(limits[0]) if len(limits) == 1 else 1,
-                kind=re.sub("collective-|-(start|done)$", "", opcode).replace("-", "_"),
-                region=next((word for word in reversed(path) if word in REGIONS), None),
-                source=path[-1])
-            op.contents = operands[0].contents if opcode == "call-update" else [
-                each for inner in body for each in inner.contents] if opcode in (
+            op.trips = int(limits[0]) if len(limits) == 1 else 1
+            op.kind = re.sub("collective-|-(start|done)$", "", op.opcode).replace("-", "_")
+            *_, op.source = path = re.split(r"[/()]+", first_group(r'op_name="([^"]*)"', line))
+            op.region = next((word for word in reversed(path) if word in REGIONS), None)
+            op.contents = op.operands[0].contents if op.opcode == "call-update" else [
+                each for inner in op.body for each in inner.contents] if op.opcode in (
                     "fusion", "async-start", "call-start") else [op]
+            ops[op.name] = op
             computation.append(op)
-            for operand in operands:
+            for operand in op.operands:
                 operand.users.append(op)
-        elif line.endswith("{") and not line.startswith(("HloModule", " ")):
-            computation = computations[first_group(r"^(?:ENTRY )?%?([\w.\-]+)", line)] = []
-    return computations
+        elif header := re.match(r"(?:ENTRY )?%([\w.-]+) \(.*\{$", line):
+            computation = computations[header[1]] = []
+    return computation
 
 
 def origin(op):
-    """operation -> region, source: its own; or of what is nearest, first of what uses it: compilers
-    drop the names of some operations that they make."""
-    seen, ahead = set(), [op]
-    while ahead and len(seen) < 200:
-        near = ahead.pop(0)
+    """operation -> dict: region and source, its own; or of what is nearest, first of what uses it:
+    compilers drop the names of some operations that they make."""
+    ahead = [op]
+    for near in itertools.islice(ahead, 200):  # it grows
         for each in (near, *near.contents):
             if each.region:
-                return each.region, each.source
-        if near.name not in seen:
-            seen.add(near.name)
-            ahead += [each for each in near.users + near.operands if each.opcode not in WRAPPERS]
-    return None, ""
+                return dict(region=each.region, source=each.source)
+        names = {each.name for each in ahead}
+        ahead += [each for each in near.users + near.operands
+                  if each.opcode not in WRAPPERS and each.name not in names]
+    return dict(region=None, source="")
 
 
 def kind_of(op):
@@ -1520,31 +1492,33 @@ def group_size(line, devices):
     """str, int -> int: devices that a collective is among, of so many."""
     if sizes := first_group(r"groups=\[\d+,(\d+)\]", line):
         return int(sizes)
-    if mesh := re.search(r"groups=@?mesh\[(.*?)\] ?\{(.*?)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    if axes := first_group(r"groups=@?mesh\[.*?\] ?\{(.*?)\}", line):
+        return math.prod(int(first_group(rf"{axis}=(\d+)", line)) for axis in axes.split(","))
     group = re.search(r"(?:groups|pairs)=\{\{?([\d,]*)\}", line)
     require(group, f"a collective among unknown devices: {line.strip()[:200]}")
     return len(re.findall(r"\d+", group[1])) or devices
 
 
 def transfer(op, devices):
-    """operation, int -> namespace or None: what it has to do with a collective. On a TPU one may
-    hide in a fusion: a scatter as an all-reduce of which a part is kept; a gather in what starts
-    it, in each matmul beside it, and in what ends it."""
+    """operation, int -> str, key, dict: what it has to do with a collective: its stage, start,
+    update or done, if it is asynchronous; what its stages have in common; and what `operations`
+    says of it. On a TPU a collective may hide in a fusion: a scatter as an all-reduce of which a
+    part is kept; a gather in what starts it, in each matmul beside it, and in what ends it."""
     first = op.operands[0] if op.opcode.endswith("-done") else op
     inner = next((inner for inner in first.contents if inner.kind in shard.SENT), None)
     named = first_group("-(start|update|done)$", op.opcode)
     stage = named or first_group("AsyncCollective(Start|Done)", " ".join(
-        inner.line for inner in first.contents if inner.opcode == "custom-call")).lower()
+        each.line for each in first.contents)).lower()
     if inner is None or not stage and "async_collective" in op.calls:
-        return None
-    given = [arrays(each.shape) for each in op.operands if each.opcode != "call-start"]
+        cycles = first_group(r'"estimated_cycles":"(\d{1,12})"', op.line)  # longer where unknown
+        return "", None, dict(kind=kind_of(op), cycles=int(cycles or 0), number=0, sent=0, n=0)
+    given = [sum(size for size, _ in arrays(each.shape)) for each in op.operands
+             if each.opcode != "call-start"]
     kind = "reduce_scatter" if "all-reduce-scatter" in op.calls else inner.kind
-    n, size = group_size(inner.line, devices), sum(size for part in given for size, _ in part)
-    return SimpleNamespace(
-        kind=kind, number=sum(map(bool, given)), n=n, sent=shard.SENT[kind](size, n), stage=stage,
-        key=first.name if named else tuple(re.findall(r"channel_id=\d+", inner.line)))
+    n = group_size(inner.line, devices)
+    key = first.name if named else tuple(re.findall(r"channel_id=\d+", inner.line))
+    return stage, key, dict(kind=kind, cycles=0, number=sum(map(bool, given)),
+                            sent=shard.SENT[kind](sum(given), n), n=n)
 
 
 def operations(text, job=None):
@@ -1552,39 +1526,33 @@ def operations(text, job=None):
     schedule; `times` is how often a step runs one, 0 where it stands around the loop of steps. A
     collective is asynchronous where anything else stands between its `start`, a place in this list,
     and `done`."""
-    *_, entry = parse_program(text).values()
-    devices = int(first_group(r"num_partitions=(\d+)", text.split("\n", 1)[0]) or 1)
-    steps, ops = None, []
-    if job and job.phase in ("generate", "speculate"):
-        steps = max((op for op in entry if op.opcode == "while"), key=lambda op: len(op.body),
-                    default=None)
+    entry, ops = parse_program(text), []
+    devices = int(first_group(r"num_partitions=(\d+)", text) or 1)
+    loops = [op for op in entry if op.opcode == "while" and job and job.phase in (
+        "generate", "speculate")]
+    steps = max(loops, key=lambda op: len(op.body), default=None)
 
     def walk(computation, times):
         started = {}
         for op in computation:
-            if op.opcode in SCHEDULED and op.body:
+            if op.opcode in WRAPPERS:  # a loop, a call, a branch: others have no body
                 walk(op.body, 1 if op is steps else times * op.trips)
-            if op.opcode in UNSEEN or (  # a call may wait for call-update, with its data
-                    op.opcode == "call-start" and op.shape.startswith("((), ")):
+            # a call may wait for call-update, with its data
+            if op.opcode in UNSEEN or op.opcode == "call-start" and op.shape.startswith("((), "):
                 continue
-            link = transfer(op, devices)
-            if link and link.stage == "done":
-                if start := started.get(link.key):
+            stage, key, facts = transfer(op, devices)
+            if stage == "done":
+                if start := started.get(key):
                     start.done, start.asynchronous = len(ops), any(
                         not other.number for other in ops[start.start + 1:])
                 continue
-            region, source = origin(op)
-            cycles = int(first_group(r'"estimated_cycles":"(\d+)"', op.line) or 0)
+            reads = [size for each in op.operands for size, hbm in arrays(each.shape) if hbm]
             ops.append(SimpleNamespace(
-                name=op.name, shape=op.shape, region=region, source=source, times=times,
-                kind=link.kind if link else kind_of(op), loop=id(computation),
-                cycles=0 if link else cycles if cycles < 1e12 else 0,  # more where there is none
-                reads=max((size for each in op.operands for size, hbm in arrays(each.shape) if hbm),
-                          default=0),
-                number=link.number if link else 0, sent=link.sent if link else 0,
-                n=link.n if link else 0, asynchronous=False, start=len(ops), done=len(ops) + 1))
-            if link and link.stage:
-                started[link.key] = ops[-1]
+                name=op.name, shape=op.shape, **origin(op), times=times, loop=id(computation),
+                reads=max(reads, default=0), **facts, asynchronous=False, start=len(ops),
+                done=len(ops) + 1))
+            if stage:
+                started[key] = ops[-1]
 
     walk(entry, 0 if steps else 1)
     return ops
@@ -1595,19 +1563,17 @@ def collectives(ops):
     asynchronous."""
     sums = {}
     for op in ops:
-        if op.number and op.times:
-            kind = sums.setdefault(op.kind, Counter(number=0, bytes=0, asynchronous=0))
-            kind.update(number=op.number * op.times, bytes=op.sent * op.times,
-                        asynchronous=op.number * op.times * op.asynchronous)
+        if number := op.number * op.times:
+            sums.setdefault(op.kind, Counter()).update(
+                number=number, bytes=op.sent * op.times, asynchronous=number * op.asynchronous)
     return sums
 
 
 def copied_bytes(ops, text):
     """list of operations, str -> int: bytes that a step copies, from memory to memory, of arrays as
     large as one of the program's arguments of two dimensions or more: a weight or a cache."""
-    *_, entry = parse_program(text).values()
-    sizes = {arrays(op.shape)[0] for op in entry if op.opcode == "parameter"
-             and re.search(r"\d,\d", op.shape)}
+    sizes = {arrays(op.shape)[0] for op in parse_program(text)
+             if op.opcode == "parameter" and re.search(r"\d,\d", op.shape)}
     return sum(copied[0] * op.times for op in ops if op.kind == "copy"
                for copied in arrays(op.shape)[:1] if copied in sizes and op.reads >= copied[0])
 
@@ -1618,11 +1584,11 @@ def by_cycles(ops, job):
     asynchronous; and the operations. They are estimates, and no sum of them is a time."""
     target, regions, waits = TARGETS[job.chip], Counter(), Counter()
     link, shape = links_of(job)
-    links = link / target.devices, (*shape, target.devices)
     for op in ops:
         op.seconds = op.cycles / target.clock
         if op.number:
-            op.seconds = shard.link_seconds(op.kind, op.sent, op.n, *links)
+            op.seconds = shard.link_seconds(op.kind, op.sent, op.n, link / target.devices,
+                                            (*shape, target.devices))
             waits[op.asynchronous] += op.times * op.seconds
         elif op.cycles * op.times:
             regions[op.region or "?"] += op.times * op.seconds
@@ -1638,25 +1604,25 @@ def inspect(prepared, traced=False):
     When it is traced, turn off GPU command buffers: a trace cannot tell apart kernels launched
     together."""
     job, step, args = prepared.job, prepared.step, prepared.args
-    by_hand = prepared.mesh is not None and job.by == "hand"
-    options = {"xla_gpu_enable_command_buffer": ""} \
-        if traced and not job.chip and jax.default_backend() == "gpu" else {}
-    if job.flags == "on":  # libtpu fuses gathers with matmuls on v5e alone: others' were wrong
-        options = {flag: "true" for flag in FLAGS
-                   if job.chip == "tpu-v5e" or "fuse_all_gather" not in flag}
+    on_tpu, by_hand = job.chip.startswith("tpu"), prepared.mesh and job.by == "hand"
+    # libtpu fuses gathers with matmuls on v5e alone: others' were wrong
+    flags = [flag for flag in FLAGS if job.chip == "tpu-v5e" or "fuse_all_gather" not in flag]
+    options = dict.fromkeys(flags, "true") if job.flags == "on" else {}
+    if traced and jax.default_backend() == "gpu":
+        options = {"xla_gpu_enable_command_buffer": ""}
     compiled, refusal = compiled_with(jax.jit(step, donate_argnums=1).lower(*args), options)
     sizes = shard.device_bytes(args)
-    facts = {"formula": sizes, "formula_bytes": sum(sizes.values()), "fits": False}
-    facts |= prepared.facts | refusal
+    facts = {"formula": sizes, "formula_bytes": sum(sizes.values()), "fits": False,
+             **prepared.facts, **refusal}
     if compiled is None:
         return None, facts
     memory, text = compiled.memory_analysis(), compiled.as_text()
     facts |= {f"{name}_bytes": getattr(memory, f"{name}_size_in_bytes")
               for name in ("argument", "output", "alias", "temp")}
-    peak = facts["argument_bytes"] + facts["output_bytes"] + facts["temp_bytes"]
-    facts["peak_bytes"] = peak - facts["alias_bytes"]
+    facts["peak_bytes"] = (memory.argument_size_in_bytes + memory.output_size_in_bytes
+                           + memory.temp_size_in_bytes - memory.alias_size_in_bytes)
     most = facts.get("memory_bytes") or free_memory()
-    facts["fits"] = job.chip.startswith("tpu") or facts["peak_bytes"] <= most
+    facts["fits"] = on_tpu or facts["peak_bytes"] <= most
     steps = job.new if job.phase == "generate" else 1
     with suppress(ValueError):  # a loop of unknown length
         facts["program_flops"] = traced_flops(step, *args) // steps * (
@@ -1667,76 +1633,69 @@ def inspect(prepared, traced=False):
                             shard.traced_comm(step, *args).items()}
     ops = prepared.ops = operations(text, job)
     facts |= {"collectives": collectives(ops), "copies": copied_bytes(ops, text)}
-    return compiled, facts | (by_cycles(ops, job) if job.chip.startswith("tpu") else {})
+    return compiled, facts | (by_cycles(ops, job) if on_tpu else {})
 
 
 # ------------------------------------------------------------------------------------------ profile
 
 
-def trace(call, folder):
-    """call, path -> wall seconds, list of (start, end, operation). Leaves a trace in the folder
-    that Perfetto and XProf show."""
-    options, spans = jax.profiler.ProfileOptions(), []
-    options.python_tracer_level = 0
-    with jax.profiler.trace(str(folder), create_perfetto_trace=True, profiler_options=options):
-        start = time.perf_counter()
-        call()
-        wall = time.perf_counter() - start
-    file = max(Path(folder).glob("**/*.xplane.pb"), key=os.path.getmtime)
-    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-        for row, event in ((row, event) for row in plane.lines for event in row.events):
-            name = dict(event.stats).get("hlo_op")
-            if name is None and row.name == "XLA Ops":  # a TPU's
-                name = event.name.split(" = ")[0].lstrip("%")
-            if name is not None:
-                spans.append((event.start_ns / 1e9, event.end_ns / 1e9, name))
-    return wall, spans
-
-
 def profile(prepared, folder=None):
     """namespace, path -> dict: operations by time, and shares of regions, of the time that all
-    took, which on a CPU overlap; "idle" is the share of the wall time when none ran."""
+    took, which on a CPU overlap; "idle" is the share of the wall time when none ran. Leaves a trace
+    in the folder that Perfetto and XProf show."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as temporary:
-        wall, spans = trace(prepared.call, folder or temporary)
-    places = {op.name: (op.region or "?", op.kind, op.source) for op in prepared.ops}
-    groups, busy, until, regions = {}, 0, 0, Counter()
-    for start, end, name in sorted(span for span in spans if span[2] in places):
-        groups.setdefault(places[name], []).append(end - start)
-        regions[places[name][0]] += end - start
+        folder = str(folder or temporary)
+        with jax.profiler.trace(folder, create_perfetto_trace=True, profiler_options=options):
+            wall, = seconds_of(prepared.call, seconds=0)
+        file = max(Path(folder).glob("**/*.xplane.pb"), key=os.path.getmtime)
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    spans, places = [], {op.name: (op.region or "?", op.kind, op.source) for op in prepared.ops}
+    for row in itertools.chain.from_iterable(plane.lines for plane in planes):
+        for event in row.events:
+            on_tpu = event.name.split(" = ")[0].lstrip("%") if row.name == "XLA Ops" else ""
+            name = dict(event.stats).get("hlo_op", on_tpu)
+            if name in places:
+                spans.append((event.start_ns / 1e9, event.end_ns / 1e9, places[name]))
+    took, times, regions, busy, until = Counter(), Counter(), Counter(), 0, 0
+    for start, end, place in sorted(spans):
+        took[place] += end - start
+        times[place] += 1
+        regions[place[0]] += end - start
         busy += max(0, end - max(start, until))
         until = max(until, end)
-    total = sum(regions.values()) or 1
-    longest = sorted(groups.items(), key=lambda group: -sum(group[1]))
+    total = took.total() or 1
     return {"operations": [
-        dict(share=sum(seconds) / total, times=len(seconds), region=region, kind=kind,
-             source=source) for (region, kind, source), seconds in longest],
+        dict(zip(("region", "kind", "source"), place), share=seconds / total, times=times[place])
+        for place, seconds in took.most_common()],
         "regions": {region: seconds / total for region, seconds in regions.most_common()},
         "idle": max(0, 1 - busy / wall)}
 
 
 def name_of(row):
     """row -> str: what tells it apart."""
-    kind = [row["int8"] or row["dtype"]] + ["int8 cache"] * (row["cache"] == "int8")
-    return " ".join([row["phase"], *kind]) + f" B={row['batch']}" + "".join(
-        f" {key}={row[key]}" for key in ("kv_heads", "ring") if row[key])
+    return (f"{row['phase']} {row['int8'] or row['dtype']}"
+            + " int8 cache" * (row["cache"] == "int8") + f" B={row['batch']}"
+            + "".join(f" {key}={row[key]}" for key in ("kv_heads", "ring") if row[key]))
 
 
 def explain(rows):
     """list of rows -> None: prints how far limit, library and measurement differ, why where it is
     most, and what cannot be."""
     print(f"\nof {len(rows)} rows:" if len(rows) > 1 else "")
-    for title, above, below in (("took/library", "measured_seconds", "library_seconds"),
-                                ("library/limit", "library_seconds", "limit_seconds"),
-                                ("took/limit", "measured_seconds", "limit_seconds")):
-        ratios = sorted((row[above] / row[below], name_of(row)) for row in rows
-                        if row[above] and row[below])
+    for above, below in (("measured", "library"), ("library", "limit"), ("measured", "limit")):
+        title = f"{above}/{below}".replace("measured", "took")
+        ratios = sorted((row[f"{above}_seconds"] / row[f"{below}_seconds"], name_of(row))
+                        for row in rows if row[f"{above}_seconds"] and row[f"{below}_seconds"])
         if len(ratios) > 1:
             print(f"  {title:13} median {statistics.median(ratio for ratio, _ in ratios):.2f}, "
                   + " to ".join(f"{ratio:.2f} ({name})" for ratio, name in (ratios[0], ratios[-1])))
             if title == "took/library":
                 error = statistics.median(abs(ratio - 1) for ratio, _ in ratios)
                 print(f"{'':16}median of |took/library - 1| {error:.0%}")
-    for name, row in zip(map(name_of, rows), rows):
+    for row in rows:
+        name = name_of(row)
         if None in (row["mfu"], row["mbu"]):
             print(f"error: {name}: faster than a ceiling: it was measured too low (was another "
                   "program running?), or what is read stays in a cache (choose a larger model)")
@@ -1756,8 +1715,7 @@ def explain(rows):
                   f"{cell('share', profile['regions'])}; no operation runs for "
                   f"{profile['idle']:.0%}")
             for op in profile["operations"][:3]:
-                print(f"  {op['share']:6.1%} x{op['times']:<5} {op['region']:10} {op['kind']:12} "
-                      f"{op['source']}")
+                print("  {share:6.1%} x{times:<5} {region:10} {kind:12} {source}".format(**op))
 
 
 # ---------------------------------------------------------------------------------------- real text
