@@ -1965,24 +1965,43 @@ def load_split(job):
     return job, where_of(job, mesh).place(params, job.cfg) if mesh else params
 
 
-def generating(job, mesh, params, cache, latest, prompt, key, sampling, end, draft=None):
-    """-> iterator of (tokens, rounds): compiles, then gives all tokens made so far, and in how many
-    rounds of a draft. What is known of the next token is `latest`: its logits; with a draft, the
-    text, whose last token the cache lacks."""
-    T, tokens, rounds, state = prompt.shape[1], [], 0, {}
+def generating(args, job, params, prompt, sampling, end):
+    """-> iterator of (tokens, dict): reads a prompt, then gives all tokens made so far, and how fast
+    they came. What is known of the next token is `latest`: its logits; with a draft, the text,
+    whose last token the cache lacks. A draft is n-grams, or a smaller model from a folder, of which
+    every device has all."""
+    T, mesh, key = prompt.shape[1], mesh_of(job), jax.random.key(args.seed)
+    S = slots(job, T + job.new + STRIDE + job.n_draft + 1)
+    check_memory(f"a cache of {S} slots", kv_bytes(job.cfg, 1, S, job.cache), "a smaller --new")
+    lengths, tokens, rounds = np.array([T]), [], 0
+    propose, state = ngram_draft, {"state": None} if args.draft else {}
+    if args.draft not in (None, "ngram"):
+        small, weights = load_split(replace(one_job(args), model=args.draft, devices=1))
+        require(small.cfg.V == job.cfg.V, f"draft {args.draft} has V={small.cfg.V}, and the model "
+                f"V={job.cfg.V}: they must share a tokenizer")
+        _, known = prefill_jit(weights, init_cache(small.cfg, 1, S, job.cache), prompt, lengths,
+                               small.cfg)
+        propose, state["state"] = model_draft(small.cfg, sampling), jax.device_put(
+            (weights, known), jax.NamedSharding(mesh, jax.P()) if mesh else None)
+    cache, _ = where_of(job, mesh).empty(job.cfg, 1, S, job.cache)
+    arguments = params, cache, prompt, lengths
+    read = jax.jit(bound(prefill, job, mesh), donate_argnums=1).lower(*arguments).compile()
+    start = time.perf_counter()
+    latest, cache = jax.block_until_ready(read(*arguments))
+    speed = {"prompt": T, "dtype": job.dtype, "cache": job.cache,
+             "prefill_seconds": time.perf_counter() - start}
     step = bound(generate, job, mesh)
-    if draft:
-        propose, state["state"] = draft
+    if args.draft:
         step = bound(speculate, job, mesh, draft=propose, n_draft=job.n_draft)
         cache = cache._replace(length=cache.length - 1)
         latest = jnp.pad(prompt, ((0, 0), (0, slots_of(cache) - T)))
-        if mesh:
-            latest, state = jax.device_put((latest, state), jax.NamedSharding(mesh, jax.P()))
     step = jax.jit(partial(step, n=STRIDE, sampling=sampling, end=end), donate_argnums=(
         1, 2)).lower(params, cache, latest, key, **state).compile()
+    start = time.perf_counter()
     while True:
-        yield tokens, rounds
-        if draft:
+        yield tokens, speed | {"seconds": time.perf_counter() - start, "rounds": rounds,
+                               "tokens_per_round": len(tokens) / max(1, rounds)}
+        if args.draft:
             latest, cache, state["state"], counts = step(params, cache, latest, key, **state)
             tokens = np.asarray(latest)[0, T:int(cache.length[0]) + 1].tolist()
             rounds += int(counts.sum())
@@ -1991,54 +2010,24 @@ def generating(job, mesh, params, cache, latest, prompt, key, sampling, end, dra
             tokens += new[0].tolist()
 
 
-def begin(args):
-    """args -> namespace, T, iterator, dict: the tokenizer, the prompt, which is read, what
-    `generating` gives from there on, and how fast it was read. A draft is n-grams, or a smaller
-    model from a folder, of which every device has all."""
+def complete(args):
+    """args -> dict: continues a prompt, to stdout as it goes, and prints how fast that was."""
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     job, params = load_split(one_job(args))
-    words, key, mesh = tokenizer(args.model, job.cfg), jax.random.key(args.seed), mesh_of(job)
+    words = tokenizer(args.model, job.cfg)
     prompt = np.asarray(words.encode(args.text), np.int32)[None]
     T, least = prompt.shape[1], 2 if args.draft else 1
     require(T >= least, f"prompt {args.text!r} makes {T} tokens: {least} or more"
             + (", or no --draft" if args.draft else ""))
     check_tokens(prompt, job.cfg)
-    S = slots(job, T + job.new + STRIDE + job.n_draft + 1)
-    check_memory(f"a cache of {S} slots", kv_bytes(job.cfg, 1, S, job.cache), "a smaller --new")
-    lengths, draft = np.array([T]), (ngram_draft, None) if args.draft else None
-    if args.draft not in (None, "ngram"):
-        small, weights = load_split(replace(one_job(args), model=args.draft, devices=1))
-        require(small.cfg.V == job.cfg.V, f"draft {args.draft} has V={small.cfg.V}, and the model "
-                f"V={job.cfg.V}: they must share a tokenizer")
-        _, read = prefill_jit(weights, init_cache(small.cfg, 1, S, job.cache), prompt, lengths,
-                              small.cfg)
-        draft = model_draft(small.cfg, sampling), (weights, read)
-    cache, _ = where_of(job, mesh).empty(job.cfg, 1, S, job.cache)
-    arguments = params, cache, prompt, lengths
-    read = jax.jit(bound(prefill, job, mesh), donate_argnums=1).lower(*arguments).compile()
-    start = time.perf_counter()
-    logits, cache = jax.block_until_ready(read(*arguments))
-    speed = {"prompt": T, "dtype": job.dtype, "cache": job.cache,
-             "prefill_seconds": time.perf_counter() - start}
     end = None if prompt[0, -1] in words.ends else words.ends or None
-    return words, prompt[0].tolist(), generating(job, mesh, params, cache, logits, prompt, key,
-                                                 sampling, end, draft), speed
-
-
-def complete(args):
-    """args -> dict: continues a prompt, to stdout as it goes, and prints how fast that was."""
-    words, prompt, made, speed = begin(args)
     printed = text = ""
     try:
-        for new, rounds in made:
-            start = start if new else time.perf_counter()  # compiled
-            stop = min([args.new, *(new.index(end) for end in words.ends if end in new)])
-            ids = prompt + new[:stop]
-            speed |= {"seconds": time.perf_counter() - start, "rounds": rounds,
-                      "tokens_per_round": len(new) / max(1, rounds),
-                      "tokens": len(ids) - len(prompt)}
+        for new, speed in generating(args, job, params, prompt, sampling, end):
+            stop = min([job.new, *(new.index(token) for token in words.ends if token in new)])
+            ids = prompt[0].tolist() + new[:stop]
             text = words.decode(ids)
-            final = words.decode(ids[:words.settled(ids)]).rstrip("\ufffd")  # no broken character
+            final = words.decode(ids[:words.settled(ids)]).rstrip("\ufffd")  # whole characters
             if final.startswith(printed):
                 print(final[len(printed):], end="", flush=True)
                 printed = final
@@ -2050,10 +2039,10 @@ def complete(args):
         say("\ninterrupted")
     print(text[len(printed):])
     rounds = f", {speed['tokens_per_round']:.2f} tokens a round" if speed["rounds"] else ""
-    print(f"prefill of {speed['prompt']} tokens {si(speed['prefill_seconds'], 's')}, then "
-          f"{speed['tokens'] / speed['seconds']:.1f} tokens/s{rounds}: weights {speed['dtype']}, "
-          f"cache {speed['cache']}")
-    return speed | {"text": text}
+    print(f"prefill of {T} tokens {si(speed['prefill_seconds'], 's')}, then "
+          f"{(len(ids) - T) / speed['seconds']:.1f} tokens/s{rounds}: weights {job.dtype}, cache "
+          f"{job.cache}")
+    return speed | {"tokens": len(ids) - T, "text": text}
 
 
 # ------------------------------------------------------------------------------------- command line
