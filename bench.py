@@ -1867,11 +1867,10 @@ def read_text(path, T):
 
 def held_out_loss(params, cfg, text, T):
     """Params, cfg, bytes, int -> mean nats a byte, in windows of T, the last one shorter."""
-    nats, total = jax.jit(lambda params, tokens: loss(cast(params, cfg.dtype), tokens, cfg)), 0.0
-    for start in range(0, len(text) - 1, T):
-        window = text[None, start:start + T + 1]
-        total += float(nats(params, window)) * (window.size - 1)
-    return total / (len(text) - 1)
+    nats = jax.jit(lambda params, tokens: loss(cast(params, cfg.dtype), tokens, cfg))
+    windows = [text[None, start:start + T + 1] for start in range(0, len(text) - 1, T)]
+    return sum(float(nats(params, window)) * (window.size - 1) for window in windows) / (
+        len(text) - 1)
 
 
 def train_text(args, job, params, adam, ceilings, text, held_out):
@@ -2222,10 +2221,8 @@ def make_row(job, limits, args, traced):
     row = ROW | asdict(job) | predict(job, limits)
     say(f"{name_of(row)}: limit {si(row['limit_seconds'], 's')} ...")
     prepared = prepare(job, params_of(job, args.seed), args.seed)
-    step = prepared.step
-    if job.phase != "serve":
-        step, facts = inspect(prepared, traced)
-        row |= facts
+    step, facts = (prepared.step, {}) if job.phase == "serve" else inspect(prepared, traced)
+    row |= facts
     if not (job.chip or job.mesh):  # just before the step runs: a machine's speed changes
         alone = library_seconds(job)
         for part, seconds in zip(row["parts"], alone, strict=True):
@@ -2296,7 +2293,7 @@ def main(argv=None):
             with suppress(RuntimeError):  # too late where JAX has been used
                 jax.config.update("jax_num_cpu_devices", args.devices)
         first, to_stdout = jax.process_index() == 0, args.json == "-"
-        with redirect_stdout(sys.stdout if first and not to_stdout else None):  # print does nothing
+        with redirect_stdout(sys.stdout if first and not to_stdout else None):  # None is silent
             commands = {"plan": plan, "published": published, "complete": complete}
             result = commands.get(args.command, run)(args)
         if args.json and first:
