@@ -58,7 +58,7 @@ from infer import (CACHE_DTYPES, HERE, Q8, Q8A8, Sampling, array_bytes, byte_tex
                    byte_tokens, cached_attention, cudnn, decode_bytes, decode_flops, extend, generate,
                    init_cache, kv_bytes, library, load, load_state, model_draft, multiplied,
                    ngram_draft, prefill, prefill_flops, quantize_params, read_json, save,
-                   save_state, serve, slots_of, speculate, splash, tokenizer, weight_bytes)
+                   save_state, serve, speculate, splash, tokenizer, weight_bytes)
 from minillm import (KEEPABLE, Adam, Config, adam_init, adamw, cast, causal_attention,
                      check_tokens, dims, dot, init, loss, param_count, require, size_of,
                      traced_flops, train_flops, train_step)
@@ -1965,8 +1965,8 @@ def load_split(job):
 
 
 def generating(args, job, params, prompt, sampling, end):
-    """-> iterator of (tokens, dict): reads a prompt, then gives all tokens made so far, and how fast
-    they came. What is known of the next token is `latest`: its logits; with a draft, the text,
+    """-> iterator of (tokens, dict): reads a prompt, then gives all tokens made so far, and how
+    fast they came. What is known of the next token is `latest`: its logits; with a draft, the text,
     whose last token the cache lacks. A draft is n-grams, or a smaller model from a folder, of which
     every device has all."""
     T, mesh, key = prompt.shape[1], mesh_of(job), jax.random.key(args.seed)
@@ -1993,7 +1993,7 @@ def generating(args, job, params, prompt, sampling, end):
     if args.draft:
         step = bound(speculate, job, mesh, draft=propose, n_draft=job.n_draft)
         cache = cache._replace(length=cache.length - 1)
-        latest = jnp.pad(prompt, ((0, 0), (0, slots_of(cache) - T)))
+        latest = jnp.pad(prompt, ((0, 0), (0, S - T)))
     step = jax.jit(partial(step, n=STRIDE, sampling=sampling, end=end), donate_argnums=(
         1, 2)).lower(params, cache, latest, key, **state).compile()
     start = time.perf_counter()
@@ -2268,14 +2268,21 @@ def run(args):
     return {"machine": machine(), "ceilings": limits, "rows": rows}
 
 
+def keep_freed_memory():
+    """-> None: tells the C library to keep what is freed. Only glibc can.
+
+    XLA's CPU code asks for its temporaries anew at every step. By default glibc returns each large
+    one to the kernel, which has to zero every page again; kept, an f32 step takes 12 to 15% less.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        # M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX of malloc.h
+        for option_number, value in ((-1, -1), (-4, 0), (-8, 1)):
+            ctypes.CDLL(None).mallopt(option_number, value)
+
+
 def main(argv=None):
     """The program: bad input is refused in one line."""
-    if platform.libc_ver()[0] == "glibc":  # before XLA starts its threads
-        # XLA's CPU code asks for its temporaries anew at every step. By default glibc returns each
-        # large one to the kernel, which has to zero every page again; kept, an f32 step takes 12 to
-        # 15% less. These are M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX of malloc.h.
-        for number_of_option, value in ((-1, -1), (-4, 0), (-8, 1)):
-            ctypes.CDLL(None).mallopt(number_of_option, value)
+    keep_freed_memory()  # before XLA starts its threads
     args = parse(sys.argv[1:] if argv is None else argv)
     with suppress(AttributeError):  # a terminal may lack characters
         sys.stdout.reconfigure(errors="replace")
