@@ -28,7 +28,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter, namedtuple
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -56,7 +56,7 @@ from infer import (CACHE_DTYPES, HERE, Q8, Q8A8, Sampling, array_bytes, byte_tex
                    cached_attention, cudnn, decode_bytes, decode_flops, extend, generate,
                    init_cache, kv_bytes, library, load, load_state, model_draft, multiplied,
                    ngram_draft, prefill, prefill_flops, quantize_params, read_json, save,
-                   save_state, serve, slots_of, speculate, splash, tokenizer, weight_bytes)
+                   save_state, serve, speculate, splash, tokenizer, weight_bytes)
 from minillm import (KEEPABLE, Adam, Config, adam_init, adamw, cast, causal_attention, check_tokens,
                      dims, dot, init, loss, param_count, product, require, size_of, traced_flops,
                      train_flops, train_step)
@@ -1209,8 +1209,6 @@ def published(args):
 
 train_jit = jax.jit(train_step, static_argnames="cfg", donate_argnames=("params", "adam"))
 prefill_jit = jax.jit(prefill, static_argnames="cfg", donate_argnames="cache")
-generate_jit = jax.jit(generate, static_argnames=("n", "cfg", "sampling", "end"),
-                       donate_argnames=("cache", "logits"))
 
 
 # Job.attention, where it is not plain: of a prompt, and to a cache
@@ -1721,38 +1719,38 @@ def explain(rows):
 # ---------------------------------------------------------------------------------------- real text
 
 
-def recite(params, cfg, prompt, new, key, sampling=Sampling()):
-    """Params, cfg, 1T, int, key -> str: prefill, then generate, in a model of bytes."""
-    T = prompt.shape[1]
-    logits, cache = prefill_jit(params, init_cache(cfg, 1, T + new), prompt, jnp.full(1, T), cfg)
-    return byte_text(generate_jit(params, cache, logits, key, new, cfg, sampling)[0][0])
+def recite(params, cfg, prompt, new, seed, sampling=Sampling()):
+    """Params, cfg, T, int, int -> str: how a model of bytes goes on, as a server's one request."""
+    (_, tokens), = serve(params, [prompt], 1, len(prompt) + new, new, jax.random.key(seed), cfg,
+                         sampling)
+    return byte_text(tokens)
 
 
-def train_steps(cfg, params, adam, text, B, T, lr, seed):
-    """cfg, Params, Adam, bytes, int, int, float, int -> iterator of Params, Adam, loss, seconds:
-    training on random windows of a text; those that `adam` has seen are not drawn again."""
-    draw, began = np.random.default_rng(seed), int(adam.step)
-    draw.integers(0, len(text) - T, (began, B))
-    shape = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
-    step = train_jit.lower(params, adam, shape, cfg, lr).compile()
-    for i in itertools.count(began + 1):
-        starts = draw.integers(0, len(text) - T, (B, 1))
-        tokens, start = text[starts + np.arange(T + 1)], time.perf_counter()
+def train_steps(job, params, adam, text, steps, lr, seed):
+    """Job, Params, Adam, bytes, int, float, int -> iterator of Params, Adam, loss, seconds:
+    training on random windows of a text, after those that `adam` has seen."""
+    B, T, began = job.batch, job.prompt, int(adam.step)
+    windows = np.random.default_rng(seed).integers(0, len(text) - T, (began + steps, B, 1))
+    step = train_jit.lower(params, adam, np.zeros((B, T + 1), "int32"), job.cfg, lr).compile()
+    for i, window in enumerate(windows[began:], began + 1):
+        tokens, start = text[window + np.arange(T + 1)], time.perf_counter()
         params, adam, value = step(params, adam, tokens, lr * min(1, i / 20))
         yield params, adam, float(value), time.perf_counter() - start
 
 
+@lru_cache(maxsize=1)
 def learn(job, seed, most=200):
     """Job, int -> Params: float32, trained on SENTENCE until the model recites it. ValueError for a
     model that is not of bytes, and where it does not learn."""
-    cfg, text = replace(job.cfg, dtype="float32"), byte_tokens(8 * SENTENCE)
+    job = replace(job, dtype="float32", batch=1, prompt=2 * len(SENTENCE))
+    cfg, text = job.cfg, byte_tokens(8 * SENTENCE)
     require(cfg.V >= 256, f"V={cfg.V}: a model that learns a sentence in bytes has V=256 or more")
     say(f"learning {SENTENCE!r} ...")
-    params, words = init(jax.random.key(seed), cfg), ""
-    steps = train_steps(cfg, params, adam_init(params), text, 1, 2 * len(SENTENCE), 1 / cfg.E, seed)
-    for i, (params, _, value, _) in enumerate(itertools.islice(steps, most), 1):
+    params = init(jax.random.key(seed), cfg)
+    steps = train_steps(job, params, adam_init(params), text, most, 1 / cfg.E, seed)
+    for i, (params, _, value, _) in enumerate(steps, 1):
         if value < 0.2 and i % 5 == 0 or i == most:
-            words = recite(params, cfg, text[None, :22], len(SENTENCE), jax.random.key(0))
+            words = recite(params, cfg, text[:22], len(SENTENCE), seed)
             if words == (2 * SENTENCE)[22:22 + len(SENTENCE)]:
                 return params
     raise ValueError(f"trained on {SENTENCE!r} to {value:.3f} nats a byte, the model goes on "
@@ -1762,33 +1760,32 @@ def learn(job, seed, most=200):
 def read_text(path, T):
     """path, int -> bytes as int32, the first nine tenths and the last. ValueError where there are
     too few bytes."""
-    text = np.frombuffer(Path(path).read_bytes(), np.uint8).astype(np.int32)
+    text = np.fromfile(path, "uint8").astype("int32")
     held_out = len(text) // 10
     require(held_out >= 2 and len(text) - held_out > T, f"text file {path} has {len(text)} bytes: "
             f"training on {T} at a time takes {max(20, (T + 1) * 10 // 9 + 1)} or more; a smaller "
             "--prompt takes less")
-    return text[:-held_out], text[-held_out:]
+    return np.split(text, [-held_out])
 
 
 def held_out_loss(params, cfg, text, T):
     """Params, cfg, bytes, int -> mean nats a byte, in windows of T, the last one shorter."""
-    nats, total = jax.jit(lambda params, tokens: loss(cast(params, cfg.dtype), tokens, cfg)), 0.0
-    for start in range(0, len(text) - 1, T):
-        window = text[None, start:start + T + 1]
-        total += float(nats(params, window)) * (window.shape[1] - 1)
-    return total / (len(text) - 1)
+    nats = jax.jit(lambda params, tokens: loss(cast(params, cfg.dtype), tokens, cfg))
+    windows = [text[None, start:start + T + 1] for start in range(0, len(text) - 1, T)]
+    return sum(float(nats(params, window)) * (window.size - 1) for window in windows) / (
+        len(text) - 1)
 
 
-def train_text(args, job, params, adam, ceilings, texts):
-    """args, Job, Params, Adam, dict, `read_text` -> row, Params, Adam: trains on a text, and
+def train_text(args, job, params, adam, ceilings, text, held_out):
+    """args, Job, Params, Adam, dict, bytes, bytes -> row, Params, Adam: trains on a text, and
     measures each step."""
-    cfg, T, times, (text, held_out) = job.cfg, job.prompt, [], texts
+    cfg, T, times = job.cfg, job.prompt, []
     row = ROW | asdict(job) | predict(job, ceilings) | {
         "parameters": param_count(cfg), "cache_bytes_per_token": kv_bytes(cfg, 1, 1, job.cache),
         "loss_before": held_out_loss(params, cfg, held_out, T)}
     with suppress(KeyboardInterrupt):
-        for params, adam, value, seconds in itertools.islice(train_steps(
-                cfg, params, adam, text, job.batch, T, args.lr, args.seed), args.steps):
+        for params, adam, value, seconds in train_steps(
+                job, params, adam, text, args.steps, args.lr, args.seed):
             times.append(seconds)
             if len(times) % 10 == 1 or len(times) == args.steps:
                 say(f"step {len(times)}/{args.steps}: {value:.3f} nats a byte, "
@@ -1803,17 +1800,18 @@ def train_text(args, job, params, adam, ceilings, texts):
     return row, params, adam
 
 
-def train_on_text(args, jobs, ceilings, texts, state):
-    """args, list of Job, dict, `read_text`, `load_state` or None -> dict: trains once for each job,
-    saves the model, and continues the text that is held out."""
+def train_on_text(args, jobs):
+    """args, list of Job -> dict: trains once for each job, saves the model, and continues the text
+    that is held out. ValueError before anything is measured."""
     job, rows = jobs[0], []
-    settings = {"text": hashlib.sha256(Path(args.text).read_bytes()).hexdigest(), **{
-        name: (vars(args) | vars(job))[name]
-        for name in ("batch", "prompt", "dtype", "lr", "seed")}}
+    text, held_out = read_text(args.text, job.prompt)
+    known = vars(args) | vars(job) | {
+        "text": hashlib.sha256(Path(args.text).read_bytes()).hexdigest()}
+    settings = {name: known[name] for name in ("text", "batch", "prompt", "dtype", "lr", "seed")}
     require(not (args.save or args.resume) or len(jobs) == 1 and not (args.resume and job.kv_heads),
             "--save and --resume take one model: one of each option, and the saved number of heads")
     if args.resume:
-        cfg, params, adam = state
+        cfg, params, adam = load_state(args.resume)
         require(not args.model or replace(job.cfg, dtype=cfg.dtype) == cfg, f"--model {job.model} "
                 f"is not the model in --resume {args.resume}: leave it out")
         for name, value in read_json(Path(args.resume) / "run.json").items():
@@ -1822,25 +1820,25 @@ def train_on_text(args, jobs, ceilings, texts, state):
         MODELS[args.resume] = cfg
         jobs = [job] = [replace(job, model=args.resume)]
     require(job.cfg.V == 256, f"V={job.cfg.V}: a model of bytes has V=256")
-    _, held_out = texts
     if args.save:
         library()
         Path(args.save).mkdir(parents=True, exist_ok=True)
+    limits = limits_of(jobs)
     for job in jobs:
         if not args.resume:
             params = init(jax.random.key(args.seed), job.cfg)
             adam = adam_init(params)
-        row, params, adam = train_text(args, job, params, adam, ceilings, texts)
+        row, params, adam = train_text(args, job, params, adam, limits, text, held_out)
         rows.append(row)
     if args.save:
         Path(args.save, "run.json").write_text(json.dumps(settings))
         save_state(args.save, job.cfg, params, adam)
         save(args.save, job.cfg, params)
         say(f"saved to {args.save}")
-    prompt, params = held_out[None, :min(job.prompt, 64)], cast(params, job.cfg.dtype)
-    text = recite(params, job.cfg, prompt, job.new, jax.random.key(args.seed), Sampling(0.5))
-    print(f"{byte_text(prompt[0])!r} goes on {text!r}")
-    return {"rows": rows, "continuation": text}
+    prompt, params = held_out[:min(job.prompt, 64)], cast(params, job.cfg.dtype)
+    words = recite(params, job.cfg, prompt, job.new, args.seed, Sampling(0.5))
+    print(f"{byte_text(prompt)!r} goes on {words!r}")
+    return {"machine": machine(), "ceilings": limits, "rows": rows, "continuation": words}
 
 
 def one_job(args):
@@ -1856,139 +1854,129 @@ def load_split(job):
     several devices each reads its own part alone."""
     def job_of(cfg):
         MODELS[job.model] = cfg
-        return fastest_int8(settle(replace(job, dtype=job.dtype or cfg.dtype)))
+        return settle(replace(job, dtype=job.dtype or cfg.dtype))
 
     def shardings(cfg):
         split_job = job_of(cfg)
         mesh = mesh_of(split_job)
-        return shard.shardings(split_job.cfg, mesh, where_of(split_job, mesh).rules) if mesh \
-            else None
+        return mesh and shard.shardings(cfg, mesh, where_of(split_job, mesh).rules)
 
     cfg, params = load(job.model, shardings=shardings)
-    job = job_of(cfg)
+    job = fastest_int8(job_of(cfg))
     params, mesh = in_dtype(job, params), mesh_of(job)
     return job, where_of(job, mesh).place(params, job.cfg) if mesh else params
 
 
-def draft_of(folder, args, job, prompt, S, sampling):
-    """-> draft, state: for `speculate`: n-grams, or a smaller model from a folder, of which every
-    device has all."""
-    if folder == "ngram":
-        return ngram_draft, None
-    small, params = load_split(replace(one_job(args), model=folder, devices=1))
-    require(small.cfg.V == job.cfg.V, f"draft {folder} has V={small.cfg.V}, and the model "
-            f"V={job.cfg.V}: they must share a tokenizer")
-    _, cache = prefill_jit(params, init_cache(small.cfg, 1, S, job.cache), prompt,
-                           np.array([prompt.shape[1]]), small.cfg)
-    return model_draft(small.cfg, sampling), (params, cache)
-
-
-def generating(job, mesh, params, cache, logits, prompt, key, sampling, end, draft=None):
-    """-> iterator of (tokens, rounds): compiles, then gives all tokens made so far, and in how many
-    rounds of a draft. What is known of the next token is its logits; with a draft, the text, whose
-    last token the cache lacks."""
-    T, tokens, rounds, state = prompt.shape[1], [], 0, {}
-    step, latest = bound(generate, job, mesh), logits
-    if draft:
-        propose, state["state"] = draft
+def generating(args, job, params, prompt, sampling, end):
+    """-> iterator of (tokens, dict): reads a prompt, then gives all tokens made so far, and how
+    fast they came. What is known of the next token is `latest`: its logits; with a draft, the text,
+    whose last token the cache lacks. A draft is n-grams, or a smaller model from a folder, of which
+    every device has all."""
+    T, mesh, key = prompt.shape[1], mesh_of(job), jax.random.key(args.seed)
+    S = slots(job, T + job.new + STRIDE + job.n_draft + 1)
+    check_memory(f"a cache of {S} slots", kv_bytes(job.cfg, 1, S, job.cache), "a smaller --new")
+    lengths, tokens, rounds = np.array([T]), [], 0
+    propose, state = ngram_draft, {"state": None} if args.draft else {}
+    if args.draft not in (None, "ngram"):
+        small, weights = load_split(replace(one_job(args), model=args.draft, devices=1))
+        require(small.cfg.V == job.cfg.V, f"draft {args.draft} has V={small.cfg.V}, and the model "
+                f"V={job.cfg.V}: they must share a tokenizer")
+        _, known = prefill_jit(weights, init_cache(small.cfg, 1, S, job.cache), prompt, lengths,
+                               small.cfg)
+        propose, state["state"] = model_draft(small.cfg, sampling), jax.device_put(
+            (weights, known), jax.NamedSharding(mesh, jax.P()) if mesh else None)
+    cache, _ = where_of(job, mesh).empty(job.cfg, 1, S, job.cache)
+    arguments = params, cache, prompt, lengths
+    read = jax.jit(bound(prefill, job, mesh), donate_argnums=1).lower(*arguments).compile()
+    start = time.perf_counter()
+    latest, cache = jax.block_until_ready(read(*arguments))
+    speed = {"prompt": T, "dtype": job.dtype, "cache": job.cache,
+             "prefill_seconds": time.perf_counter() - start}
+    step = bound(generate, job, mesh)
+    if args.draft:
         step = bound(speculate, job, mesh, draft=propose, n_draft=job.n_draft)
         cache = cache._replace(length=cache.length - 1)
-        latest = jnp.zeros((1, slots_of(cache)), jnp.int32).at[:, :T].set(prompt)
-        if mesh:
-            latest, state = jax.device_put((latest, state), jax.NamedSharding(mesh, jax.P()))
+        latest = jnp.pad(prompt, ((0, 0), (0, S - T)))
     step = jax.jit(partial(step, n=STRIDE, sampling=sampling, end=end), donate_argnums=(
         1, 2)).lower(params, cache, latest, key, **state).compile()
+    start = time.perf_counter()
     while True:
-        yield tokens, rounds
-        if draft:
+        yield tokens, speed | {"seconds": time.perf_counter() - start, "rounds": rounds,
+                               "tokens_per_round": len(tokens) / max(1, rounds)}
+        if args.draft:
             latest, cache, state["state"], counts = step(params, cache, latest, key, **state)
             tokens = np.asarray(latest)[0, T:int(cache.length[0]) + 1].tolist()
-            rounds += int(np.sum(counts))
+            rounds += int(counts.sum())
         else:
             new, latest, cache = step(params, cache, latest, key)
-            tokens = tokens + np.asarray(new[0]).tolist()
+            tokens += new[0].tolist()
 
 
-def stream(args):
-    """args -> iterator of (str, str, dict): of the prompt and what follows so far the text that is
-    final, all of it, and how fast it came."""
+def complete(args):
+    """args -> dict: continues a prompt, to stdout as it goes, and prints how fast that was."""
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     job, params = load_split(one_job(args))
-    words, key, mesh = tokenizer(args.model, job.cfg), jax.random.key(args.seed), mesh_of(job)
+    words = tokenizer(args.model, job.cfg)
     prompt = np.asarray(words.encode(args.text), np.int32)[None]
     T, least = prompt.shape[1], 2 if args.draft else 1
     require(T >= least, f"prompt {args.text!r} makes {T} tokens: {least} or more"
             + (", or no --draft" if args.draft else ""))
     check_tokens(prompt, job.cfg)
-    S = slots(job, T + job.new + STRIDE + job.n_draft + 1)
-    check_memory(f"a cache of {S} slots", kv_bytes(job.cfg, 1, S, job.cache), "a smaller --new")
-    draft = draft_of(args.draft, args, job, prompt, S, sampling) if args.draft else None
-    end = words.ends if words.ends and prompt[0, -1] not in words.ends else None
-    cache, _ = jax.block_until_ready(where_of(job, mesh).empty(job.cfg, 1, S, job.cache))
-    arguments = params, cache, prompt, np.array([T])
-    read = jax.jit(bound(prefill, job, mesh), donate_argnums=1).lower(*arguments).compile()
-    start = time.perf_counter()
-    logits, cache = jax.block_until_ready(read(*arguments))
-    speed = {"prompt": T, "dtype": job.dtype, "cache": job.cache,
-             "prefill_seconds": time.perf_counter() - start}
-    for new, rounds in generating(job, mesh, params, cache, logits, prompt, key, sampling, end,
-                                  draft):
-        start = start if new else time.perf_counter()  # compiled
-        stop = min([job.new, *(new.index(end) for end in words.ends if end in new)])
-        speed |= {"seconds": time.perf_counter() - start, "rounds": rounds,
-                  "tokens_per_round": len(new) / max(1, rounds), "tokens": len(new[:stop])}
-        ids = prompt[0].tolist() + new[:stop]
-        final = words.decode(ids[:words.settled(ids)])
-        yield final.rstrip("\ufffd"), words.decode(ids), speed  # a character may not be whole yet
-        if len(new) >= job.new or stop < len(new):
-            return
-
-
-def complete(args):
-    """args -> dict: continues a prompt, to stdout as it goes, and prints how fast that was."""
-    printed, text, speed = "", "", {}
+    end = None if prompt[0, -1] in words.ends else words.ends or None
+    printed = text = ""
     try:
-        for final, text, speed in stream(args):
+        for new, speed in generating(args, job, params, prompt, sampling, end):
+            stop = min([job.new, *(new.index(token) for token in words.ends if token in new)])
+            ids = prompt[0].tolist() + new[:stop]
+            text = words.decode(ids)
+            final = words.decode(ids[:words.settled(ids)]).rstrip("\ufffd")  # whole characters
             if final.startswith(printed):
                 print(final[len(printed):], end="", flush=True)
                 printed = final
+            if len(new) >= stop:
+                break
     except KeyboardInterrupt:
-        if not speed:
+        if not text:
             raise
         say("\ninterrupted")
     print(text[len(printed):])
     rounds = f", {speed['tokens_per_round']:.2f} tokens a round" if speed["rounds"] else ""
-    print(f"prefill of {speed['prompt']} tokens {si(speed['prefill_seconds'], 's')}, then "
-          f"{speed['tokens'] / speed['seconds']:.1f} tokens/s{rounds}: weights {speed['dtype']}, "
-          f"cache {speed['cache']}")
-    return speed | {"text": text}
+    print(f"prefill of {T} tokens {si(speed['prefill_seconds'], 's')}, then "
+          f"{(len(ids) - T) / speed['seconds']:.1f} tokens/s{rounds}: weights {job.dtype}, cache "
+          f"{job.cache}")
+    return speed | {"tokens": len(ids) - T, "text": text}
 
 
 # ------------------------------------------------------------------------------------- command line
 
 
 PHASES = tuple(COSTS)
-OPTIONS = {f.name: f for f in fields(Job) if f.name != "phase"} | {
+
+
+def switch(text):
+    """str -> a field that is an option without a value."""
+    return field(default=False, metadata=dict(help=text, action="store_true"))
+
+
+STEP = {f.name: f for f in fields(Job) if f.name != "phase"} | {  # of a command that runs a phase
+    "profile": option("write traces for Perfetto or XProf there, and print where time goes", None),
+    "distributed": switch("this is one process of several, which find each other")}
+OPTIONS = STEP | {
     "seed": option("of weights, tokens and draws", 0, partial(number, least=0, most=2 ** 32 - 1)),
     "json": option("write rows there as JSON (- is stdout, and nothing else there)", None),
-    "quick": field(default=False, metadata=dict(
-        help="a small model, under a minute", action="store_true")),
-    "profile": option("write traces for Perfetto or XProf there, and print where time goes", None),
-    "distributed": field(default=False, metadata=dict(
-        help="this is one process of several, which find each other", action="store_true")),
+    "quick": switch("a small model, under a minute"),
     "text": option("a file to train on", None),
     "steps": option("training steps", None, number), "lr": option("learning rate", 1e-3, above),
     "save": option("write what was trained there", None),
     "resume": option("continue what --save wrote there, with the same options", None),
     "parameters": option("a rounded count, as 7e9, beside the exact one", None, above),
-    "train": field(default=False, metadata=dict(help="plan training, too", action="store_true")),
+    "train": switch("plan training, too"),
     "tokens": option("to train on", 1e12, above),
     "mfu": option("model flops utilization, assumed of training", 0.5, partial(above, most=1)),
     "temperature": option("0 is greedy", 0.0, float),
     "top_k": option("draw from the k most probable (0: all)", 0, int),
     "top_p": option("draw from those that reach p", 1.0, float),
     "draft": option("speculate with a smaller model, or with n-grams of the text", None)}
-STEP = [name for name in OPTIONS if hasattr(Job, name)] + ["profile", "distributed"]
 COMMANDS = {  # its options, their defaults where they differ, what it does, and an example
     "all": (["quick", "profile"], {}, "all phases of the default model, which need not be named",
             "--quick"),
@@ -2027,9 +2015,9 @@ def parse(argv):
                                       epilog=f"for example: python bench.py {name} {example}")
         for word in (*options, "seed", "json"):
             default = defaults.get(word, OPTIONS[word].default)
-            how = {**OPTIONS[word].metadata, "default": default}
-            how["help"] += f" ({default})" if default else ""
-            command.add_argument(f"--{word.replace('_', '-')}", **how)
+            argument = command.add_argument(f"--{word.replace('_', '-')}", default=default,
+                                            **OPTIONS[word].metadata)
+            argument.help += f" ({default})" if default else ""
         if name == "complete":
             command.add_argument("text", help="the text to continue")
             command.add_argument("--model", required=True, help="a folder of --save or the Hub")
@@ -2076,17 +2064,17 @@ ROW = dict.fromkeys((*PREDICTED, *COMPILED, "measured_seconds", "mfu", "mbu", "t
                      "operations"))  # what stages add to a row, each None where it does not apply
 
 drawn = lru_cache(maxsize=1)(lambda job, seed: draw(job, jax.random.key(seed)))
-learned = lru_cache(maxsize=1)(learn)
 
 
 def params_of(job, seed):
     """Job, int -> Params or None: random ones, drawn once for what is alike, and for speculation
     some that know SENTENCE. Of several devices, and chips that are not here, each makes its own."""
+    if job.mesh or job.chip:
+        return None
     alike = Job(model=job.model, kv_heads=job.kv_heads)
-    if job.phase == "speculate" and not (job.mesh or job.chip):
-        return in_dtype(job, learned(alike, seed))
-    return None if job.mesh or job.chip else drawn(
-        replace(alike, dtype=job.dtype, int8=job.int8), seed)
+    if job.phase == "speculate":
+        return in_dtype(job, learn(alike, seed))
+    return drawn(replace(alike, dtype=job.dtype, int8=job.int8), seed)
 
 
 LINE = "{:9} {:8} {:8} {:>3} {:>8} {:>7} {:>7} {:>7} {:>12} {:>5} {:>5} {:>9}".format
@@ -2112,15 +2100,21 @@ def print_row(row):
               f"{cell('sent', row['counted'])}")
 
 
-def heading(job, limits):
-    """Job, dict -> str: what its figures are limits of."""
-    if job.chip:
-        return (f"{job.chip} ({CHIPS[job.chip].source}): limits are the sheet's; cycles are its "
-                "compiler's cost model, not a clock")
+def limits_of(jobs):
+    """list of Job -> dict: what their figures are limits of, printed, too: of this machine as it is
+    measured, or of a data sheet. ValueError for a chip that is not here, without its compiler."""
+    name = jobs[0].chip
+    if name:
+        check_compiler(name)
+        print(f"{name} ({CHIPS[name].source}): limits are the sheet's; cycles are its compiler's "
+              "cost model, not a clock")
+        return sheet(CHIPS[name], jobs[0].chips)
+    limits = ceilings({part.dtype for job in jobs for part in COSTS[job.phase](job).parts})
     peaks = ", ".join(f"{dtype} {peak / GB:,.0f} GFLOP/s" for dtype, peak in
                       limits["flops_per_second"].items())
-    return f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}: " \
-        f"{peaks}; reading {limits['read_bytes_per_second'] / GB:.1f} GB/s"
+    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}: {peaks};"
+          f" reading {limits['read_bytes_per_second'] / GB:.1f} GB/s")
+    return limits
 
 
 def make_row(job, limits, args, traced):
@@ -2130,14 +2124,13 @@ def make_row(job, limits, args, traced):
     row = ROW | asdict(job) | predict(job, limits)
     say(f"{name_of(row)}: limit {si(row['limit_seconds'], 's')} ...")
     prepared = prepare(job, params_of(job, args.seed), args.seed)
-    step = prepared.step
-    if job.phase != "serve":
-        step, facts = inspect(prepared, traced)
-        row |= facts
+    step, facts = (prepared.step, {}) if job.phase == "serve" else inspect(prepared, traced)
+    row |= facts
     if not (job.chip or job.mesh):  # just before the step runs: a machine's speed changes
-        for part, seconds in zip(row["parts"], library_seconds(job), strict=True):
+        alone = library_seconds(job)
+        for part, seconds in zip(row["parts"], alone, strict=True):
             part["library_seconds"] = seconds
-        row["library_seconds"] = sum(part["library_seconds"] for part in row["parts"])
+        row["library_seconds"] = sum(alone)
     if not job.chip:
         row |= measure(prepared, step)
         row |= shares(row, row["measured_seconds"], limits, job.matmul_dtype)
@@ -2149,41 +2142,33 @@ def make_row(job, limits, args, traced):
 
 def run(args):
     """args -> dict: measures, or compiles, what the command line asks for, and prints it."""
-    jobs, rows, path = [*map(settle, jobs_of(args))], [], getattr(args, "text", None)
+    jobs, rows, text = [*map(settle, jobs_of(args))], [], getattr(args, "text", None)
     require(jobs, "no model of the default run fits the memory that is free: --quick, or a phase "
             "with a smaller --model")
-    first = jobs[0]
     for job in jobs:
         check(job)
-    require(not (first.chip and (path or args.profile) or path and (first.mesh or args.profile)
+    chip = jobs[0].chip
+    require(not (chip and (text or args.profile) or text and (jobs[0].mesh or args.profile)
                  or args.profile and args.command == "serve"),
             "--profile is for this machine, but not for serve, which runs on the host; a text "
             "(--text, --steps) for one device of it, without --profile")
-    if first.chip:
-        check_compiler(first.chip)
-    text = read_text(path, first.prompt) if path else None  # refused before anything is measured
-    state = path and args.resume and load_state(args.resume)
-    limits = sheet(CHIPS[first.chip], first.chips) if first.chip else ceilings(
-        {part.dtype for job in jobs for part in COSTS[job.phase](job).parts})
-    result = {"machine": machine(), "ceilings": limits, "rows": rows}
-    print(heading(first, limits))
     if text:
-        return result | train_on_text(args, jobs, limits, text, state)
-    if not first.chip:
+        return train_on_text(args, jobs)
+    limits = limits_of(jobs)
+    if not chip:
         print(LINE("phase", "dtype", "cache", "B", "T/S", "limit", "library", "took",
                    "took/library", "MFU", "MBU", "tokens/s"))
     with suppress(KeyboardInterrupt):  # what was measured so far is printed
         for job in jobs:
             rows.append(make_row(job, limits, args, args.profile))
             print_row(rows[-1])
-        gaps = [(abs(math.log(row["measured_seconds"] / row["library_seconds"])), i)
-                for i, row in enumerate(rows) if args.command == "all" and row["phase"] != "serve"]
-        if gaps:  # profile the largest one
-            _, i = max(gaps)
+        if args.command == "all":  # profile the row that is farthest from the library
+            _, i = max((abs(math.log(row["measured_seconds"] / row["library_seconds"])), i)
+                       for i, row in enumerate(rows) if row["phase"] != "serve")
             rows[i]["profile"] = make_row(jobs[i], limits, args, True)["profile"]
-    if rows and not first.chip:
+    if rows and not chip:
         explain(rows)
-    return result
+    return {"machine": machine(), "ceilings": limits, "rows": rows}
 
 
 def keep_freed_memory():
@@ -2217,13 +2202,13 @@ def main(argv=None):
         elif getattr(args, "devices", 1) > 1:
             with suppress(RuntimeError):  # too late where JAX has been used
                 jax.config.update("jax_num_cpu_devices", args.devices)
-        quiet = args.json == "-" or jax.process_index() > 0
-        with redirect_stdout(open(os.devnull, "w")) if quiet else nullcontext():
+        first, to_stdout = jax.process_index() == 0, args.json == "-"
+        with redirect_stdout(sys.stdout if first and not to_stdout else None):  # None is silent
             commands = {"plan": plan, "published": published, "complete": complete}
             result = commands.get(args.command, run)(args)
-        if args.json and jax.process_index() == 0:
+        if args.json and first:
             text = json.dumps(result, default=str) + "\n"
-            print(text, end="") if args.json == "-" else Path(args.json).write_text(text)
+            print(text, end="") if to_stdout else file.write_text(text)
     except (ValueError, OSError) as error:
         sys.exit(f"bench.py: error: {error}")
     except KeyboardInterrupt:
