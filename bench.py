@@ -34,7 +34,6 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 warnings.filterwarnings("ignore", message="builtin type event_stats")  # of newer Pythons' traces
 COMPILERS = {  # what compilers for chips that are not here read before JAX is imported
@@ -333,17 +332,18 @@ class Job:
     flags: str = option("compile with the lecture's flags for a TPU: off, on", "off",
                         partial(find, "flags", ("off", "on")), several=True)
 
+    # whether it runs on this machine's CPU; slots for the prompt, the new tokens, and a draft; and
+    # sizes of the mesh's axes of "tensor"
+    here = property(lambda self: not self.chip and on_cpu())
+    most_slots = property(lambda self: self.prompt + self.new + self.n_draft + 1)
+    tensor = property(lambda self: shard.as_axes(self.axes.get("tensor", 1)))
+
     @property
     def cfg(self):
         """-> Config: of the model, with the dtype of its activations."""
         cfg, low = config_of(self.model), "float32" if self.here else "bfloat16"
         return replace(cfg, K=self.kv_heads or cfg.K,
                        dtype=low if self.dtype == "int8" else self.dtype)
-
-    @property
-    def here(self):
-        """-> bool: does it run on this machine's CPU?"""
-        return not self.chip and on_cpu()
 
     @property
     def axes(self):
@@ -356,20 +356,10 @@ class Job:
         return axes
 
     @property
-    def tensor(self):
-        """-> tuple: sizes of the mesh's axes of "tensor"."""
-        return shard.as_axes(self.axes.get("tensor", 1))
-
-    @property
     def copies(self):
         """-> int: of the weights: devices of axes other than "tensor" read them once each. `split`
         makes "context" one axis."""
         return math.prod(shard.as_axes(self.axes.get("data", 1))) * self.axes.get("context", 1)
-
-    @property
-    def most_slots(self):
-        """-> int: for the prompt, the new tokens, and a draft."""
-        return self.prompt + self.new + self.n_draft + 1
 
     @property
     def kept(self):
@@ -397,7 +387,8 @@ def split(job):
     heads if they divide, else rows, else slots. ValueError where it cannot be."""
     target, train, n = TARGETS.get(job.chip), job.phase == "train", job.devices
     if target:
-        n, shape = job.chips * target.devices, f"{slice_of(job.chip, job.chips)}x{target.devices}"
+        n, sizes = job.chips * target.devices, slice_of(job.chip, job.chips)
+        shape = f"{sizes}x{target.devices}" if job.chips > 1 else str(n)
     if n == 1:
         require(not job.mesh, f"--mesh {job.mesh} takes several devices: --devices, or --chip and "
                 "--chips")
@@ -590,21 +581,16 @@ def machine():
 # ------------------------------------------------------------------------------------------ predict
 
 
-class Part(NamedTuple):
-    """A part of a step: bound by its flops or by its bytes."""
-    name: str
-    flops: int
-    bytes: int
-    dtype: str  # that its matmuls multiply
+# A part of a step, bound by its flops or by its bytes; `dtype` is what its matmuls multiply.
+Part = namedtuple("Part", "name flops bytes dtype")
 
-
-class Cost(NamedTuple):
-    """What one step takes, from shapes alone."""
-    T: int             # new tokens a row
-    S: int             # slots a row that attention attends to
-    tokens: int        # made or read, in all rows
-    flops: int         # of the model: MFU counts no recomputation
-    parts: tuple       # of Part, with what the program multiplies
+# What one step takes, from shapes alone:
+#     T       new tokens a row
+#     S       slots a row that attention attends to
+#     tokens  made or read, in all rows
+#     flops   of the model: MFU counts no recomputation
+#     parts   a tuple of Part, with what the program multiplies
+Cost = namedtuple("Cost", "T S tokens flops parts")
 
 
 def cost(job, T, S, flops, weight_bytes, cache_bytes, attention_dtype, *parts):
@@ -913,7 +899,7 @@ def napkin(job, parameters=None, batch=None):
     cfg, chip, chips = job.cfg, chip_of(job.chip), job.chips
     n = shard.degree(cfg, chips)
     copies = chips // n
-    weights = parameters * array_bytes("", cfg, job.dtype) if parameters else (
+    weights = parameters * jnp.dtype(job.dtype).itemsize if parameters else (
         weight_bytes(cfg, job.dtype) + (not cfg.tied) * array_bytes("VE", cfg, job.dtype))
     token, sequence = (kv_bytes(cfg, 1, S, job.cache) for S in (1, job.prompt))
 
@@ -1005,8 +991,8 @@ def plan(args):
     n, rows = exact["chips_per_replica"], -(-rounded["batch"] // exact["replicas"])
     steps = layer_steps(tensor_parallel(replace(job, batch=rows), n))
     remedies = million(job, rounded["weight_bytes"])
-    print(f"{job.model} on {chips} x {job.chip}: {si(getattr(chip, job.matmul_dtype), 'FLOP/s')} in "
-          f"{job.matmul_dtype}, {si(chip.read, 'B/s')}, {si(chip.memory, 'B')}, links "
+    print(f"{job.model} on {chips} x {job.chip}: {si(getattr(chip, job.matmul_dtype), 'FLOP/s')} "
+          f"in {job.matmul_dtype}, {si(chip.read, 'B/s')}, {si(chip.memory, 'B')}, links "
           f"{si(chip.link, 'B/s')} an axis ({chip.axes})\n({chip.source})\n"
           f"weights {job.dtype}, cache {job.cache}, context {job.prompt}. Times are limits, which "
           "no program beats; expected: what good programs reach;\nhidden: the limit if matmuls hid "
@@ -1948,9 +1934,6 @@ def complete(args):
 
 
 # ------------------------------------------------------------------------------------- command line
-
-
-PHASES = tuple(COSTS)
 
 
 def switch(text):

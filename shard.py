@@ -745,9 +745,8 @@ LAYOUTS["context"] = LAYOUTS["sequence"]._replace(by_token=True)
 def layouts(cfg, rows, axes):
     """cfg, int, tuple -> list of str: layouts of a cache of so many rows that divide over the last
     of these axes of "tensor", the best one first."""
-    *first, last = axes
-    sizes = {"heads": cfg.K // math.prod(first), "batch": rows, "sequence": last, "context": last}
-    return [layout for layout, size in sizes.items() if size % last == 0]
+    sizes = {"heads": cfg.K // math.prod(axes[:-1]), "batch": rows}
+    return [layout for layout in LAYOUTS if sizes.get(layout, 0) % axes[-1] == 0]
 
 
 def read_context(parts, params, cache, tokens, lengths, cfg, where, **row):
@@ -979,8 +978,7 @@ def traced_events(fn, *args):
         kind, axis = COLLECTIVES.get(eqn.primitive.name), eqn.params.get(
             "axes", eqn.params.get("axis_name"))
         n = math.prod(axes[name] for name in as_axes(axis)) if kind else 1
-        return Counter((kind, v.aval.size * v.aval.dtype.itemsize, n) for v in eqn.invars
-                       if n > 1)
+        return Counter((kind, v.aval.size * v.aval.dtype.itemsize, n) for v in eqn.invars if n > 1)
 
     return traced_counts(fn, args, events)
 

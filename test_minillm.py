@@ -2393,7 +2393,7 @@ def result_of(capsys, tmp_path, *argv):
     return json.loads((tmp_path / "rows.json").read_text()), capsys.readouterr().out
 
 
-@pytest.mark.parametrize("phase", bench.PHASES)
+@pytest.mark.parametrize("phase", bench.COSTS)
 def test_a_row_has_its_job_its_prediction_and_the_programs_flops_and_bytes(
         phase, calm, capsys, tmp_path):
     batches = [1, 2] if phase in ("generate", "prefill") else [2]
@@ -2447,7 +2447,7 @@ def test_interrupted_it_prints_what_it_has(calm, capsys, monkeypatch, tmp_path):
     assert len(result["rows"]) == 1
 
 
-@given(st.integers(1, 64), st.integers(1, 64), st.sampled_from(bench.PHASES),
+@given(st.integers(1, 64), st.integers(1, 64), st.sampled_from([*bench.COSTS]),
        st.sampled_from(["float32", "bfloat16"]))
 def test_limits_grow_with_batch_and_tokens_and_no_part_beats_either_limit(B, T, phase, dtype):
     def seconds(B, T):
@@ -2465,7 +2465,7 @@ def test_limits_grow_with_batch_and_tokens_and_no_part_beats_either_limit(B, T, 
 
 
 @pytest.mark.parametrize("phase, dtype, int8", [
-    ("train", "float32", ""), *((phase, *kind) for phase in bench.PHASES if phase != "train"
+    ("train", "float32", ""), *((phase, *kind) for phase in bench.COSTS if phase != "train"
                                 for kind in (("float32", ""), ("int8", "Q8"), ("int8", "Q8A8")))])
 def test_operations_that_run_alone_multiply_what_the_step_multiplies(
         phase, dtype, int8, monkeypatch):
@@ -2857,7 +2857,7 @@ def products(jaxpr, path=""):
             yield from products(inner, own)
 
 
-@pytest.mark.parametrize("phase", sorted({*bench.PHASES} - {"serve"}))
+@pytest.mark.parametrize("phase", sorted({*bench.COSTS} - {"serve"}))
 def test_every_product_stands_in_a_named_region(phase):
     prepared = bench.prepare(settled(phase, TINY + ",untied", batch=2, prompt=5, new=2))
     paths = products(jax.make_jaxpr(prepared.step)(*prepared.args).jaxpr)
