@@ -265,7 +265,7 @@ def draw_timeline(rows, name):
             axis.broken_barh([(starts[i] * 1e3, (end - starts[i]) * 1e3)],
                              (0 if op["number"] else 1, 0.8), color=color)
         axis.set(yticks=(0.4, 1.4), yticklabels=("transfers", "compute"))
-        axis.set_title(f"{row['phase']} {row['layout']} ring={row['ring']} flags={row['flags']}, a "
+        axis.set_title(f"{row['phase']} {row['layout'] or row['mesh']} ring={row['ring']} flags={row['flags']}, a "
                        f"layer, in milliseconds (a step: cycles {si(row['cycle_seconds'], 's')}, "
                        f"transfers that wait {si(row['transfer_seconds'], 's')})", fontsize=9,
                        loc="left")
