@@ -52,10 +52,10 @@ import numpy as np
 
 import shard
 from infer import (CACHE_DTYPES, HERE, Q8, Q8A8, Sampling, array_bytes, byte_text, byte_tokens,
-                   cached_attention, cudnn, decode_bytes, decode_flops, extend, generate,
-                   init_cache, kv_bytes, library, load, load_state, model_draft, multiplied,
-                   ngram_draft, prefill, prefill_flops, quantize_params, read_json, save,
-                   save_state, serve, speculate, splash, tokenizer, weight_bytes)
+                   cached_attention, cudnn, decode_bytes, decode_flops, extend, free_memory,
+                   generate, init_cache, kv_bytes, library, load, load_state, model_draft,
+                   multiplied, ngram_draft, prefill, prefill_flops, quantize_params, read_json,
+                   save, save_state, serve, speculate, splash, tokenizer, weight_bytes)
 from minillm import (KEEPABLE, Adam, Config, adam_init, adamw, cast, causal_attention, check_tokens,
                      dims, dot, init, loss, param_count, product, require, size_of, traced_flops,
                      train_flops, train_step)
@@ -136,7 +136,7 @@ def number(text, least=1, most=2 ** 31 - 1):
     return int(text)
 
 
-def above(text, most=math.inf):
+def positive(text, most=math.inf):
     """str -> float, above 0. ValueError for another."""
     value = float(text)
     require(0 < value <= most and value < math.inf, f"{text!r}: expected a number above 0"
@@ -146,7 +146,8 @@ def above(text, most=math.inf):
 
 def find(what, values, text):
     """str, names, str -> str: the name in `values`, which are in lower case, for text in any case;
-    an empty text, or one with commas, as it is. ValueError with the nearest names, or with all."""
+    an empty text (a default), or one with commas (a shape), as it is. ValueError with the nearest
+    names, or with all."""
     name = text.lower()
     near = difflib.get_close_matches(name, values, cutoff=0.7)
     require(name in values or not text or "," in text, f"{what} {text!r} is unknown: " + (
@@ -169,7 +170,7 @@ def chip_of(text):
     if text in CHIPS:
         return CHIPS[text]
     with suppress(ValueError):
-        peak, read, memory, link = map(above, text.split(","))
+        peak, read, memory, link = map(positive, text.split(","))
         return Chip(peak, peak, peak, read, memory, link, 1, "given by hand")
     raise ValueError(f"chip {text!r}: expected one of {', '.join(CHIPS)}, or flops/s,bytes/s,bytes,"
                      "link bytes/s such as 275e12,1.23e12,32e9,9e10")
@@ -223,8 +224,8 @@ FLAGS = (  # the lecture's, for collectives beside matmuls on a TPU
 
 
 def slice_of(name, chips):
-    """str, int -> str: the slice of so many chips; 1 is one of the smallest. ValueError where there
-    is none, naming those that exist."""
+    """str, int -> str: the slice of so many chips; for one chip the smallest. ValueError where
+    there is none, naming those that exist."""
     sizes = {math.prod(map(int, shape.split("x"))): shape for shape in TARGETS[name].slices.split()}
     require(chips in (1, *sizes), f"{name} has no slice of {chips} chips: --chips 1, "
             + ", ".join(f"{n} ({shape})" for n, shape in sizes.items()))
@@ -372,15 +373,6 @@ class Job:
         return self.cfg.dtype if (self.dtype, self.int8) == ("int8", "Q8") else self.dtype
 
 
-def settle(job):
-    """Job -> Job: with the fastest choice for what is not given, but for `fastest_int8`. A CPU
-    copies bf16 slots and widens int8 ones at every step, and computes in float32 around int8
-    weights; elsewhere fewer bytes are faster, and weight-only int8 is faster on a TPU."""
-    wide = "float32" if job.here or job.dtype == "float32" else "bfloat16"
-    kind = "Q8" * (job.dtype == "int8" and bool(job.chip))
-    return split(replace(job, cache=job.cache or wide, int8=job.int8 or kind))
-
-
 def split(job):
     """Job -> Job: with its mesh and the layout of its cache. Where none is given, training is FSDP
     over all devices, and all else is tensor parallel (`shard.over_heads`), its cache split over
@@ -405,6 +397,8 @@ def split(job):
     require(not alone or n == data, "by the compiler training is split over data alone")
     require(shard.degree(job.cfg, tensor) == tensor, f"{tensor} devices of tensor must divide E, "
             f"F, H and V, which are {', '.join(str(getattr(job.cfg, name)) for name in 'EFHV')}")
+    require(job.cfg.K % math.prod(shard.as_axes(axes.get("tensor", 1))[:-1]) == 0, f"K={job.cfg.K} "
+            f"cannot be split over the first axes of {mesh_text(axes)}: give their sizes otherwise")
     parts = shard.torus_axes(shape, n // data) if target else axes.get("data", 1)
     job = replace(job, mesh=mesh_text({name: sizes for name, sizes, named in (
         ("data", parts, train or data > 1), ("context", context, context > 1),
@@ -418,13 +412,13 @@ def split(job):
     return replace(job, layout=job.layout or fit[0])
 
 
-def free_memory():
-    """-> bytes that are free here: of the device where it tells, else of this machine; infinite
-    where neither does."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if on_cpu() and sys.platform == "linux":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+def settle(job):
+    """Job -> Job: with the fastest choice for what is not given, but for `fastest_int8`. A CPU
+    copies bf16 slots and widens int8 ones at every step, and computes in float32 around int8
+    weights; elsewhere fewer bytes are faster, and weight-only int8 is faster on a TPU."""
+    wide = "float32" if job.here or job.dtype == "float32" else "bfloat16"
+    kind = "Q8" * (job.dtype == "int8" and bool(job.chip))
+    return split(replace(job, cache=job.cache or wide, int8=job.int8 or kind))
 
 
 def needed_bytes(job):
@@ -432,14 +426,14 @@ def needed_bytes(job):
     cfg, train = job.cfg, job.phase == "train"
     wide = jnp.dtype(cfg.dtype).itemsize  # int8 weights are made from wide ones
     weights = param_count(cfg) * (wide + (job.dtype == "int8") + 16 * train)
-    return weights + (0 if train else kv_bytes(cfg, job.batch, job.prompt + job.new, job.cache))
+    S = {"prefill": job.prompt, "generate": job.prompt + job.new}.get(job.phase, job.most_slots)
+    return weights + (0 if train else kv_bytes(cfg, job.batch, S, job.cache))
 
 
 def check_memory(what, size, remedy):
     """str, bytes, str -> None: ValueError unless so much memory is free here."""
     free = free_memory()
-    require(size <= free, f"{what} holds {size / GB:.1f} GB and {free / GB:.1f} GB are free: "
-            f"{remedy}")
+    require(size <= free, f"{what} holds {size / GB:.1f} GB, {free / GB:.1f} GB are free: {remedy}")
 
 
 def check(job):
@@ -464,11 +458,51 @@ def check(job):
             "--layout, --ring and --by take several devices: --devices, or --chip and --chips")
     require(not job.keep or train and job.mesh and not alone,
             "--keep is for training on several devices by hand")
+    require(not (train and job.layout), f"--layout {job.layout}: training has no cache to split")
+    require(job.phase != "speculate" or job.mesh or job.chip or job.cfg.V >= 256,
+            f"V={job.cfg.V}: a model that learns a sentence in bytes has V=256 or more")
     require(not job.int8 or job.dtype == "int8", f"--int8 {job.int8}: for --dtype int8")
     shard.check_kept(job.kept or ())
     if not job.chip:
         check_memory(f"{job.phase} of {job.model} in {job.dtype} at B={job.batch}",
-                     needed_bytes(job), "a smaller --model, --batch or --dtype")
+                     needed_bytes(job) / (1 if on_cpu() else job.devices), "more --devices, or a "
+                     "smaller --model, --batch, --prompt, --new or --dtype")
+
+
+def default_jobs(quick):
+    """bool -> list of Job: of the default run, or of the quick one, that fit the memory."""
+    model = QUICK if quick else DEFAULT if on_cpu() else LARGE
+    batches = [1, 8] if quick else [1, 8, 32] if on_cpu() else [1, 8, 64, 512]
+    steps = [Job("train", batch=2, prompt=128),
+             *(Job("prefill", batch=B, prompt=64) for B in batches[:2]),
+             *(Job("generate", batch=B, prompt=252, new=4) for B in batches),
+             Job("verify", prompt=240, new=16), Job("speculate", prompt=224),
+             *(() if quick else [Job("serve", batch=4, prompt=32, new=8)])]
+    kinds = [("float32", ""), ("bfloat16", ""), ("int8", ""), ("int8", "int8")]
+    jobs = [settle(replace(job, model=model, dtype=dtype, cache=cache))
+            for dtype, cache in kinds[:1 if quick else 4] for job in steps
+            if job.phase == "generate" or not cache and (job.phase, dtype) != ("train", "int8")]
+    return [job for job in jobs if needed_bytes(job) <= 0.8 * free_memory()]
+
+
+def jobs_of(args):
+    """args -> list of Job: the product of what its options give."""
+    if args.command == "all":
+        return default_jobs(args.quick)
+    values = {name: value for name, value in vars(args).items() if hasattr(Job, name)}
+    values["phase"] = ["generate", "speculate"] if args.command == "speculate" and not args.chip \
+        else args.command
+    values["model"] = args.model or (SMALL if getattr(args, "text", None) else DEFAULT)
+    lists = [value if isinstance(value, list) else [value] for value in values.values()]
+    return [Job(**dict(zip(values, each))) for each in itertools.product(*lists)]
+
+
+def one_job(args):
+    """args -> Job: of a command that makes no rows. ValueError where an option has several values.
+    """
+    jobs = jobs_of(args)
+    require(len(jobs) == 1, f"{args.command} takes one value of each option: {len(jobs)} jobs")
+    return replace(jobs[0], phase="generate")
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -514,6 +548,16 @@ def print_rows(rows):
         print("  ".join(line).rstrip())
 
 
+PREDICTED = ("T", "S", "limit_seconds", "bound", "library_seconds", "expected_seconds", "flops",
+             "program_flops", "weight_bytes", "cache_bytes", "byte_seconds", "kernel_seconds")
+COMPILED = ("compiler", "slice", "formula", "formula_bytes", "argument_bytes", "output_bytes",
+            "alias_bytes", "temp_bytes", "peak_bytes", "memory_bytes", "fits", "message",
+            "needed_bytes", "copies", "collectives", "sent", "counted", "cycle_seconds", "regions",
+            "unestimated", "transfer_seconds", "hidden_transfer_seconds")
+ROW = dict.fromkeys((*PREDICTED, *COMPILED, "measured_seconds", "mfu", "mbu", "tokens_per_second",
+                     "operations"))  # what stages add to a row, each None where it does not apply
+
+
 def say(text):
     """str -> None: progress, to stderr."""
     print(text, file=sys.stderr, flush=True)
@@ -542,8 +586,8 @@ def seconds_alone(fn, arguments, seconds=0.1, choose=statistics.median):
 
 
 def measure_flops(dtype):
-    """dtype -> flops/s of one large matmul, its best run: weights stored output x input, of random
-    numbers: a chip that multiplies ones takes less power, and runs faster."""
+    """dtype -> flops/s of one large matmul, its best run. Weights are stored output x input. The
+    numbers are random, since a chip that multiplies ones takes less power, and runs faster."""
     size = 2048 if on_cpu() else 8192
     a = jax.random.randint(jax.random.key(0), (size, size), -127, 128).astype(dtype)
     multiply = partial(product, sums="int32" if dtype == "int8" else "float32")
@@ -593,7 +637,7 @@ Part = namedtuple("Part", "name flops bytes dtype")
 Cost = namedtuple("Cost", "T S tokens flops parts")
 
 
-def cost(job, T, S, flops, weight_bytes, cache_bytes, attention_dtype, *parts):
+def cost_of(job, T, S, flops, weight_bytes, cache_bytes, attention_dtype, *parts):
     """-> Cost: attention's flops go with `cache_bytes`, all others with `weight_bytes`, which each
     copy of the weights reads."""
     attention, total = flops["scores"] + flops["values"], sum(flops.values())
@@ -608,7 +652,7 @@ def train_cost(job):
     What is saved between the passes is not predicted: it need not leave the chip."""
     cfg, B, T = job.cfg, job.batch, job.prompt
     size, count = jnp.dtype(cfg.dtype).itemsize, param_count(cfg)
-    step = cost(job, T, T, train_flops(cfg, B, T, job.kept), 3 * size * count, 0, cfg.dtype,
+    step = cost_of(job, T, T, train_flops(cfg, B, T, job.kept), 3 * size * count, 0, cfg.dtype,
                 Part("optimizer", 0, 28 * count, "float32"))
     return step._replace(flops=sum(train_flops(cfg, B, T).values()))
 
@@ -621,7 +665,7 @@ def slots(job, S):
 def prefill_cost(job):
     """Job -> Cost: all weights once, and the cache written once."""
     cfg, B, T, S = job.cfg, job.batch, job.prompt, slots(job, job.prompt)
-    return cost(job, T, S, prefill_flops(cfg, B, T), weight_bytes(cfg, job.dtype),
+    return cost_of(job, T, S, prefill_flops(cfg, B, T), weight_bytes(cfg, job.dtype),
                 kv_bytes(cfg, B, S, job.cache), cfg.dtype)
 
 
@@ -633,7 +677,7 @@ def extend_cost(job):
     T, S = (1, job.prompt + job.new) if plain else (job.n_draft + 1, job.most_slots)
     S = slots(job, S)
     moved = decode_bytes(cfg, B, S, T, cache_dtype=job.cache, dtype=job.dtype)
-    return cost(job, T, S, decode_flops(cfg, B, S, T), moved["weights"],
+    return cost_of(job, T, S, decode_flops(cfg, B, S, T), moved["weights"],
                 moved["cache_read"] + moved["cache_write"],
                 str(jnp.promote_types(cfg.dtype, job.cache)))
 
@@ -760,6 +804,23 @@ def predict(job, ceilings, parameters=None):
     return row
 
 
+def limits_of(jobs):
+    """list of Job -> dict: what their figures are limits of, printed, too: of this machine as it is
+    measured, or of a data sheet. ValueError for a chip that is not here, without its compiler."""
+    name = jobs[0].chip
+    if name:
+        check_compiler(name)
+        print(f"{name} ({CHIPS[name].source}): limits are the sheet's; cycles are its compiler's "
+              "cost model, not a clock")
+        return sheet(CHIPS[name], jobs[0].chips)
+    limits = ceilings({part.dtype for job in jobs for part in COSTS[job.phase](job).parts})
+    peaks = ", ".join(f"{dtype} {peak / GB:,.0f} GFLOP/s" for dtype, peak in
+                      limits["flops_per_second"].items())
+    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}: {peaks};"
+          f" reading {limits['read_bytes_per_second'] / GB:.1f} GB/s")
+    return limits
+
+
 def critical_batch(job, ceilings):
     """Job, dict -> float: rows at which a step's matmuls with the weights take as long as reading
     them."""
@@ -865,8 +926,8 @@ def on_chips(job, parameters=None):
 
 
 def useful_degree(job, parameters):
-    """Job, number -> int: the most chips, in powers of two, whose links take no longer than their
-    memory and matmuls do. More would wait for links."""
+    """Job, number -> int: the most chips, in powers of two, that can share the model, and whose
+    links take no longer than their memory and matmuls do. More would wait for links."""
     n = 2
     while shard.degree(job.cfg, n) == n:
         row = on_chips(tensor_parallel(job, n), parameters)
@@ -956,7 +1017,7 @@ def training(job, tokens, mfu):
             f" --batch {-(-B // chips) * chips}")
     row = on_chips(replace(job, phase="train", mesh=f"data={chips}"))
     compute = row["flops"] / (chips * getattr(chip, job.dtype))
-    sent = row["weight_bytes"] // chips * (chips - 1) / chips  # by each: gathers, and a scatter
+    sent = row["weight_bytes"] // chips * (chips - 1) / chips  # by each, of its own copy
     links = sent / chip.link
     return {"batch": B, "tokens_per_step": row["tokens"], "step_flops": row["flops"],
             "weight_flops": row["parts"][0]["flops"], "attention_flops": row["parts"][1]["flops"],
@@ -1208,7 +1269,7 @@ def where_of(job, mesh):
     return HERE._replace(**KERNELS[job.attention])
 
 
-def bound(fn, job, mesh, **how):
+def for_job(fn, job, mesh, **how):
     """fn of infer, Job, Mesh or None -> fn: of this model, on one device or split."""
     return partial(fn, cfg=job.cfg, where=where_of(job, mesh), **how)
 
@@ -1226,7 +1287,7 @@ def train_program(job, mesh, _, state, tokens):
 
 def prefill_program(job, mesh, params, cache, tokens):
     """Job, Mesh, Params, Cache, BT -> Cache, logits: into a cache that is full then."""
-    read = bound(prefill, job, mesh, rows=None if mesh else rows_at_a_time(job))
+    read = for_job(prefill, job, mesh, rows=None if mesh else rows_at_a_time(job))
     logits, cache = read(params, cache, tokens, jnp.full(job.batch, job.prompt))
     return cache, logits
 
@@ -1239,7 +1300,7 @@ def at_length(cache, length):
 def generate_program(job, mesh, params, state, _):
     """Job, Mesh, Params, state, None -> state, tokens: all new tokens in one scan, greedily."""
     cache, logits = state
-    tokens, logits, cache = bound(generate, job, mesh)(
+    tokens, logits, cache = for_job(generate, job, mesh)(
         params, at_length(cache, job.prompt), logits, jax.random.key(0), job.new)
     return (cache, logits), tokens
 
@@ -1247,14 +1308,14 @@ def generate_program(job, mesh, params, state, _):
 def verify_program(job, mesh, params, cache, tokens):
     """Job, Mesh, Params, Cache, BT -> Cache, logits: the last token and n_draft more, all of which
     make logits."""
-    x, cache = bound(extend, job, mesh)(params, at_length(cache, job.prompt), tokens)
+    x, cache = for_job(extend, job, mesh)(params, at_length(cache, job.prompt), tokens)
     return cache, where_of(job, mesh).unembed(params, x, job.cfg)
 
 
 def speculate_program(job, mesh, params, cache, text):
     """Job, Mesh, Params, Cache, BS -> Cache, counts: rounds of n-grams and their verification. The
     last token of the prompt is read with the draft."""
-    run = bound(speculate, job, mesh, draft=ngram_draft, state=None, n_draft=job.n_draft)
+    run = for_job(speculate, job, mesh, draft=ngram_draft, state=None, n_draft=job.n_draft)
     _, cache, _, counts = run(params, at_length(cache, job.prompt - 1), text, jax.random.key(0),
                               job.new)
     return cache, counts
@@ -1262,7 +1323,7 @@ def speculate_program(job, mesh, params, cache, text):
 
 def serve_program(job, mesh, params, _, prompts):
     """Job, Mesh, Params, None, prompts -> None, dict: REQUESTS for each of B rows."""
-    run = bound(serve, job, mesh, B=job.batch, S=job.prompt + job.new, n=job.new,
+    run = for_job(serve, job, mesh, B=job.batch, S=job.prompt + job.new, n=job.new,
                 key=jax.random.key(0), stride=min(STRIDE, job.new), cache_dtype=job.cache)
     return None, dict(run(params, np.asarray(prompts)))
 
@@ -1585,7 +1646,7 @@ def by_cycles(ops, job):
 
 def inspect(prepared, traced=False):
     """namespace, bool -> Compiled or None, dict: of a prepared job: what its compiled program says.
-    When it is traced, turn off GPU command buffers: a trace cannot tell apart kernels launched
+    When it is traced, it has no GPU command buffers: a trace cannot tell apart kernels that start
     together."""
     job, step, args = prepared.job, prepared.step, prepared.args
     on_tpu, by_hand = job.chip.startswith("tpu"), prepared.mesh and job.by == "hand"
@@ -1726,11 +1787,10 @@ def train_steps(job, params, adam, text, steps, lr, seed):
 
 @lru_cache(maxsize=1)
 def learn(job, seed, most=200):
-    """Job, int -> Params: float32, trained on SENTENCE until the model recites it. ValueError for a
-    model that is not of bytes, and where it does not learn."""
+    """Job, int -> Params: float32, trained on SENTENCE until the model recites it. ValueError where
+    it does not."""
     job = replace(job, dtype="float32", batch=1, prompt=2 * len(SENTENCE))
     cfg, text = job.cfg, byte_tokens(8 * SENTENCE)
-    require(cfg.V >= 256, f"V={cfg.V}: a model that learns a sentence in bytes has V=256 or more")
     say(f"learning {SENTENCE!r} ...")
     params = init(jax.random.key(seed), cfg)
     steps = train_steps(job, params, adam_init(params), text, most, 1 / cfg.E, seed)
@@ -1749,7 +1809,7 @@ def read_text(path, T):
     text = np.fromfile(path, "uint8").astype("int32")
     held_out = len(text) // 10
     require(held_out >= 2 and len(text) - held_out > T, f"text file {path} has {len(text)} bytes: "
-            f"training on {T} at a time takes {max(20, (T + 1) * 10 // 9 + 1)} or more; a smaller "
+            f"training on {T} at a time takes {max(20, T * 10 // 9 + 1)} or more; a smaller "
             "--prompt takes less")
     return np.split(text, [-held_out])
 
@@ -1776,7 +1836,8 @@ def train_text(args, job, params, adam, ceilings, text, held_out):
             if len(times) % 10 == 1 or len(times) == args.steps:
                 say(f"step {len(times)}/{args.steps}: {value:.3f} nats a byte, "
                     f"{row['tokens'] / seconds:.0f} tokens/s")
-    seconds = statistics.median(times[1:] or times or [math.inf])  # the first fetches all memory
+    require(times, "interrupted before the first step was made")
+    seconds = statistics.median(times[1:] or times)  # the first fetches all memory
     row |= {"loss_after": held_out_loss(params, cfg, held_out, T), "steps": len(times),
             "measured_seconds": seconds, **shares(row, seconds, ceilings, job.matmul_dtype)}
     print(f"K={cfg.K}: held-out loss: {row['loss_before']:.3f} nats a byte before, "
@@ -1827,14 +1888,6 @@ def train_on_text(args, jobs):
     return {"machine": machine(), "ceilings": limits, "rows": rows, "continuation": words}
 
 
-def one_job(args):
-    """args -> Job: of a command that makes no rows. ValueError where an option has several values.
-    """
-    jobs = jobs_of(args)
-    require(len(jobs) == 1, f"{args.command} takes one value of each option: {len(jobs)} jobs")
-    return replace(jobs[0], phase="generate")
-
-
 def load_split(job):
     """Job -> Job, Params: of the model in the folder job.model, in its dtype or the file's own. Of
     several devices each reads its own part alone."""
@@ -1873,14 +1926,14 @@ def generating(args, job, params, prompt, sampling, end):
             (weights, known), jax.NamedSharding(mesh, jax.P()) if mesh else None)
     cache, _ = where_of(job, mesh).empty(job.cfg, 1, S, job.cache)
     arguments = params, cache, prompt, lengths
-    read = jax.jit(bound(prefill, job, mesh), donate_argnums=1).lower(*arguments).compile()
+    read = jax.jit(for_job(prefill, job, mesh), donate_argnums=1).lower(*arguments).compile()
     start = time.perf_counter()
     latest, cache = jax.block_until_ready(read(*arguments))
     speed = {"prompt": T, "dtype": job.dtype, "cache": job.cache,
              "prefill_seconds": time.perf_counter() - start}
-    step = bound(generate, job, mesh)
+    step = for_job(generate, job, mesh)
     if args.draft:
-        step = bound(speculate, job, mesh, draft=propose, n_draft=job.n_draft)
+        step = for_job(speculate, job, mesh, draft=propose, n_draft=job.n_draft)
         cache = cache._replace(length=cache.length - 1)
         latest = jnp.pad(prompt, ((0, 0), (0, S - T)))
     step = jax.jit(partial(step, n=STRIDE, sampling=sampling, end=end), donate_argnums=(
@@ -1928,7 +1981,7 @@ def complete(args):
     print(text[len(printed):])
     rounds = f", {speed['tokens_per_round']:.2f} tokens a round" if speed["rounds"] else ""
     print(f"prefill of {T} tokens {si(speed['prefill_seconds'], 's')}, then "
-          f"{(len(ids) - T) / speed['seconds']:.1f} tokens/s{rounds}: weights {job.dtype}, cache "
+          f"{len(new) / speed['seconds']:.1f} tokens/s{rounds}: weights {job.dtype}, cache "
           f"{job.cache}")
     return speed | {"tokens": len(ids) - T, "text": text}
 
@@ -1948,14 +2001,14 @@ OPTIONS = STEP | {
     "seed": option("of weights, tokens and draws", 0, partial(number, least=0, most=2 ** 32 - 1)),
     "json": option("write rows there as JSON (- is stdout, and nothing else there)", None),
     "quick": switch("a small model, under a minute"),
-    "text": option("a file to train on", None),
-    "steps": option("training steps", None, number), "lr": option("learning rate", 1e-3, above),
+    "text": option("a file to train on (README.md for --steps, --save, --resume or --lr)", None),
+    "steps": option("training steps", None, number), "lr": option("learning rate", 1e-3, positive),
     "save": option("write what was trained there", None),
     "resume": option("continue what --save wrote there, with the same options", None),
-    "parameters": option("a rounded count, as 7e9, beside the exact one", None, above),
+    "parameters": option("a rounded count, as 7e9, beside the exact one", None, positive),
     "train": switch("plan training, too"),
-    "tokens": option("to train on", 1e12, above),
-    "mfu": option("model flops utilization, assumed of training", 0.5, partial(above, most=1)),
+    "tokens": option("to train on", 1e12, positive),
+    "mfu": option("model flops utilization, assumed of training", 0.5, partial(positive, most=1)),
     "temperature": option("0 is greedy", 0.0, float),
     "top_k": option("draw from the k most probable (0: all)", 0, int),
     "top_p": option("draw from those that reach p", 1.0, float),
@@ -2004,47 +2057,9 @@ def parse(argv):
         if name == "complete":
             command.add_argument("text", help="the text to continue")
             command.add_argument("--model", required=True, help="a folder of --save or the Hub")
-    named = argv and (argv[0][0] != "-" or argv[0] in ("-h", "--help"))
+    named = argv and (argv[0][:1] != "-" or argv[0] in ("-h", "--help"))
     return parser.parse_args(argv if named else ["all", *argv])
 
-
-def default_jobs(quick):
-    """bool -> list of Job: of the default run, or of the quick one, that fit the memory."""
-    model = QUICK if quick else DEFAULT if on_cpu() else LARGE
-    batches = [1, 8, 32][:3 - quick] if on_cpu() else [1, 8, 64, 512]
-    steps = [Job("train", batch=2, prompt=128),
-             *(Job("prefill", batch=B, prompt=64) for B in batches[:2]),
-             *(Job("generate", batch=B, prompt=252, new=4) for B in batches),
-             Job("verify", prompt=240, new=16), Job("speculate", prompt=224),
-             Job("serve", batch=4, prompt=32, new=8)]
-    kinds = [("float32", ""), ("bfloat16", ""), ("int8", ""), ("int8", "int8")]
-    jobs = [settle(replace(job, model=model, dtype=dtype, cache=cache))
-            for dtype, cache in kinds[:1 if quick else 4] for job in steps[:-quick or None]
-            if job.phase == "generate" or not cache and (job.phase, dtype) != ("train", "int8")]
-    free = free_memory()
-    return [job for job in jobs if needed_bytes(job) <= 0.8 * free]
-
-
-def jobs_of(args):
-    """args -> list of Job: the product of what its options give."""
-    if args.command == "all":
-        return default_jobs(args.quick)
-    values = {name: value for name, value in vars(args).items() if hasattr(Job, name)}
-    values["phase"] = ["generate", "speculate"] if args.command == "speculate" and not args.chip \
-        else args.command
-    values["model"] = args.model or (SMALL if args.text else DEFAULT)
-    lists = [value if isinstance(value, list) else [value] for value in values.values()]
-    return [Job(**dict(zip(values, each))) for each in itertools.product(*lists)]
-
-
-PREDICTED = ("T", "S", "limit_seconds", "bound", "library_seconds", "expected_seconds", "flops",
-             "program_flops", "weight_bytes", "cache_bytes", "byte_seconds", "kernel_seconds")
-COMPILED = ("compiler", "slice", "formula", "formula_bytes", "argument_bytes", "output_bytes",
-            "alias_bytes", "temp_bytes", "peak_bytes", "memory_bytes", "fits", "message",
-            "needed_bytes", "copies", "collectives", "sent", "counted", "cycle_seconds", "regions",
-            "unestimated", "transfer_seconds", "hidden_transfer_seconds")
-ROW = dict.fromkeys((*PREDICTED, *COMPILED, "measured_seconds", "mfu", "mbu", "tokens_per_second",
-                     "operations"))  # what stages add to a row, each None where it does not apply
 
 drawn = lru_cache(maxsize=1)(lambda job, seed: draw(job, jax.random.key(seed)))
 
@@ -2083,23 +2098,6 @@ def print_row(row):
               f"{cell('sent', row['counted'])}")
 
 
-def limits_of(jobs):
-    """list of Job -> dict: what their figures are limits of, printed, too: of this machine as it is
-    measured, or of a data sheet. ValueError for a chip that is not here, without its compiler."""
-    name = jobs[0].chip
-    if name:
-        check_compiler(name)
-        print(f"{name} ({CHIPS[name].source}): limits are the sheet's; cycles are its compiler's "
-              "cost model, not a clock")
-        return sheet(CHIPS[name], jobs[0].chips)
-    limits = ceilings({part.dtype for job in jobs for part in COSTS[job.phase](job).parts})
-    peaks = ", ".join(f"{dtype} {peak / GB:,.0f} GFLOP/s" for dtype, peak in
-                      limits["flops_per_second"].items())
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}: {peaks};"
-          f" reading {limits['read_bytes_per_second'] / GB:.1f} GB/s")
-    return limits
-
-
 def make_row(job, limits, args, traced):
     """Job, dict, args, bool -> dict: predicted, compiled and, here, measured; and profiled where it
     is traced."""
@@ -2131,10 +2129,10 @@ def run(args):
     for job in jobs:
         check(job)
     chip = jobs[0].chip
-    require(not (chip and (text or args.profile) or text and (jobs[0].mesh or args.profile)
-                 or args.profile and args.command == "serve"),
-            "--profile is for this machine, but not for serve, which runs on the host; a text "
-            "(--text, --steps) for one device of it, without --profile")
+    require(not (args.profile and (chip or text or args.command == "serve")), "--profile is for a "
+            "phase on this machine, but not for serve, which runs on the host, or for a text")
+    require(not (text and (chip or jobs[0].mesh)), "training on a text (--text, --steps) takes one "
+            "device of this machine: leave out --chip and --devices")
     if text:
         return train_on_text(args, jobs)
     limits = limits_of(jobs)

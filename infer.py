@@ -8,7 +8,9 @@ Functions that take `where` run on one device by default; a `shard.Where` splits
 """
 import json
 import math
+import os
 import re
+import sys
 import time
 from collections import namedtuple
 from dataclasses import dataclass, replace
@@ -66,7 +68,7 @@ class Q8A8(Q8):
 def quantize(x, axes):
     """BTE, axes -> Q8: one scale for all of `axes`, which maps their largest magnitude to 127.
 
-    q * scale is within scale / 2 of x. Zeros stay zeros, and so become numbers below TINY * 127.
+    q * scale is within scale / 2 of x. Zeros stay zeros, and numbers below TINY * 127 become 0.
     """
     x = x.astype("float32")
     largest = jnp.max(jnp.abs(x), axes, keepdims=True)
@@ -116,6 +118,15 @@ def init_cache(cfg, B, S, dtype="float32"):
 
     k, v = (tuple(layer() for _ in range(cfg.L)) for _ in "kv")
     return Cache(k, v, jnp.zeros(B, "int32"))
+
+
+def free_memory():
+    """-> int: bytes that are free here: of the device where it tells, else of this machine;
+    infinite where neither does."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if jax.default_backend() == "cpu" and sys.platform == "linux":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
 
 
 def slots_of(cache):

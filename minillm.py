@@ -81,19 +81,19 @@ def dot(x, w, n=1, dtype=None):
     return y.astype(dtype or x.dtype)
 
 
-def dots(x, ws, norm):
-    """BTE, (FE, FE), (E, eps) -> (BTF, BTF): normalize an input, then multiply it with several
-    weights."""
-    x = rms_norm(x, *norm)
-    return tuple(dot(x, w) for w in ws)
-
-
 def rms_norm(x, scale, eps):
     """BTE, E, eps -> BTE: x over its root mean square, in float32, times a scale.
     arXiv:1910.07467."""
     x32 = x.astype("float32")
     unit = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
     return (unit * scale.astype("float32")).astype(x.dtype)
+
+
+def dots(x, ws, norm):
+    """BTE, (FE, FE), (E, eps) -> (BTF, BTF): normalize an input, then multiply it with several
+    weights."""
+    x = rms_norm(x, *norm)
+    return tuple(dot(x, w) for w in ws)
 
 
 def frequencies(cfg):
@@ -799,7 +799,8 @@ def flattened(form, plain):
         rows = math.prod(x.shape[:-n])
         if rows > 16:
             return plain(x, w, n, sums)
-        y = form(x.reshape(rows, -1), w.reshape(-1, math.prod(w.shape[-n:])), sums=sums)
+        C = math.prod(w.shape[-n:])
+        y = form(x.reshape(rows, C), w.reshape(-1, C), sums=sums)
         return y.reshape(x.shape[:-n] + w.shape[:-n])
 
     return wraps(plain)(choose)

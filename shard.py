@@ -743,8 +743,8 @@ LAYOUTS["context"] = LAYOUTS["sequence"]._replace(by_token=True)
 
 
 def layouts(cfg, rows, axes):
-    """cfg, int, tuple -> list of str: layouts of a cache of so many rows that divide over the last
-    of these axes of "tensor", the best one first."""
+    """cfg, int, tuple -> list of str: the layouts whose letter (heads, rows or slots) the last of
+    these axes of "tensor" divides, for a cache of so many rows; the best one first."""
     sizes = {"heads": cfg.K // math.prod(axes[:-1]), "batch": rows}
     return [layout for layout in LAYOUTS if sizes.get(layout, 0) % axes[-1] == 0]
 
@@ -943,8 +943,8 @@ def argument_shardings(args, cfg, mesh, rules, where=None):
 def device_bytes(args):
     """arrays -> dict: bytes that a step's arguments take on each device, by kind: their shapes,
     split as they are."""
-    sizes = dict.fromkeys(("weights", "cache", "optimizer", "inputs"), 0)
-    kinds = dict(zip((Params, Cache, Adam), sizes))
+    kinds = {Params: "weights", Cache: "cache", Adam: "optimizer"}
+    sizes = dict.fromkeys((*kinds.values(), "inputs"), 0)
     for arg in jax.tree.leaves(args, is_leaf=lambda arg: type(arg) in kinds):
         for a in jax.tree.leaves(arg):
             sizes[kinds.get(type(arg), "inputs") if a.ndim else "inputs"] += (

@@ -2727,6 +2727,11 @@ def test_fewer_key_heads_are_trained_beside_each_other(calm, capsys, tmp_path):
     (["train", "--attention", "cudnn"], ["cudnn", "GPU that is here"]),
     (["generate", "--chip", "h100", "--flags", "on"], ["--flags", "TPU"]),
     (["train", "--text", "x", "--chip", "tpu-v4"], ["--text", "this machine"]),
+    (["train", "--devices", "8", "--batch", "8", "--layout", "heads"], ["--layout heads", "cache"]),
+    (["generate", "--devices", "8", "--mesh", "tensor=8x1"], ["K=4", "tensor=8x1"]),
+    (["train", "--text", "x", "--devices", "8"], ["--text", "one device", "--devices"]),
+    (["serve", "--profile", "x"], ["--profile", "serve"]), (["", "--seed", "1"], ["''", "train"]),
+    (["speculate", "--model", "L2,E64,H8,K2,D8,F192,V100"], ["V=100", "V=256"]),
     (["train", "--devices", "8", "--mesh", "data=3"], ["3 devices: 8"])])
 def test_a_bad_command_line_gets_one_line_that_names_the_remedy(argv, words, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -2824,6 +2829,12 @@ def test_no_published_figure_is_below_its_limit_and_what_is_expected_is_their_fi
     assert (np.array([*bench.EXPECTED.values()]) >= least).all()
     errors = [abs(bench.expected(row["terms"]) / seconds - 1) for row, seconds in rows]
     assert np.median(errors) < 0.08 and max(errors) < 0.5
+
+
+def test_a_rounded_count_in_int8_takes_a_byte_a_parameter():
+    job = settled("generate", "gemma-7b", chip="tpu-v4", dtype="int8", int8="Q8", new=0)
+    facts = bench.napkin(job, 7e9)
+    assert facts["weight_bytes"] == facts["generate_parts"][0]["bytes"] == 7e9
 
 
 def test_training_is_planned_from_6BP_and_whether_links_hide(capsys, tmp_path):

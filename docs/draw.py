@@ -228,9 +228,9 @@ def draw_run(result):
 
 
 def one_layer(ops):
-    """list of operations of a row -> list: those of the middle layer, from its first matmul to that
-    of the next one; of a loop over layers, its body. `beside` is how many of them run before an
-    asynchronous transfer is awaited."""
+    """list of operations of a row -> list: those of the middle layer of three or more, from its
+    first matmul to that of the next one; of a loop over layers, its body. `beside` of an
+    asynchronous transfer is how many of these operations run before it is awaited."""
     loops = Counter(op["loop"] for op in ops if op["times"] > 1 and op["region"] == "mlp")
     matmuls = [i for i, op in enumerate(ops)
                if op["kind"] == "product" and op["region"] in ("qkv", "mlp")]
@@ -265,10 +265,10 @@ def draw_timeline(rows, name):
             axis.broken_barh([(starts[i] * 1e3, (end - starts[i]) * 1e3)],
                              (0 if op["number"] else 1, 0.8), color=color)
         axis.set(yticks=(0.4, 1.4), yticklabels=("transfers", "compute"))
-        axis.set_title(f"{row['phase']} {row['layout'] or row['mesh']} ring={row['ring']} flags={row['flags']}, a "
-                       f"layer, in milliseconds (a step: cycles {si(row['cycle_seconds'], 's')}, "
-                       f"transfers that wait {si(row['transfer_seconds'], 's')})", fontsize=9,
-                       loc="left")
+        axis.set_title(f"{row['phase']} {row['layout'] or row['mesh']} ring={row['ring']} "
+                       f"flags={row['flags']}, a layer, in milliseconds (a step: cycles "
+                       f"{si(row['cycle_seconds'], 's')}, transfers that wait "
+                       f"{si(row['transfer_seconds'], 's')})", fontsize=9, loc="left")
     figure.legend([pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()],
                   list(colors), loc="outside lower center", ncols=6, fontsize="small")
     save(figure, name)
