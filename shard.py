@@ -91,8 +91,9 @@ def degree(cfg, n):
 
 
 def over_heads(cfg, n):
-    """cfg, int -> int or tuple: n devices of an axis "tensor", or of two where there are fewer key
-    heads: the first over them, the second over rows or slots."""
+    """cfg, int -> int or tuple: the size of an axis "tensor" of n devices. Where n has only a smaller
+    divisor in common with the key heads, the sizes of two axes: the first splits heads by it, the
+    second rows or slots."""
     heads = math.gcd(cfg.K, n)
     return n if heads in (1, n) else (heads, n // heads)
 
