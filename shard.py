@@ -91,9 +91,9 @@ def degree(cfg, n):
 
 
 def over_heads(cfg, n):
-    """cfg, int -> int or tuple: the size of an axis "tensor" of n devices. Where n has only a smaller
-    divisor in common with the key heads, the sizes of two axes: the first splits heads by it, the
-    second rows or slots."""
+    """cfg, int -> int or tuple: the size of an axis "tensor" of n devices. Where n and the number
+    of key heads have only a smaller divisor in common, the sizes of two axes: the first splits
+    heads by it, the second rows or slots."""
     heads = math.gcd(cfg.K, n)
     return n if heads in (1, n) else (heads, n // heads)
 
