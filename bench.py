@@ -421,90 +421,6 @@ def settle(job):
     return split(replace(job, cache=job.cache or wide, int8=job.int8 or kind))
 
 
-def needed_bytes(job):
-    """Job -> int: weights and cache; in training float32 masters, two means and a gradient."""
-    cfg, train = job.cfg, job.phase == "train"
-    wide = jnp.dtype(cfg.dtype).itemsize  # int8 weights are made from wide ones
-    weights = param_count(cfg) * (wide + (job.dtype == "int8") + 16 * train)
-    S = {"prefill": job.prompt, "generate": job.prompt + job.new}.get(job.phase, job.most_slots)
-    return weights + (0 if train else kv_bytes(cfg, job.batch, S, job.cache))
-
-
-def check_memory(what, size, remedy):
-    """str, bytes, str -> None: ValueError unless so much memory is free here."""
-    free = free_memory()
-    require(size <= free, f"{what} holds {size / GB:.1f} GB, {free / GB:.1f} GB are free: {remedy}")
-
-
-def check(job):
-    """Job -> None: ValueError, in one line, for what cannot be."""
-    train, alone = job.phase == "train", job.by == "compiler"
-    backend = TARGETS[job.chip].extra if job.chip in TARGETS else jax.default_backend()
-    require(job.attention != "splash" or backend == "tpu" and job.phase in ("train", "prefill"),
-            f"--attention splash is for train and prefill on a TPU, not for {job.phase} on a "
-            f"{backend}")
-    require(train or not alone, "--by compiler is for train")
-    require(job.chip or job.chips == 1, f"--chips {job.chips}: of which --chip?")
-    require(job.attention != "cudnn" or backend == "gpu" and not job.chip,
-            "--attention cudnn is for a GPU that is here: JAX asks its cuDNN what it can do")
-    require(job.attention == "plain" or not alone,
-            f"--attention {job.attention}: by the compiler training has plain attention")
-    require(not train or job.dtype != "int8",
-            "train takes --dtype float32 or bfloat16: int8 has no gradient")
-    require(job.phase != "serve" or not job.chip, "serve runs on the host: leave out --chip")
-    require(job.flags == "off" or job.chip.startswith("tpu"),
-            "--flags are a TPU compiler's: choose a --chip tpu-...")
-    require(job.mesh or not (job.layout or job.ring or alone),
-            "--layout, --ring and --by take several devices: --devices, or --chip and --chips")
-    require(not job.keep or train and job.mesh and not alone,
-            "--keep is for training on several devices by hand")
-    require(not (train and job.layout), f"--layout {job.layout}: training has no cache to split")
-    require(job.phase != "speculate" or job.mesh or job.chip or job.cfg.V >= 256,
-            f"V={job.cfg.V}: a model that learns a sentence in bytes has V=256 or more")
-    require(not job.int8 or job.dtype == "int8", f"--int8 {job.int8}: for --dtype int8")
-    shard.check_kept(job.kept or ())
-    if not job.chip:
-        check_memory(f"{job.phase} of {job.model} in {job.dtype} at B={job.batch}",
-                     needed_bytes(job) / (1 if on_cpu() else job.devices), "more --devices, or a "
-                     "smaller --model, --batch, --prompt, --new or --dtype")
-
-
-def default_jobs(quick):
-    """bool -> list of Job: of the default run, or of the quick one, that fit the memory."""
-    model = QUICK if quick else DEFAULT if on_cpu() else LARGE
-    batches = [1, 8] if quick else [1, 8, 32] if on_cpu() else [1, 8, 64, 512]
-    steps = [Job("train", batch=2, prompt=128),
-             *(Job("prefill", batch=B, prompt=64) for B in batches[:2]),
-             *(Job("generate", batch=B, prompt=252, new=4) for B in batches),
-             Job("verify", prompt=240, new=16), Job("speculate", prompt=224),
-             *(() if quick else [Job("serve", batch=4, prompt=32, new=8)])]
-    kinds = [("float32", ""), ("bfloat16", ""), ("int8", ""), ("int8", "int8")]
-    jobs = [settle(replace(job, model=model, dtype=dtype, cache=cache))
-            for dtype, cache in kinds[:1 if quick else 4] for job in steps
-            if job.phase == "generate" or not cache and (job.phase, dtype) != ("train", "int8")]
-    return [job for job in jobs if needed_bytes(job) <= 0.8 * free_memory()]
-
-
-def jobs_of(args):
-    """args -> list of Job: the product of what its options give."""
-    if args.command == "all":
-        return default_jobs(args.quick)
-    values = {name: value for name, value in vars(args).items() if hasattr(Job, name)}
-    values["phase"] = ["generate", "speculate"] if args.command == "speculate" and not args.chip \
-        else args.command
-    values["model"] = args.model or (SMALL if getattr(args, "text", None) else DEFAULT)
-    lists = [value if isinstance(value, list) else [value] for value in values.values()]
-    return [Job(**dict(zip(values, each))) for each in itertools.product(*lists)]
-
-
-def one_job(args):
-    """args -> Job: of a command that makes no rows. ValueError where an option has several values.
-    """
-    jobs = jobs_of(args)
-    require(len(jobs) == 1, f"{args.command} takes one value of each option: {len(jobs)} jobs")
-    return replace(jobs[0], phase="generate")
-
-
 # ------------------------------------------------------------------------------------------ tables
 
 
@@ -826,6 +742,93 @@ def critical_batch(job, ceilings):
     them."""
     peak, read = ceilings["flops_per_second"][job.matmul_dtype], ceilings["read_bytes_per_second"]
     return weight_bytes(job.cfg, job.dtype) / read * peak / (2 * multiplied(job.cfg))
+
+
+# -------------------------------------------------- a command line's jobs, and what they may not be
+
+
+def needed_bytes(job):
+    """Job -> int: weights and cache; in training float32 masters, two means and a gradient."""
+    cfg, train = job.cfg, job.phase == "train"
+    wide = jnp.dtype(cfg.dtype).itemsize  # int8 weights are made from wide ones
+    weights = param_count(cfg) * (wide + (job.dtype == "int8") + 16 * train)
+    return weights + (0 if train else kv_bytes(cfg, job.batch, COSTS[job.phase](job).S, job.cache))
+
+
+def check_memory(what, size, remedy):
+    """str, bytes, str -> None: ValueError unless so much memory is free here."""
+    free = free_memory()
+    require(size <= free, f"{what} holds {size / GB:.1f} GB, {free / GB:.1f} GB are free: {remedy}")
+
+
+def check(job):
+    """Job -> None: ValueError, in one line, for what cannot be."""
+    train, alone = job.phase == "train", job.by == "compiler"
+    backend = TARGETS[job.chip].extra if job.chip in TARGETS else jax.default_backend()
+    require(job.attention != "splash" or backend == "tpu" and job.phase in ("train", "prefill"),
+            f"--attention splash is for train and prefill on a TPU, not for {job.phase} on a "
+            f"{backend}")
+    require(train or not alone, "--by compiler is for train")
+    require(job.chip or job.chips == 1, f"--chips {job.chips}: of which --chip?")
+    require(job.attention != "cudnn" or backend == "gpu" and not job.chip,
+            "--attention cudnn is for a GPU that is here: JAX asks its cuDNN what it can do")
+    require(job.attention == "plain" or not alone,
+            f"--attention {job.attention}: by the compiler training has plain attention")
+    require(not train or job.dtype != "int8",
+            "train takes --dtype float32 or bfloat16: int8 has no gradient")
+    require(job.phase != "serve" or not job.chip, "serve runs on the host: leave out --chip")
+    require(job.flags == "off" or job.chip.startswith("tpu"),
+            "--flags are a TPU compiler's: choose a --chip tpu-...")
+    require(job.mesh or not (job.layout or job.ring or alone),
+            "--layout, --ring and --by take several devices: --devices, or --chip and --chips")
+    require(not job.keep or train and job.mesh and not alone,
+            "--keep is for training on several devices by hand")
+    require(not (train and job.layout), f"--layout {job.layout}: training has no cache to split")
+    require(job.phase != "speculate" or job.mesh or job.chip or job.cfg.V >= 256,
+            f"V={job.cfg.V}: a model that learns a sentence in bytes has V=256 or more")
+    require(not job.int8 or job.dtype == "int8", f"--int8 {job.int8}: for --dtype int8")
+    shard.check_kept(job.kept or ())
+    if not job.chip:
+        check_memory(f"{job.phase} of {job.model} in {job.dtype} at B={job.batch}",
+                     needed_bytes(job) / (1 if on_cpu() else job.devices), "more --devices, or a "
+                     "smaller --model, --batch, --prompt, --new or --dtype")
+
+
+def default_jobs(quick):
+    """bool -> list of Job: of the default run, or of the quick one, that fit the memory."""
+    model = QUICK if quick else DEFAULT if on_cpu() else LARGE
+    batches = [1, 8] if quick else [1, 8, 32] if on_cpu() else [1, 8, 64, 512]
+    steps = [Job("train", batch=2, prompt=128),
+             *(Job("prefill", batch=B, prompt=64) for B in batches[:2]),
+             *(Job("generate", batch=B, prompt=252, new=4) for B in batches),
+             Job("verify", prompt=240, new=16), Job("speculate", prompt=224),
+             *(() if quick else [Job("serve", batch=4, prompt=32, new=8)])]
+    kinds = [("float32", ""), ("bfloat16", ""), ("int8", ""), ("int8", "int8")]
+    jobs = [settle(replace(job, model=model, dtype=dtype, cache=cache))
+            for dtype, cache in kinds[:1 if quick else 4] for job in steps
+            if job.phase == "generate" or not cache and (job.phase, dtype) != ("train", "int8")]
+    most = 0.8 * free_memory()
+    return [job for job in jobs if needed_bytes(job) <= most]
+
+
+def jobs_of(args):
+    """args -> list of Job: the product of what its options give."""
+    if args.command == "all":
+        return default_jobs(args.quick)
+    values = {name: value for name, value in vars(args).items() if hasattr(Job, name)}
+    values["phase"] = ["generate", "speculate"] if args.command == "speculate" and not args.chip \
+        else args.command
+    values["model"] = args.model or (SMALL if getattr(args, "text", None) else DEFAULT)
+    lists = [value if isinstance(value, list) else [value] for value in values.values()]
+    return [Job(**dict(zip(values, each))) for each in itertools.product(*lists)]
+
+
+def one_job(args):
+    """args -> Job: of a command that makes no rows. ValueError where an option has several values.
+    """
+    jobs = jobs_of(args)
+    require(len(jobs) == 1, f"{args.command} takes one value of each option: {len(jobs)} jobs")
+    return replace(jobs[0], phase="generate")
 
 
 # --------------------------------------------------- library: this machine's operations, each alone
@@ -1852,9 +1855,9 @@ def train_on_text(args, jobs):
     that is held out. ValueError before anything is measured."""
     job, rows = jobs[0], []
     text, held_out = read_text(args.text, job.prompt)
-    known = vars(args) | vars(job) | {
+    values = vars(args) | vars(job) | {
         "text": hashlib.sha256(Path(args.text).read_bytes()).hexdigest()}
-    settings = {name: known[name] for name in ("text", "batch", "prompt", "dtype", "lr", "seed")}
+    settings = {name: values[name] for name in ("text", "batch", "prompt", "dtype", "lr", "seed")}
     require(not (args.save or args.resume) or len(jobs) == 1 and not (args.resume and job.kv_heads),
             "--save and --resume take one model: one of each option, and the saved number of heads")
     if args.resume:
@@ -1920,10 +1923,10 @@ def generating(args, job, params, prompt, sampling, end):
         small, weights = load_split(replace(one_job(args), model=args.draft, devices=1))
         require(small.cfg.V == job.cfg.V, f"draft {args.draft} has V={small.cfg.V}, and the model "
                 f"V={job.cfg.V}: they must share a tokenizer")
-        _, known = prefill_jit(weights, init_cache(small.cfg, 1, S, job.cache), prompt, lengths,
-                               small.cfg)
+        _, draft_cache = prefill_jit(weights, init_cache(small.cfg, 1, S, job.cache), prompt,
+                                     lengths, small.cfg)
         propose, state["state"] = model_draft(small.cfg, sampling), jax.device_put(
-            (weights, known), jax.NamedSharding(mesh, jax.P()) if mesh else None)
+            (weights, draft_cache), jax.NamedSharding(mesh, jax.P()) if mesh else None)
     cache, _ = where_of(job, mesh).empty(job.cfg, 1, S, job.cache)
     arguments = params, cache, prompt, lengths
     read = jax.jit(for_job(prefill, job, mesh), donate_argnums=1).lower(*arguments).compile()

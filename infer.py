@@ -246,7 +246,7 @@ def splash(q, k, v, interpret=False):
     run = kernels.make_splash_mha(
         kernels.MultiHeadMask([kernels.CausalMask((T, T))] * H), block_sizes=blocks, head_shards=1,
         q_seq_shards=1, residual_checkpoint_name="attention", interpret=interpret)
-    return jax.vmap(run)((q * D ** -0.5).astype(q.dtype).swapaxes(1, 2), k, v).swapaxes(1, 2)
+    return vmap(run)((q * D ** -0.5).astype(q.dtype).swapaxes(1, 2), k, v).swapaxes(1, 2)
 
 
 def cudnn(q, k, v, pos=None):
@@ -849,7 +849,7 @@ def read_arrays(cfg):
 
 def multiplied(cfg):
     """cfg -> int: parameters in matmuls: all but norms and an untied embedding table."""
-    return sum(size_of(name, cfg) for name in jax.tree.leaves(read_arrays(cfg)) if " " in name)
+    return sum(size_of(name, cfg) for name in tree.leaves(read_arrays(cfg)) if " " in name)
 
 
 def weight_bytes(cfg, dtype=None):
